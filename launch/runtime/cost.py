@@ -1,0 +1,246 @@
+"""What a layout costs: parameters, FLOPs, memory and communication, from shapes alone.
+
+Pure functions over plain numbers, so that `plan`, `--dry-run` and the MFU meter share one
+arithmetic and a test can hold each of them against a counted or measured value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Protocol
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+FP32 = 4
+
+
+class ModelShape(Protocol):
+    """The five numbers of a GPT-NeoX that decide its cost (`model.ModelConfig` has them)."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one optimizer step is spread: sizes in ranks, batches in sequences a data-parallel rank.
+
+    `accumulation` is the number of micro-batches a step, `logits_chunk` the tokens whose logits
+    are held at once, `inhibited_layers` the number of L2E layers.
+    """
+
+    sequence_length: int = 2048
+    micro_batch_size: int = 1
+    accumulation: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+    zero_stage: int = 1
+    dtype: str = "bf16"
+    checkpointing: bool = False
+    logits_chunk: int = 2048
+    inhibited_layers: int = 0
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of one micro-batch on one data-parallel rank."""
+        return self.micro_batch_size * self.sequence_length
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the global batch."""
+        return self.micro_tokens * self.accumulation * self.data
+
+
+# --- parameters -----------------------------------------------------------------------------
+
+
+def padded_vocabulary(vocab_size: int, tensor: int = 1) -> int:
+    """Rows of the embeddings: a multiple of 128 on every tensor-parallel rank."""
+    multiple = 128 * tensor
+    return ceil(vocab_size / multiple) * multiple
+
+
+def block_matmul_parameters(model: ModelShape) -> int:
+    """Weights of a block's four linears: QKV, attention output, h->4h, 4h->h."""
+    return 4 * model.hidden_size**2 + 2 * model.hidden_size * model.intermediate_size
+
+
+def block_parameters(model: ModelShape, tensor: int = 1) -> int:
+    """Parameters of one block on one tensor-parallel rank.
+
+    Column-parallel biases are cut with their weights; row-parallel biases and the two LayerNorms
+    are replicated.
+    """
+    hidden, inner = model.hidden_size, model.intermediate_size
+    cut = block_matmul_parameters(model) + 3 * hidden + inner
+    replicated = 2 * hidden + 2 * (2 * hidden)
+    return cut // tensor + replicated
+
+
+def embedding_parameters(model: ModelShape, tensor: int = 1) -> int:
+    """Parameters of one embedding (input or output, they are untied) on one rank."""
+    return padded_vocabulary(model.vocab_size, tensor) // tensor * model.hidden_size
+
+
+def parameters(model: ModelShape) -> int:
+    """All parameters of the unsharded model, the logical vocabulary's rows only."""
+    blocks = model.num_layers * block_parameters(model)
+    return blocks + 2 * model.vocab_size * model.hidden_size + 2 * model.hidden_size
+
+
+def stage_blocks(num_layers: int, pipeline: int, stage: int) -> int:
+    """Blocks held by one pipeline stage when they are dealt out as evenly as they go."""
+    return num_layers // pipeline + (stage < num_layers % pipeline)
+
+
+def stage_parameters(model: ModelShape, layout: Layout, stage: int = 0) -> int:
+    """Parameters on one rank of a pipeline stage, before ZeRO partitions anything."""
+    blocks = stage_blocks(model.num_layers, layout.pipeline, stage)
+    count = blocks * block_parameters(model, layout.tensor)
+    if stage == 0:
+        count += embedding_parameters(model, layout.tensor)
+    if stage == layout.pipeline - 1:
+        count += embedding_parameters(model, layout.tensor) + 2 * model.hidden_size
+    return count
+
+
+# --- FLOPs ----------------------------------------------------------------------------------
+
+
+def flops_per_token(model: ModelShape, sequence_length: int) -> int:
+    """Training FLOPs of one token, forward and backward; recomputation is not counted.
+
+    6 for each matmul parameter (the output embedding is one, the input embedding a look-up)
+    plus 12 * layers * hidden * length for the attention scores, causal or not (the usual
+    convention, so that MFU compares with other people's).
+    """
+    matmul = model.num_layers * block_matmul_parameters(model) + model.vocab_size * (
+        model.hidden_size
+    )
+    return 6 * matmul + 12 * model.num_layers * model.hidden_size * sequence_length
+
+
+# --- memory ---------------------------------------------------------------------------------
+
+
+def block_activations(model: ModelShape, layout: Layout) -> int:
+    """Bytes one block keeps of one micro-batch for its backward pass.
+
+    Per token: the block's input and the two LayerNorm outputs; the fused QKV output, rotated
+    query and key, and attention's result; the MLP before and after its activation. LayerNorms
+    and attention add a few fp32 scalars a token. L2E saves nothing of its own.
+    """
+    hidden, inner = model.hidden_size, model.intermediate_size
+    outside = 3 * hidden * BYTES[layout.dtype] + 2 * 2 * FP32
+    inside = (3 + 2 + 1) * hidden + 2 * inner
+    cut = inside * BYTES[layout.dtype] + model.num_attention_heads * FP32
+    outside_ranks = layout.tensor if layout.sequence else 1
+    return layout.micro_tokens * (outside // outside_ranks + cut // layout.tensor)
+
+
+def activation_memory(model: ModelShape, layout: Layout, stage: int = 0) -> int:
+    """Bytes of the activations alive at a stage's peak.
+
+    The 1F1B schedule holds `pipeline - stage` micro-batches in flight; with checkpointing each
+    keeps only the blocks' inputs, and one block at a time is whole again.
+    """
+    blocks = stage_blocks(model.num_layers, layout.pipeline, stage)
+    in_flight = min(layout.accumulation, layout.pipeline - stage)
+    whole = block_activations(model, layout)
+    if not layout.checkpointing:
+        return in_flight * blocks * whole
+    kept = layout.micro_tokens * model.hidden_size * BYTES[layout.dtype]
+    return in_flight * blocks * kept + whole
+
+
+def logits_memory(model: ModelShape, layout: Layout) -> int:
+    """Bytes of the cross-entropy: one chunk's logits, their fp32 copy and its gradient."""
+    chunk = min(layout.logits_chunk, layout.micro_tokens)
+    columns = padded_vocabulary(model.vocab_size, layout.tensor) // layout.tensor
+    return chunk * columns * (BYTES[layout.dtype] + 2 * FP32)
+
+
+def l2e_memory(model: ModelShape, layout: Layout) -> int:
+    """Bytes of L2E: per neuron and layer its mean, variance, share above tau and three sums."""
+    return layout.inhibited_layers * 6 * (model.intermediate_size // layout.tensor) * FP32
+
+
+def memory(model: ModelShape, layout: Layout, stage: int = 0) -> dict[str, int]:
+    """Bytes by part on one rank of a pipeline stage.
+
+    ZeRO partitions over data-parallel ranks: the optimizer's states from stage 1 on, gradients
+    from 2, weights from 3. Adam keeps two fp32 moments, and an fp32 master copy wherever the
+    weights are 16 bit or ZeRO partitions them; gradients accumulate in fp32.
+    """
+    count = stage_parameters(model, layout, stage)
+    data, zero = layout.data, layout.zero_stage
+    half = layout.dtype != "fp32"
+    states = (3 if half or zero >= 1 else 2) * FP32
+    return {
+        "weights": count * BYTES[layout.dtype] // (data if zero >= 3 else 1),
+        "gradients": count
+        * (FP32 + (BYTES[layout.dtype] if half else 0))
+        // (data if zero >= 2 else 1),
+        "optimizer": count * states // (data if zero >= 1 else 1),
+        "activations": activation_memory(model, layout, stage),
+        "logits": logits_memory(model, layout) if stage == layout.pipeline - 1 else 0,
+        "l2e": l2e_memory(model, layout),
+    }
+
+
+def peak_memory(model: ModelShape, layout: Layout) -> dict[str, int]:
+    """`memory` of the fullest pipeline stage."""
+    stages = (memory(model, layout, stage) for stage in range(layout.pipeline))
+    return max(stages, key=lambda parts: sum(parts.values()))
+
+
+# --- communication --------------------------------------------------------------------------
+
+
+def ring(size: int, ranks: int) -> int:
+    """Bytes each rank sends when `size` bytes are gathered or reduce-scattered over a ring."""
+    return size * (ranks - 1) // ranks
+
+
+def communication(model: ModelShape, layout: Layout) -> dict[str, int]:
+    """Bytes each rank sends in one optimizer step, by purpose (the fullest stage's).
+
+    tensor: one all-reduce a block forward (the parallel residual's sum), two backward (each
+        LayerNorm feeds its own column-parallel linear); sequence parallelism moves as much as
+        reduce-scatters and gathers. Embedding and cross-entropy add one each way.
+    pipeline: the boundary's activations forward and their gradients backward.
+    data: gradients all-reduced (ZeRO 0, 1) or reduce-scattered every micro-batch (2, 3); weights
+        gathered once a step (1, 2) or twice a micro-batch (3).
+    l2e: one flat fp32 all-reduce of two sums a neuron, and three scalars a layer.
+    """
+    element = BYTES[layout.dtype]
+    count = max(stage_parameters(model, layout, stage) for stage in range(layout.pipeline))
+    hidden_bytes = layout.micro_tokens * model.hidden_size * element
+    blocks = stage_blocks(model.num_layers, layout.pipeline, 0)
+    gradients, weights = ring(count * FP32, layout.data), ring(count * element, layout.data)
+    statistics = (2 * model.intermediate_size // layout.tensor + 3) * FP32
+    return {
+        "tensor": layout.accumulation * (3 * blocks + 2) * 2 * ring(hidden_bytes, layout.tensor),
+        "pipeline": 2 * layout.accumulation * hidden_bytes if layout.pipeline > 1 else 0,
+        "data": {
+            0: 2 * gradients,
+            1: 2 * gradients + weights,
+            2: layout.accumulation * gradients + weights,
+            3: layout.accumulation * (gradients + 2 * weights),
+        }[layout.zero_stage],
+        "l2e": layout.inhibited_layers * 2 * ring(statistics, layout.data),
+    }
