@@ -1,0 +1,56 @@
+"""The MLP of a block: the place of the neurons."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.init import initializer
+from model.linears import ColumnLinear, RowLinear
+
+if TYPE_CHECKING:
+    from l2e import L2ELayer
+
+GELU_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+class MLP(nn.Module):
+    """gelu(x W_in^T + b_in) W_out^T + b_out; an inhibited block's gelu is its `L2ELayer`."""
+
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        inhibitor: L2ELayer | None,
+        *,
+        seed: int,
+        sequence_parallel: bool,
+    ):
+        super().__init__()
+        hidden, neurons = config.hidden_size, config.intermediate_size
+        self.dense_h_to_4h = ColumnLinear(
+            hidden,
+            neurons,
+            initializer(f"{name}.dense_h_to_4h.weight", config, seed),
+            sequence_parallel=sequence_parallel,
+        )
+        self.dense_4h_to_h = RowLinear(
+            neurons,
+            hidden,
+            initializer(f"{name}.dense_4h_to_h.weight", config, seed),
+            sequence_parallel=sequence_parallel,
+        )
+        self.inhibitor = inhibitor
+        self.approximation = GELU_APPROXIMATION[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[sequence, batch, hidden] -> the same shape."""
+        neurons = self.dense_h_to_4h(x)
+        if self.inhibitor is None:
+            neurons = F.gelu(neurons, approximate=self.approximation)
+        else:
+            neurons = self.inhibitor(neurons)
+        return self.dense_4h_to_h(neurons)

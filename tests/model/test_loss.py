@@ -1,0 +1,87 @@
+"""The chunked cross-entropy against torch's own in float64."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from model import loss as loss_module
+from model.loss import cross_entropy
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+TOKENS, HIDDEN, ROWS, VOCAB = 50, 24, 128, 101
+
+
+def sample(scale: float = 1.0, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden = (scale * torch.randn(TOKENS, HIDDEN, generator=generator)).to(dtype)
+    weight = torch.randn(ROWS, HIDDEN, generator=generator).to(dtype)
+    labels = torch.randint(VOCAB, (TOKENS,), generator=generator)
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
+
+
+def reference(hidden, weight, labels):
+    """Loss and gradients in float64, over the real rows alone."""
+    hidden = hidden.detach().double().requires_grad_()
+    weight = weight.detach().double().requires_grad_()
+    loss = F.cross_entropy(hidden @ weight[:VOCAB].T, labels)
+    return loss, *torch.autograd.grad(loss, (hidden, weight))
+
+
+def ours(hidden, weight, labels, scale: float = 1.0):
+    loss = cross_entropy(hidden, weight, labels, VOCAB, dist.group.WORLD)
+    return loss, *torch.autograd.grad(loss * scale, (hidden, weight))
+
+
+@pytest.fixture(params=[1, 7, 25, 1000], ids="{} tokens a chunk".format)
+def chunk(request, monkeypatch):
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * ROWS * request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0], ids=["flat", "peaked"])
+def test_float32(chunk, scale):
+    inputs = sample(scale)
+    for value, exact in zip(ours(*inputs), reference(*inputs), strict=True):
+        assert (value - exact).norm() / exact.norm() < 1e-6
+
+
+def test_bfloat16_within_its_rounding(chunk):
+    inputs = sample(dtype=torch.bfloat16)
+    results = ours(*inputs)
+    assert [value.dtype for value in results] == [torch.float32] + 2 * [torch.bfloat16]
+    for value, exact in zip(results, reference(*inputs), strict=True):
+        assert (value - exact).norm() / exact.norm() < 2**-7
+
+
+def test_float16_gradients_keep_the_loss_scale(chunk):
+    inputs = sample(dtype=torch.float16)
+    _, hidden_gradient, weight_gradient = ours(*inputs, scale=2.0**10)
+    _, exact_hidden, exact_weight = reference(*inputs)
+    assert (hidden_gradient / 2**10 - exact_hidden).norm() / exact_hidden.norm() < 2**-9
+    assert (weight_gradient / 2**10 - exact_weight).norm() / exact_weight.norm() < 2**-9
+
+
+def test_padding_rows_get_no_gradient_and_no_probability():
+    hidden, weight, labels = sample()
+    with torch.no_grad():
+        weight[VOCAB:] = 100.0
+    loss, _, weight_gradient = ours(hidden, weight, labels)
+    assert not weight_gradient[VOCAB:].any()
+    assert loss.item() == pytest.approx(reference(hidden, weight, labels)[0].item(), rel=1e-6)
+
+
+def test_a_far_improbable_label_has_a_finite_loss():
+    hidden = torch.tensor([[200.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    loss = cross_entropy(hidden, weight, torch.tensor([1]), 2, dist.group.WORLD)
+    assert loss.item() == 400.0
+
+
+def test_without_gradients_nothing_is_kept():
+    hidden, weight, labels = sample()
+    with torch.no_grad():
+        loss = cross_entropy(hidden, weight, labels, VOCAB, dist.group.WORLD)
+    assert not loss.requires_grad
+    assert loss.item() == pytest.approx(reference(hidden, weight, labels)[0].item(), rel=1e-6)
