@@ -1,0 +1,8 @@
+"""Learning towards emergence: observe and inhibit a model's monosemantic neurons."""
+
+from l2e.config import L2EConfig, select_layers
+from l2e.controller import Controller
+from l2e.layer import L2ELayer
+from l2e.sharding import Sharding
+
+__all__ = ["Controller", "L2EConfig", "L2ELayer", "Sharding", "select_layers"]

@@ -1,0 +1,169 @@
+"""The settings of the method: one frozen dataclass that explains and checks every key.
+
+Help, unit and bounds stand in each field's metadata, so that a configuration schema elsewhere
+can be generated from it and the texts live in one place.
+"""
+
+from dataclasses import Field, dataclass, field, fields
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+LayerChoice = Literal["mid2", "mid_third", "top_bottom", "all"]
+
+BOUNDS = {
+    "ge": ("at least", lambda value, bound: value >= bound),
+    "le": ("at most", lambda value, bound: value <= bound),
+    "gt": ("greater than", lambda value, bound: value > bound),
+    "lt": ("less than", lambda value, bound: value < bound),
+}
+
+
+def key(default: Any, help: str, unit: str = "", **bounds: float) -> Any:
+    """A configuration key: its default, its help, its unit and its bounds (ge, le, gt, lt)."""
+    assert set(bounds) <= set(BOUNDS), bounds
+    return field(default=default, metadata={"help": help, "unit": unit, **bounds})
+
+
+@dataclass(frozen=True)
+class L2EConfig:
+    """What is inhibited, where, and how strongly.
+
+    Raises ValueError, listing every problem at once, when a key's type or value is wrong or
+    when two keys contradict each other.
+    """
+
+    method: Literal["none", "regularize", "deactivate", "silence"] = key(
+        "regularize",
+        "none: observe only; regularize: add L_MS to the loss (L2E); deactivate: replace by the "
+        "mean (MEmeL); silence: the control, every activation of the layer is 0",
+    )
+    selection: Literal["threshold", "topk"] = key(
+        "threshold",
+        "threshold: one moving threshold a layer (L2E); topk: the k largest of each sample (MEmeL)",
+    )
+    inhibit_fraction: float = key(
+        0.02, "share of all activations above the threshold, over time", gt=0, lt=1
+    )
+    topk: int = key(1, "activations selected in each sample by topk", unit="activations", ge=1)
+    delta: float = key(
+        1.0,
+        "deactivate: the gradient of a selected activation is multiplied by -delta "
+        "(0: naive a, -1: naive b, 1 and more: reversed deactivation)",
+    )
+    weight: float = key(0.0003, "weight of L_MS in the loss", ge=0)
+    layers: LayerChoice | list[int] = key(  # noqa: RUF009
+        "mid2", "inhibited blocks: mid2, mid_third, top_bottom, all, or a list of block numbers"
+    )
+    site: Literal["post", "pre"] = key(
+        "post", "activations are taken right after (post) or before (pre) the non-linearity"
+    )
+    eps: float = key(
+        0.01, "share of the layer's mean variance added to each neuron's variance", gt=0
+    )
+    forget_step: int = key(
+        100, "batches after which old samples begin to be forgotten", unit="steps", ge=1
+    )
+    late_start_step: int = key(
+        100, "first step that inhibits; before it only statistics are gathered", unit="steps", ge=0
+    )
+    neuron_axes: Literal["unit", "position"] = key(
+        "unit", "unit: a neuron is a hidden unit; position: a (position, hidden unit) pair"
+    )
+    scale_invariant: bool = key(
+        False, "regularize: L_MS of (z - mean)^2 / var, which shrinking a layer cannot lower"
+    )
+    memel_code_compat: bool = key(
+        False,
+        "deactivate with topk as MEmeL's published code does it, where that differs from the "
+        "paper: score after the statistics update, first batch twice, one selection a sequence",
+    )
+    threshold_rate: float = key(0.5, "first step size of the moving threshold", gt=0, le=1)
+    threshold_rate_floor: float = key(0.02, "its last step size", gt=0, le=1)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        problems = [p for f in fields(self) for p in _problems(f, hints[f.name], self)]
+        if not problems:
+            problems = self._contradictions()
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def _contradictions(self) -> list[str]:
+        found = []
+        if self.threshold_rate_floor > self.threshold_rate:
+            found.append(
+                f"threshold_rate_floor = {self.threshold_rate_floor}: greater than threshold_rate "
+                f"= {self.threshold_rate}; the step size decays from the rate to the floor"
+            )
+        if self.scale_invariant and self.method != "regularize":
+            found.append(
+                f"scale_invariant = true: only L_MS has this form, method is {self.method!r}; "
+                "use method = 'regularize' or scale_invariant = false"
+            )
+        if self.memel_code_compat and (self.method, self.selection) != ("deactivate", "topk"):
+            found.append(
+                "memel_code_compat = true: MEmeL's code deactivates the top k, here method is "
+                f"{self.method!r} and selection {self.selection!r}; "
+                "use method = 'deactivate' and selection = 'topk'"
+            )
+        return found
+
+
+def _problems(field: Field, hint: Any, config: L2EConfig) -> list[str]:
+    """What is wrong with one key's value, as messages (an empty list if nothing is)."""
+    value = getattr(config, field.name)
+    if not _fits(value, hint):
+        return [f"{field.name} = {value!r}: expected {_describe(hint)}"]
+    return [
+        f"{field.name} = {value!r}: must be {words} {bound}"
+        for name, (words, holds) in BOUNDS.items()
+        if (bound := field.metadata.get(name)) is not None and not holds(value, bound)
+    ]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _describe(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(option) for option in get_args(hint))
+    if origin in (Union, UnionType):
+        return ", or ".join(_describe(option) for option in get_args(hint))
+    if origin is list:
+        return f"a list of {get_args(hint)[0].__name__}"
+    return {"float": "a number", "int": "a whole number", "bool": "true or false"}[hint.__name__]
+
+
+def select_layers(layers: LayerChoice | list[int], num_layers: int) -> tuple[int, ...]:
+    """The inhibited blocks' numbers, ascending, of a model with `num_layers` blocks.
+
+    `mid2` are the two middle blocks (of an odd number, the middle one and the one before it),
+    `mid_third` the middle third, `top_bottom` the first and the last.
+    """
+    if isinstance(layers, list):
+        outside = [n for n in layers if not 0 <= n < num_layers]
+        if not layers or outside or len(set(layers)) != len(layers):
+            raise ValueError(
+                f"layers = {layers}: expected distinct block numbers from 0 to {num_layers - 1}"
+                + (f", found {outside}" if outside else "")
+            )
+        return tuple(sorted(layers))
+    if layers == "all":
+        return tuple(range(num_layers))
+    if layers == "top_bottom":
+        return tuple(sorted({0, num_layers - 1}))
+    count = 2 if layers == "mid2" else max(1, round(num_layers / 3))
+    count = min(count, num_layers)
+    start = (num_layers - count) // 2
+    return tuple(range(start, start + count))

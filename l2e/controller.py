@@ -1,0 +1,316 @@
+"""Once an optimizer step: merge what all layers observed, on all ranks, and move the thresholds.
+
+One flat all-reduce over the data-parallel ranks and one small one over the tensor-parallel ranks;
+nothing here waits for a GPU, except `metrics` and the checkpoint.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from l2e import statistics, threshold
+from l2e.config import L2EConfig
+from l2e.layer import L2ELayer
+from l2e.sharding import Sharding
+from l2e.state import LayerState, Phase, Sums
+from l2e.statistics import Statistics
+
+COLLAPSED = 0.1  # of the standard deviation at the first inhibited step
+
+
+class Controller:
+    """Owns the state of all L2ELayers of this process.
+
+    Set `gradient_scale` before a step's micro-batches (loss scale / number of micro-batches) and
+    `measure` before a step whose metrics will be read; call `step()` once after each optimizer
+    step, on every rank.
+    """
+
+    def __init__(
+        self, layers: Sequence[L2ELayer], config: L2EConfig, sharding: Sharding | None = None
+    ) -> None:
+        self.config = config
+        self.sharding = sharding or Sharding()
+        self.phase = Phase.of(config)
+        self.states = [layer.state for layer in layers]
+        self._warned: set[str] = set()
+        self._metrics: dict[str, dict[str, Tensor]] = {}
+        self._histograms: dict[str, Tensor] = {}
+        self._ms_loss = torch.zeros(())
+        names = [state.name for state in self.states]
+        if len(set(names)) != len(names):
+            raise ValueError(f"l2e layers need distinct names, found {names}")
+        for state in self.states:
+            state.join(self.phase, self.sharding)
+
+    @property
+    def gradient_scale(self) -> float:
+        return self.phase.gradient_scale
+
+    @gradient_scale.setter
+    def gradient_scale(self, value: float) -> None:
+        self.phase.gradient_scale = value
+
+    @property
+    def measure(self) -> bool:
+        return self.phase.measure
+
+    @measure.setter
+    def measure(self, value: bool) -> None:
+        self.phase.measure = value
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Merge the global batch into every layer's statistics; move tau and the shares."""
+        states = [state for state in self.states if state.positions]
+        if states:
+            device = next((s.device for s in states if s.device.type != "cpu"), states[0].device)
+            for state in states:
+                state.to(device)
+            if self.phase.step == 0:
+                self._agree_on_first_centre(states)
+            self._sum_over_data_ranks(states)
+            merged = [_merge(state) for state in states]
+            totals = self._sum_over_tensor_ranks(states, merged)
+            for state, new, total in zip(states, merged, totals, strict=True):
+                self._accept(state, new, total)
+            self._ms_loss = self._loss(states, totals)
+        for state in states:
+            state.reset_sums()
+        self.phase.step += 1
+
+    def _agree_on_first_centre(self, states: list[LayerState]) -> None:
+        """Move the first step's sums of all data ranks to the first rank's centre."""
+        if self.sharding.data_size == 1:
+            return
+        own = torch.cat([state.statistics.mean for state in states])
+        common = self.sharding.from_first_data_rank(own)
+        sizes = [state.neurons for state in states]
+        moves = (own - common).split(sizes)
+        for state, centre, move in zip(states, common.split(sizes), moves, strict=True):
+            sums = state.sums
+            deviation, square = statistics.recentre(
+                sums["samples"], sums["deviation"], sums["square"], move
+            )
+            sums["deviation"].copy_(deviation)
+            sums["square"].copy_(square)
+            state.statistics.mean.copy_(centre)
+
+    def _sum_over_data_ranks(self, states: list[LayerState]) -> None:
+        """Replace every layer's sums by those of the global batch, in one all-reduce."""
+        buffers = [state.sums for state in states]
+        if self.phase.measuring:
+            for state in states:
+                state.measured["histogram"].copy_(threshold.to_words(state.counts))
+            buffers += [state.measured for state in states]
+        flat = self.sharding.sum_data(torch.cat([buffer.flat for buffer in buffers]))
+        for buffer, part in zip(
+            buffers, flat.split([len(buffer.flat) for buffer in buffers]), strict=True
+        ):
+            buffer.flat.copy_(part)
+
+    def _sum_over_tensor_ranks(
+        self, states: list[LayerState], merged: list[Statistics]
+    ) -> list[Sums]:
+        """What only sums over a layer's shards tell, in one all-reduce."""
+        totals = [
+            _totals(state, new, self.phase.measuring, self.sharding)
+            for state, new in zip(states, merged, strict=True)
+        ]
+        flat = self.sharding.sum_tensor(torch.cat([total.flat for total in totals]))
+        parts = flat.split([len(total.flat) for total in totals])
+        return [Sums(total.sizes, part) for total, part in zip(totals, parts, strict=True)]
+
+    def _accept(self, state: LayerState, new: Statistics, total: Sums) -> None:
+        """Take over the merged statistics, unless an activation was NaN or Inf."""
+        samples = state.sums["samples"][0]
+        finite = torch.isfinite(total["var"][0])
+        seen = finite & (samples > 0)
+        old_mean_var = state.mean_var
+        mean_var = torch.where(finite, total["var"][0] / state.total_neurons, old_mean_var)
+        state.bad_step = torch.where(
+            finite | (state.bad_step >= 0), state.bad_step, self.phase.step
+        )
+        first_centre_only = state.statistics.samples == 0
+        old = state.statistics
+        kept_mean = torch.where(first_centre_only, torch.zeros_like(old.mean), old.mean)
+        old = Statistics(kept_mean, old.mean_low, old.var, old.samples)
+        state.statistics = statistics.where(finite, new, old)
+
+        share = total["selected"][0] / (samples.clamp(min=1) * state.total_neurons)
+        if self.phase.selecting:
+            self._follow(state, share, seen)
+        if self.phase.measuring:
+            counts = threshold.from_words(total["histogram"])
+            self._histograms[state.name] = counts
+            if self.phase.step == self.phase.observed:
+                start = threshold.quantile(counts, self.config.inhibit_fraction)
+                state.tau = torch.where(seen, start, state.tau)
+        state.tau = threshold.carry(state.tau, old_mean_var, mean_var)
+        if self.phase.step == self.phase.start - 1:
+            state.std_at_start = mean_var.sqrt()
+        state.refresh(mean_var)
+        self._keep_metrics(state, share, total)
+
+    def _follow(self, state: LayerState, share: Tensor, seen: Tensor) -> None:
+        """Move tau and the neurons' running shares by one selecting step."""
+        config = self.config
+        if config.selection == "threshold":
+            eta = threshold.step_size(
+                state.updates, config.threshold_rate, config.threshold_rate_floor
+            )
+            tau = threshold.update(state.tau, share, config.inhibit_fraction, eta)
+            state.tau = torch.where(seen, tau, state.tau)
+        own = state.sums["selected"] / state.sums["samples"].clamp(min=1)
+        weight = threshold.share_weight(state.updates, config.forget_step)
+        state.share = torch.where(seen, torch.lerp(state.share, own, weight), state.share)
+        state.updates = state.updates + seen
+
+    def _keep_metrics(self, state: LayerState, share: Tensor, total: Sums) -> None:
+        kept = self._metrics.setdefault(state.name, {})
+        kept |= {"tau": state.tau, "selected_fraction": share, "std": state.mean_var.sqrt()}
+        if self.phase.measuring:
+            kept |= {
+                "mean_ms": total["scale"][0]
+                / (state.sums["samples"][0].clamp(min=1) * state.total_neurons),
+                "max_ms": total["largest"].max(),
+                "kurtosis": total["kurtosis"].nanmedian(),
+                "mlp_to_residual": (total["output_square"] / total["residual_square"]).sqrt()[0],
+            }
+
+    def _loss(self, states: list[LayerState], totals: list[Sums]) -> Tensor:
+        loss = torch.zeros((), device=states[0].device)
+        if self.config.method == "regularize":
+            for state, total in zip(states, totals, strict=True):
+                samples = state.sums["samples"][0].clamp(min=1)
+                loss += state.loss_factor(1) * total["log_square"][0] / samples
+        return loss
+
+    def ms_loss(self) -> Tensor:
+        """L_MS of the last step: a detached float32 scalar.
+
+        It is the mean over the whole global batch, summed over this process's layers (all shards
+        of them); 0 unless the method is "regularize".
+        """
+        return self._ms_loss
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Each layer's figures after the last step, the same on all data and tensor ranks.
+
+        `mean_ms`, `max_ms`, `kurtosis` (the median neuron's) and `mlp_to_residual` (RMS of the
+        MLP's output over the residual stream's) are of the last measured step, NaN before it;
+        `std` is the running activation standard deviation. Waits for the device.
+
+        Raises:
+            ValueError: an activation was NaN or Inf; names layer and step.
+        """
+        measured = ("mean_ms", "max_ms", "kurtosis", "mlp_to_residual")
+        figures = {}
+        for state in (state for state in self.states if state.name in self._metrics):
+            if state.bad_step >= 0:
+                raise ValueError(
+                    f"l2e layer {state.name}: NaN or Inf among the activations of step "
+                    f"{int(state.bad_step)}; its statistics were left as before that step. Lower "
+                    "the learning rate or the loss scale, or resume from an earlier checkpoint"
+                )
+            kept = self._metrics[state.name]
+            figures[state.name] = dict.fromkeys(measured, float("nan")) | {
+                name: float(value) for name, value in kept.items()
+            }
+            self._warn_of_collapse(state, figures[state.name]["std"])
+        return figures
+
+    def _warn_of_collapse(self, state: LayerState, std: float) -> None:
+        start = float(state.std_at_start)
+        if std < COLLAPSED * start and state.name not in self._warned:
+            self._warned.add(state.name)
+            warnings.warn(
+                f"l2e layer {state.name}: the activations' standard deviation fell to {std:.3g}, "
+                f"below {COLLAPSED:.0%} of the {start:.3g} when inhibition started. L_MS is being "
+                "lowered by shrinking the layer, not by its shape: set scale_invariant = true or "
+                "a lower weight, and compare with method = 'silence'",
+                stacklevel=3,
+            )
+
+    def histograms(self) -> dict[str, Tensor]:
+        """Counts (int64, on the CPU) of the MS in the last measured step, one tensor a layer.
+
+        Their bins are `l2e.threshold.bin_edges()`.
+        """
+        return {name: counts.cpu() for name, counts in self._histograms.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This process's layers as full tensors, {layer.mean, layer.var, layer.tau, ...: ...}.
+
+        Every tensor-parallel rank must call it. `step` counts the merged steps.
+        """
+        tensors = {"step": torch.tensor(self.phase.step)}
+        for state in (state for state in self.states if state.positions):
+            for name, value in state.saved().items():
+                full = self.sharding.gather_neurons(value) if value.dim() else value
+                tensors[f"{state.name}.{name}"] = full.detach().to("cpu", copy=True)
+        return tensors
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Take over a state saved under any layout; other processes' layers are passed over.
+
+        Raises:
+            ValueError: a tensor of this process's layers is missing or of another size.
+        """
+        if "step" not in tensors:
+            raise ValueError("l2e state: no entry 'step'; this is not a state this package saved")
+        for state in self.states:
+            state.load(
+                {
+                    name.removeprefix(f"{state.name}."): value
+                    for name, value in tensors.items()
+                    if name.startswith(f"{state.name}.")
+                }
+            )
+        self.phase.step = int(tensors["step"])
+
+
+def _merge(state: LayerState) -> Statistics:
+    sums = state.sums
+    return statistics.merge(
+        state.statistics,
+        sums["samples"][0],
+        sums["deviation"],
+        sums["square"],
+        state.config.forget_step,
+        first_twice=state.config.memel_code_compat,
+    )
+
+
+def _totals(state: LayerState, new: Statistics, measuring: bool, sharding: Sharding) -> Sums:
+    """This shard's part of what is summed over a layer's shards.
+
+    A NaN or Inf anywhere makes the sum of variances one too, so every shard learns of it.
+    """
+    sums, measured = state.sums, state.measured
+    parts = {
+        "var": new.var.sum().view(1),
+        "selected": sums["selected"].sum().view(1),
+        "log_square": sums["log_square"],
+    }
+    if measuring:
+        kurtosis = sums["samples"] * measured["fourth"] / sums["square"].square()
+        parts |= {
+            "scale": (sums["square"] / state.denominator).sum().view(1),
+            "histogram": measured["histogram"],
+            "largest": _in_own_slot(measured["largest"].max().view(1), sharding),
+            "kurtosis": _in_own_slot(kurtosis, sharding),
+            "output_square": measured["output_square"],
+            "residual_square": measured["residual_square"],
+        }
+    sizes = {name: len(part) for name, part in parts.items()}
+    return Sums(sizes, torch.cat(list(parts.values())))
+
+
+def _in_own_slot(values: Tensor, sharding: Sharding) -> Tensor:
+    """[n] -> [tensor ranks * n], zero but for this rank's: its sum over ranks is a gathering."""
+    slots = values.new_zeros(sharding.tensor_size, len(values))
+    slots[sharding.tensor_rank] = values
+    return slots.flatten()

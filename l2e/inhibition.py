@@ -1,0 +1,179 @@
+"""The layer's operation: observe the activations, and do to the selected ones what is configured.
+
+`inhibit` is one opaque operator for autograd and torch.compile. Its backward pass keeps nothing
+but the pre-activations. A layer's state is reached by an integer handle, so that what changes
+from step to step (thresholds, loss scale) never recompiles a graph.
+"""
+
+import itertools
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from l2e import kernels, selection, threshold
+from l2e.state import LayerState
+
+_states: WeakValueDictionary[int, LayerState] = WeakValueDictionary()
+_handles = itertools.count()
+
+
+def register(state: LayerState) -> int:
+    """A handle for the operators below, valid while the state lives."""
+    handle = next(_handles)
+    _states[handle] = state
+    return handle
+
+
+def in_backward() -> bool:
+    """Inside a backward pass, so that a forward pass here is an activation recomputed."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@torch.library.custom_op("l2e::inhibit", mutates_args=())
+def inhibit(pre: Tensor, handle: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply a layer in training mode.
+
+    Args:
+        pre: [..., units], the values before the non-linearity.
+        handle: of the layer's state, whose sums this call adds to.
+
+    Returns:
+        The inhibited activations [..., units]; the sum over selected entries of log (z - mean)^2
+        as a float32 scalar (of log of the MS if scale-invariant), whose gradient reaches `pre`;
+        and the mask of what was selected (empty where the backward pass computes it again).
+    """
+    state = _states[handle]
+    recomputing = in_backward()
+    rows = _as_rows(pre, state)
+    if state.phase.step == 0 and not recomputing:
+        _start(state, rows)
+    limit, mean, mask = selection.select(
+        state, rows, sequence=pre.shape[-2] if pre.dim() > 2 else 1
+    )
+    rule = state.rule(limit, mean)
+    sums = None if recomputing else torch.zeros_like(state.core_sums)
+    out = kernels.forward(rows, rule, sums)
+    loss = torch.zeros((), device=pre.device)
+    if sums is not None:
+        loss = _record(state, rows, rule, sums)
+    return out.view(pre.shape), loss, mask.view(pre.shape) if len(mask) else mask
+
+
+@inhibit.register_fake
+def _(pre: Tensor, handle: int) -> tuple[Tensor, Tensor, Tensor]:
+    state = _states[int(handle)]
+    loss = torch.empty((), device=pre.device)
+    mask = torch.empty(
+        pre.shape if state.config.selection == "topk" else 0, dtype=torch.bool, device=pre.device
+    )
+    return torch.empty_like(pre), loss, mask
+
+
+@torch.library.custom_op("l2e::inhibit_backward", mutates_args=())
+def inhibit_backward(
+    grad: Tensor, loss_grad: Tensor | None, pre: Tensor, mask: Tensor, handle: int
+) -> Tensor:
+    """Gradient to `pre`. Without a gradient to the loss, L_MS injects its own."""
+    state = _states[handle]
+    rows = _as_rows(pre, state)
+    limit = None
+    if state.phase.selecting:
+        limit = mask.view(rows.shape) if len(mask) else state.limit
+    injected = state.phase.gradient_scale * state.loss_factor(len(rows))
+    pull = injected if loss_grad is None else loss_grad
+    out = kernels.backward(
+        grad.reshape(rows.shape), rows, state.rule(limit, state.statistics.mean), pull
+    )
+    return out.view(pre.shape)
+
+
+@inhibit_backward.register_fake
+def _(grad: Tensor, loss_grad: Tensor | None, pre: Tensor, mask: Tensor, handle: int) -> Tensor:
+    return torch.empty_like(pre)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    pre, ctx.handle = inputs
+    ctx.save_for_backward(pre, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, loss_grad, _):
+    pre, mask = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(pre)
+    return inhibit_backward(grad, loss_grad, pre, mask, ctx.handle), None
+
+
+inhibit.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("l2e::observe_output", mutates_args=("sums",))
+def observe_output(sums: Tensor, mlp_output: Tensor, residual: Tensor) -> None:
+    """Add the sums of squares of a block's MLP output and residual stream to `sums` [2]."""
+    if not in_backward():
+        sums[0] += mlp_output.float().square().sum()
+        sums[1] += residual.float().square().sum()
+
+
+@observe_output.register_fake
+def _(sums: Tensor, mlp_output: Tensor, residual: Tensor) -> None:
+    return None
+
+
+def _as_rows(pre: Tensor, state: LayerState) -> Tensor:
+    """[..., units] -> [samples, neurons], contiguous."""
+    if state.config.neuron_axes == "position":
+        _check_positions(pre, state)
+    elif pre.device != state.device:
+        state.to(pre.device)
+    return pre.detach().reshape(-1, state.neurons).contiguous()
+
+
+def _check_positions(pre: Tensor, state: LayerState) -> None:
+    if pre.dim() < 3:
+        raise ValueError(
+            f"l2e layer {state.name}: neuron_axes = 'position' needs activations of shape "
+            f"[batch, positions, units], found {list(pre.shape)}"
+        )
+    if state.positions == 0:
+        state.allocate(positions=pre.shape[-2], device=pre.device)
+    state.to(pre.device)
+    if pre.shape[-2] != state.positions:
+        raise ValueError(
+            f"l2e layer {state.name}: found {pre.shape[-2]} positions after {state.positions}; "
+            "neuron_axes = 'position' needs sequences of one length: pad them"
+        )
+
+
+def _start(state: LayerState, rows: Tensor) -> None:
+    """Before there are statistics, sums are taken around the first call's own mean."""
+    if not state.started:
+        state.started = True
+        z = kernels.activate(rows, state.activation).float()
+        state.statistics.mean.copy_(z.mean(0))
+
+
+def _record(state: LayerState, rows: Tensor, rule: kernels.Rule, sums: Tensor) -> Tensor:
+    """Add one call's sums to the step's; returns the call's sum of logs."""
+    if rule.balance is not None:
+        selected, var = sums[:-1].view(3, -1)[2], state.statistics.var
+        sums[-1] -= (selected * torch.where(var > 0, var, 1).log()).sum()
+    state.core_sums.add_(sums)
+    state.sums["samples"].add_(len(rows))
+    if state.phase.measuring:
+        _measure(state, rows, rule)
+    return sums[-1].clone()
+
+
+def _measure(state: LayerState, rows: Tensor, rule: kernels.Rule) -> None:
+    """What is only logged: fourth moments, the largest MS, and the histogram of the MS."""
+    largest = state.measured["largest"][state.sharding.data_rank]
+    for part in kernels.slices(rows):
+        z = kernels.activate(rows[part], rule.activation).float()
+        square = (z - rule.mean).square_()
+        state.measured["fourth"].add_((square * square).sum(0))
+        scale = square.div_(state.denominator)
+        torch.maximum(largest, scale.max(), out=largest)
+        state.counts.add_(threshold.histogram(scale))

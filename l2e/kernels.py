@@ -1,0 +1,127 @@
+"""The arithmetic on activations: what one forward and one backward pass of a layer compute.
+
+Everything here is local and stateless: [rows, neurons] in, [rows, neurons] and column sums out.
+Rows are worked on in slices that stay in the cache, so no temporary is as large as the input.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SLICE_ENTRIES = 65_536
+APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is done to a layer's activations, frozen while one optimizer step runs.
+
+    Attributes:
+        activation: "gelu", "gelu_tanh", or None for the identity.
+        method, delta: as in the configuration.
+        mean: [neurons], float32.
+        limit: [neurons], the (z - mean)^2 from which on an activation is selected, or a mask
+            [rows, neurons] of what is selected; None while nothing is.
+        balance: [neurons], running share of selected activations over variance, for the
+            scale-invariant L_MS; None otherwise.
+    """
+
+    activation: str | None
+    method: str
+    delta: float
+    mean: Tensor
+    limit: Tensor | None
+    balance: Tensor | None = None
+
+
+def forward(pre: Tensor, rule: Rule, sums: Tensor | None) -> Tensor:
+    """The activations as the next layer sees them, [rows, neurons] in the dtype of `pre`.
+
+    Args:
+        pre: [rows, neurons].
+        sums: float32 [3, neurons] and one more entry for the loss, flat: the sums over rows of
+            z - mean, of (z - mean)^2, of selected entries, and the sum over selected entries of
+            log (z - mean)^2 are added to it. None in a recomputation: its samples were counted.
+    """
+    if sums is None and rule.method in ("none", "regularize"):
+        return activate(pre, rule.activation)
+    out = torch.empty_like(pre)
+    for rows in slices(pre):
+        z = activate(pre[rows], rule.activation)
+        deviation = z.float() - rule.mean
+        square = deviation * deviation
+        selected = _selected(square, rule, rows)
+        if sums is not None:
+            _add_sums(sums, deviation, square, selected, rule)
+        if rule.method == "deactivate" and selected is not None:
+            z = torch.where(selected, rule.mean.to(z.dtype), z)
+        out[rows] = 0 if rule.method == "silence" else z
+    return out
+
+
+def backward(grad: Tensor, pre: Tensor, rule: Rule, pull: Tensor | float) -> Tensor:
+    """Gradient to `pre`, [rows, neurons], from the gradient to the forward's result.
+
+    Nothing but `pre` was kept: the activations and what is selected are computed again.
+
+    Args:
+        pull: factor of d(sum of log (z - mean)^2)/dz, for `regularize`.
+    """
+    if rule.method == "silence":
+        return torch.zeros_like(pre)
+    if rule.method == "none" or rule.limit is None:
+        return activation_backward(grad, pre, rule.activation)
+    out = torch.empty_like(pre)
+    for rows in slices(pre):
+        z = activate(pre[rows], rule.activation)
+        deviation = z.float() - rule.mean
+        selected = _selected(deviation * deviation, rule, rows)
+        assert selected is not None
+        if rule.method == "deactivate":
+            grad_z = torch.where(selected, -rule.delta * grad[rows], grad[rows])
+        else:
+            direction = torch.where(selected, deviation.reciprocal(), 0)
+            if rule.balance is not None:
+                direction.sub_(deviation.mul_(rule.balance))
+            grad_z = (grad[rows] + 2 * pull * direction).to(grad.dtype)
+        out[rows] = activation_backward(grad_z, pre[rows], rule.activation)
+    return out
+
+
+def activate(pre: Tensor, activation: str | None) -> Tensor:
+    return pre if activation is None else F.gelu(pre, approximate=APPROXIMATE[activation])
+
+
+def activation_backward(grad: Tensor, pre: Tensor, activation: str | None) -> Tensor:
+    if activation is None:
+        return grad.clone()
+    return torch.ops.aten.gelu_backward(grad, pre, approximate=APPROXIMATE[activation])
+
+
+def slices(pre: Tensor) -> Iterator[slice]:
+    """Slices of rows whose temporaries stay in the cache; on a GPU all rows at once."""
+    rows = len(pre) if pre.is_cuda else max(1, SLICE_ENTRIES // pre.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(pre), rows))
+
+
+def _selected(square: Tensor, rule: Rule, rows: slice) -> Tensor | None:
+    """The mask of selected entries of some rows; None while nothing is selected."""
+    if rule.limit is None:
+        return None
+    return rule.limit[rows] if rule.limit.dtype == torch.bool else square >= rule.limit
+
+
+def _add_sums(
+    sums: Tensor, deviation: Tensor, square: Tensor, selected: Tensor | None, rule: Rule
+) -> None:
+    columns = sums[:-1].view(3, -1)
+    columns[0] += deviation.sum(0)
+    columns[1] += square.sum(0)
+    if selected is not None:
+        columns[2] += selected.sum(0)
+        if rule.method == "regularize":
+            # Not square[selected]: a GPU would have to tell the host how many there are.
+            sums[-1] += torch.where(selected, square, 1).log_().sum()

@@ -1,0 +1,71 @@
+"""The inhibited non-linearity, as a module that stands where GELU stood."""
+
+from torch import Tensor, nn
+
+from l2e import inhibition, kernels
+from l2e.config import L2EConfig
+from l2e.state import LayerState
+
+
+class L2ELayer(nn.Module):
+    """A block's non-linearity that observes its activations and inhibits the selected ones.
+
+    In eval mode it is exactly the plain activation. It has no parameters and no buffers.
+
+    Args:
+        neurons: hidden units of this process (its tensor-parallel shard).
+        activation: "gelu" (erf), "gelu_tanh", or None for the identity.
+        name: the layer's name in metrics and checkpoints.
+        inhibited_layers: L_inh, inhibited layers of the whole model.
+        total_neurons: hidden units of the whole layer; None if they are not sharded.
+    """
+
+    def __init__(
+        self,
+        neurons: int,
+        config: L2EConfig,
+        *,
+        activation: str | None = "gelu",
+        name: str,
+        inhibited_layers: int,
+        total_neurons: int | None = None,
+    ) -> None:
+        super().__init__()
+        if activation is not None and activation not in kernels.APPROXIMATE:
+            raise ValueError(
+                f"activation = {activation!r}: expected one of {list(kernels.APPROXIMATE)} or None"
+            )
+        self.activation = activation
+        self.config = config
+        self.state = LayerState(
+            name,
+            neurons,
+            config,
+            activation=activation if config.site == "post" else None,
+            inhibited_layers=inhibited_layers,
+            total_units=total_neurons or neurons,
+        )
+        self.handle = inhibition.register(self.state)
+
+    def forward(self, pre: Tensor) -> Tensor:
+        """[..., neurons] -> [..., neurons]."""
+        if not self.training:
+            return kernels.activate(pre, self.activation)
+        out = inhibition.inhibit(pre, self.handle)[0]
+        return out if self.config.site == "post" else kernels.activate(out, self.activation)
+
+    def observe_output(self, mlp_output: Tensor, residual: Tensor) -> None:
+        """Compare the MLP's output with the residual stream it is added to (measured steps)."""
+        if self.training and self.state.phase.measuring:
+            inhibition.observe_output(
+                self.state.measured_squares, mlp_output.detach(), residual.detach()
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.state.name!r}, {self.state.units}, {self.activation}, {self.config.method}"
+
+    def __deepcopy__(self, memo: dict) -> "L2ELayer":
+        raise TypeError(
+            f"l2e layer {self.state.name} cannot be copied: its statistics belong to one model; "
+            "build the copy anew, or detach first"
+        )

@@ -1,0 +1,60 @@
+"""Which activations of one call are selected (MEmeL's top k; L2E's threshold is one comparison)."""
+
+import torch
+from torch import Tensor
+
+from l2e import kernels, statistics
+from l2e.state import LayerState
+from l2e.statistics import Statistics
+
+
+def select(state: LayerState, rows: Tensor, sequence: int) -> tuple[Tensor | None, Tensor, Tensor]:
+    """What is compared with what in this call.
+
+    Args:
+        rows: [samples, neurons], before the non-linearity.
+        sequence: rows of one sequence, for selections that run over whole sequences.
+
+    Returns:
+        The limit or mask as `kernels.Rule` takes it (None: nothing is selected); the mean that
+        selected activations are moved to or from; and the mask of top-k selections, which is not
+        computed again in the backward pass ([0] for the threshold, which is).
+    """
+    mean = state.statistics.mean
+    if state.config.selection == "threshold":
+        nothing = torch.empty(0, dtype=torch.bool, device=rows.device)
+        return (state.limit if state.phase.selecting else None), mean, nothing
+    if not state.phase.selecting:
+        return None, mean, torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
+    z = kernels.activate(rows, state.activation).float()
+    denominator = state.denominator
+    if state.config.memel_code_compat:
+        scored = _updated(state, z)
+        mean = scored.mean
+        denominator = scored.var + state.config.eps * scored.var.mean()
+    scale = (z - mean).square_().div_(denominator.clamp(min=torch.finfo(torch.float32).tiny))
+    mask = _largest(state, scale, sequence if state.config.memel_code_compat else 1)
+    return mask, mean, mask
+
+
+def _largest(state: LayerState, scale: Tensor, rows_per_sample: int) -> Tensor:
+    """[samples, neurons] -> mask of the k largest of each sample, over all shards."""
+    samples = scale.reshape(len(scale) // rows_per_sample, -1)
+    k = min(state.config.topk, samples.shape[1])
+    candidates = state.sharding.gather_neurons(samples.topk(k, dim=1).values)
+    smallest = candidates.topk(min(state.config.topk, candidates.shape[1]), dim=1).values[:, -1:]
+    return ((samples >= smallest) & (samples > 0)).view(scale.shape)
+
+
+def _updated(state: LayerState, z: Tensor) -> Statistics:
+    """The statistics as MEmeL's code scores by: this call's batch already merged."""
+    deviation = z - state.statistics.mean
+    count = torch.tensor(float(len(z)), device=z.device)
+    return statistics.merge(
+        state.statistics,
+        count,
+        deviation.sum(0),
+        deviation.square().sum(0),
+        state.config.forget_step,
+        first_twice=True,
+    )

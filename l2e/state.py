@@ -1,0 +1,254 @@
+"""What a layer knows: running statistics and threshold, frozen while one optimizer step runs.
+
+Held in plain float32 tensors outside the module, so that no engine casts, shards or averages
+them. A layer adds to its sums in every forward pass; the controller merges them at step's end.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from l2e import kernels, threshold
+from l2e.config import L2EConfig
+from l2e.sharding import Sharding
+from l2e.statistics import Statistics
+
+
+@dataclass
+class Phase:
+    """Where training stands; one object shared by the controller and all its layers.
+
+    Attributes:
+        step: optimizer steps merged so far, which is the number of the running step.
+        start: the first step that selects.
+        observed: the step whose histogram gives tau its start; None for topk.
+        measure: also compute what is only logged.
+        gradient_scale: what an injected gradient is multiplied by (loss scale / micro-batches).
+    """
+
+    step: int = 0
+    start: int = 0
+    observed: int | None = None
+    measure: bool = False
+    gradient_scale: float = 1.0
+
+    @classmethod
+    def of(cls, config: L2EConfig) -> "Phase":
+        """At step 0. MS exists from step 1 on, a threshold from the step after."""
+        if config.selection == "threshold":
+            start = max(config.late_start_step, 2)
+            return cls(start=start, observed=start - 1)
+        return cls(start=max(config.late_start_step, 0 if config.memel_code_compat else 1))
+
+    @property
+    def selecting(self) -> bool:
+        return self.step >= self.start
+
+    @property
+    def measuring(self) -> bool:
+        """Step 0 has no statistics to measure by."""
+        return self.step > 0 and (self.measure or self.step == self.observed)
+
+
+class Sums:
+    """What one step adds up for one layer: named views of one flat float32 buffer."""
+
+    def __init__(self, sizes: dict[str, int], flat: Tensor) -> None:
+        assert len(flat) == sum(sizes.values())
+        self.sizes, self.flat = sizes, flat
+        self.parts = dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
+
+    @classmethod
+    def zeros(cls, sizes: dict[str, int], device: torch.device) -> "Sums":
+        return cls(sizes, torch.zeros(sum(sizes.values()), device=device))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.parts[name]
+
+
+class LayerState:
+    """State of one L2ELayer.
+
+    Attributes:
+        neurons: this process's neurons (a shard of `total_neurons` under tensor parallelism);
+            of neuron_axes "position", times the number of positions.
+        statistics, tau, share, updates: mean, var and m; the threshold; each neuron's running
+            share of selected activations; and how many updates tau and share have had.
+        std_at_start: activation standard deviation of the layer when inhibition started.
+        bad_step: the first step with a NaN or Inf activation, -1 if there was none.
+    """
+
+    SAVED = ("share", "tau", "updates", "mean_var", "std_at_start")
+
+    def __init__(
+        self,
+        name: str,
+        units: int,
+        config: L2EConfig,
+        *,
+        activation: str | None,
+        inhibited_layers: int,
+        total_units: int,
+    ) -> None:
+        self.name, self.config, self.activation = name, config, activation
+        self.units, self.total_units = units, total_units
+        self.inhibited_layers = inhibited_layers
+        self.phase = Phase()
+        self.sharding = Sharding()
+        self.positions = 0
+        self.started = False
+        if config.neuron_axes == "unit":
+            self.allocate(positions=1, device=torch.device("cpu"))
+
+    def allocate(self, positions: int, device: torch.device) -> None:
+        """Make the state of `positions` x units neurons; `positions` is known from the data."""
+        self.positions = positions
+        self.statistics = Statistics.empty(self.neurons, device)
+        self.share = torch.zeros(self.neurons, device=device)
+        self.tau = torch.tensor(float("inf"), device=device)
+        self.updates = torch.zeros((), device=device)
+        self.std_at_start = torch.tensor(float("nan"), device=device)
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.refresh(torch.zeros((), device=device))
+        self.reset_sums()
+
+    @property
+    def neurons(self) -> int:
+        return self.units * self.positions
+
+    @property
+    def total_neurons(self) -> int:
+        return self.total_units * self.positions
+
+    @property
+    def device(self) -> torch.device:
+        return self.tau.device
+
+    def to(self, device: torch.device) -> None:
+        if self.device == device:
+            return
+        move = {name: getattr(self, name).to(device) for name in (*self.SAVED, "bad_step")}
+        self.__dict__.update(move)
+        old = self.statistics
+        self.statistics = Statistics(
+            *(t.to(device) for t in (old.mean, old.mean_low, old.var, old.samples))
+        )
+        self.refresh(self.mean_var)
+        self.reset_sums()
+
+    def refresh(self, mean_var: Tensor) -> None:
+        """Derive what the next step's forward passes compare with.
+
+        Args:
+            mean_var: [], mean of var over the whole layer, of all shards.
+        """
+        self.mean_var = mean_var
+        var = self.statistics.var
+        # A layer of constants: nothing deviates, nothing is selected.
+        tiny = torch.finfo(torch.float32).tiny
+        self.denominator = (var + self.config.eps * mean_var).clamp(min=tiny)
+        self.limit = (self.tau * self.denominator).clamp(min=tiny)
+        self.balance = torch.where(var > 0, self.share / var, 0)
+
+    def reset_sums(self) -> None:
+        n, scalar = self.neurons, 1
+        sizes = {
+            "deviation": n,
+            "square": n,
+            "selected": n,
+            "log_square": scalar,
+            "samples": scalar,
+        }
+        measured = {
+            "fourth": n,
+            "largest": self.sharding.data_size,
+            "histogram": 2 * threshold.BINS,
+            "output_square": scalar,
+            "residual_square": scalar,  # right after output_square: measured_squares
+        }
+        self.sums = Sums.zeros(sizes, self.device)
+        self.measured = Sums.zeros(measured, self.device)
+        self.counts = torch.zeros(threshold.BINS, dtype=torch.int64, device=self.device)
+
+    @property
+    def core_sums(self) -> Tensor:
+        """The part of the sums that the kernels add to: [3, neurons] and one entry, flat."""
+        return self.sums.flat[:-1]
+
+    @property
+    def measured_squares(self) -> Tensor:
+        """[2]: the sums of squares of MLP output and residual stream."""
+        return self.measured.flat[-2:]
+
+    def join(self, phase: Phase, sharding: Sharding) -> None:
+        """Be led by a controller."""
+        self.phase, self.sharding = phase, sharding
+        if self.positions:
+            self.reset_sums()
+
+    def expected_selected(self, rows: int) -> float:
+        """How many activations of the whole layer are selected among `rows` samples, over time."""
+        if self.config.selection == "topk":
+            return self.config.topk * rows
+        return self.config.inhibit_fraction * self.total_neurons * rows
+
+    def loss_factor(self, rows: int) -> float:
+        """L_MS is this times the sum over selected entries of log (z - mean)^2 (L2E, Eq. 5)."""
+        return self.config.weight / (self.inhibited_layers * self.expected_selected(rows))
+
+    def rule(self, limit: Tensor | None, mean: Tensor) -> kernels.Rule:
+        balanced = self.config.scale_invariant and limit is not None
+        return kernels.Rule(
+            activation=self.activation,
+            method=self.config.method,
+            delta=self.config.delta,
+            mean=mean,
+            limit=limit,
+            balance=self.balance if balanced else None,
+        )
+
+    def saved(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint, this process's shard; neurons last."""
+        tensors = {name: getattr(self, name) for name in self.SAVED}
+        tensors |= vars(self.statistics)
+        return {
+            name: value.view(self.positions, self.units)
+            if value.dim() and self.config.neuron_axes == "position"
+            else value
+            for name, value in tensors.items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `saved` gave, gathered over all shards; keeps this process's shard."""
+        names = (*Statistics.__dataclass_fields__, *self.SAVED)
+        missing = [name for name in names if name not in tensors]
+        if missing:
+            raise ValueError(f"l2e state of layer {self.name}: no entries {missing}")
+        positions = len(tensors["mean"]) if self.config.neuron_axes == "position" else 1
+        full = (positions, self.total_units) if positions > 1 else (self.total_units,)
+        for name in ("mean", "mean_low", "var", "share"):
+            if tensors[name].shape != full:
+                raise ValueError(
+                    f"l2e state of layer {self.name}: {name} has shape "
+                    f"{list(tensors[name].shape)}, this model needs {list(full)}"
+                )
+        device = self.device if self.positions else torch.device("cpu")
+        self.allocate(positions, device)
+        own = {
+            name: (
+                self.sharding.own_neurons(tensors[name]).flatten()
+                if tensors[name].dim()
+                else tensors[name]
+            )
+            .detach()
+            .to(device, torch.float32, copy=True)
+            for name in names
+        }
+        self.statistics = Statistics(
+            **{name: own[name] for name in Statistics.__dataclass_fields__}
+        )
+        for name in self.SAVED:
+            setattr(self, name, own[name])
+        self.started = True
+        self.refresh(self.mean_var)

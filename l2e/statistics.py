@@ -1,0 +1,85 @@
+"""Online mean and variance of every neuron, merged once an optimizer step.
+
+Sums are taken around the running mean, never around zero, and the mean is kept in two float32
+words, so that a mean of 10,000 beside a standard deviation of 1 costs no accuracy.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Running statistics of one layer; all float32.
+
+    Attributes:
+        mean: [neurons], the running mean, and the centre that new sums are taken around.
+        mean_low: [neurons], what float32 rounding left out of `mean`.
+        var: [neurons], running sample variance.
+        samples: [], the number m of samples they stand for.
+    """
+
+    mean: Tensor
+    mean_low: Tensor
+    var: Tensor
+    samples: Tensor
+
+    @classmethod
+    def empty(cls, neurons: int, device: torch.device) -> "Statistics":
+        zeros = torch.zeros(neurons, device=device)
+        return cls(zeros, zeros.clone(), zeros.clone(), torch.zeros((), device=device))
+
+
+def merge(
+    old: Statistics,
+    count: Tensor,
+    deviation: Tensor,
+    square: Tensor,
+    forget_step: int,
+    first_twice: bool = False,
+) -> Statistics:
+    """The statistics with one more batch (MEmeL, Lemma 3.2, with its forgetting).
+
+    Args:
+        count: [], the batch's samples b (0 changes nothing).
+        deviation: [neurons], sum over the batch of z - old.mean.
+        square: [neurons], sum over the batch of (z - old.mean)^2.
+        forget_step: n_f; the old samples' weight is at most n_f batches'.
+        first_twice: the mean counts one batch too many as old, as MEmeL's code does.
+    """
+    b = count.clamp(min=1)
+    m = torch.minimum(old.samples, forget_step * b)
+    shift = deviation / b  # batch mean - old.mean
+    v = (square / b - shift * shift).clamp(min=0)
+    step = shift - old.mean_low  # batch mean - running mean, to both words
+
+    spread = m * b / ((m + b) * (m + b - 1).clamp(min=1))
+    var = spread * step * step + (b * v + (m - 1).clamp(min=0) * old.var) / (m + b - 1).clamp(min=1)
+    old_weight = torch.where(m > 0, torch.minimum(m + b, forget_step * b), m) if first_twice else m
+    offset = old.mean_low + step * (b / (old_weight + b))
+    mean = old.mean + offset
+    new = Statistics(
+        mean=mean,
+        mean_low=offset - (mean - old.mean),
+        var=var,
+        samples=torch.minimum(m + b, forget_step * b),
+    )
+    return where(count > 0, new, old)
+
+
+def where(condition: Tensor, yes: Statistics, no: Statistics) -> Statistics:
+    return Statistics(
+        mean=torch.where(condition, yes.mean, no.mean),
+        mean_low=torch.where(condition, yes.mean_low, no.mean_low),
+        var=torch.where(condition, yes.var, no.var),
+        samples=torch.where(condition, yes.samples, no.samples),
+    )
+
+
+def recentre(
+    count: Tensor, deviation: Tensor, square: Tensor, move: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sums around another centre: `move` [neurons] is the old centre minus the new one."""
+    return deviation + count * move, square + 2 * move * deviation + count * move * move

@@ -1,0 +1,73 @@
+"""The moving threshold tau of a layer: selected are the activations with MS of tau or more.
+
+tau starts at a quantile of one observed step, read from a histogram of integer counts, and then
+follows the share of selected activations with one scalar update a step (L2E, section 4).
+"""
+
+import torch
+from torch import Tensor
+
+BINS_PER_OCTAVE = 32
+LOWEST, HIGHEST = -20, 20  # log2 of the MS; what lies outside falls into the first or last bin
+BINS = (HIGHEST - LOWEST) * BINS_PER_OCTAVE
+WORD = 4096
+MAX_STEP = 0.5
+
+
+def histogram(scale: Tensor) -> Tensor:
+    """Counts [BINS] (int64) of log2 of the MS `scale` (any shape), in bins of 1/32."""
+    bins = ((torch.log2(scale) - LOWEST) * BINS_PER_OCTAVE).clamp(0, BINS - 1)
+    bins = torch.nan_to_num(bins).long().flatten()
+    return torch.zeros(BINS, dtype=torch.int64, device=scale.device).scatter_add_(
+        0, bins, torch.ones_like(bins)
+    )
+
+
+def bin_edges() -> Tensor:
+    """[BINS + 1], the MS at the histogram's bin edges."""
+    return 2.0 ** (LOWEST + torch.arange(BINS + 1, dtype=torch.float64) / BINS_PER_OCTAVE)
+
+
+def to_words(counts: Tensor) -> Tensor:
+    """int64 [n] -> float32 [2n] that can be summed exactly over up to 4,096 ranks."""
+    return torch.cat([counts // WORD, counts % WORD]).float()
+
+
+def from_words(words: Tensor) -> Tensor:
+    """The int64 counts [n] of summed words [2n]."""
+    high, low = words.long().chunk(2)
+    return high * WORD + low
+
+
+def quantile(counts: Tensor, fraction: float) -> Tensor:
+    """The MS (float32, []) that `fraction` of the counted entries reach: its bin's centre."""
+    reached = counts.flip(0).cumsum(0).double()
+    from_top = (reached < fraction * reached[-1]).sum()
+    log2 = LOWEST + (BINS - 0.5 - from_top) / BINS_PER_OCTAVE
+    return torch.exp2(log2.float())
+
+
+def step_size(updates: Tensor, rate: float, floor: float) -> Tensor:
+    """eta after `updates` updates: rate / sqrt(1 + updates), at least the floor."""
+    return (rate * torch.rsqrt(1 + updates)).clamp(min=floor)
+
+
+def update(tau: Tensor, selected_fraction: Tensor, target: float, eta: Tensor) -> Tensor:
+    """One step of log tau towards the target share, at most 0.5 either way."""
+    return tau * torch.exp((eta * (selected_fraction - target) / target).clamp(-MAX_STEP, MAX_STEP))
+
+
+def carry(tau: Tensor, old_mean_var: Tensor, new_mean_var: Tensor) -> Tensor:
+    """tau for MS in units of the merged variance, at the same distance from the mean as before.
+
+    MS is measured in units of the running variance. While that still follows a jump of the
+    activations' scale, tau would have to chase it, and the update's small last step size is too
+    slow: without this, the share is 29 % off 200 steps after the scale fell to a quarter.
+    """
+    ratio = old_mean_var / new_mean_var
+    return torch.where(torch.isfinite(ratio) & (ratio > 0), tau * ratio, tau)
+
+
+def share_weight(updates: Tensor, forget_step: int) -> Tensor:
+    """Weight of the newest batch in a running share, forgetting as the statistics do."""
+    return 1 / (updates + 1).clamp(max=forget_step + 1)
