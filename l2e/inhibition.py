@@ -48,10 +48,10 @@ def inhibit(pre: Tensor, handle: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = _as_rows(pre, state)
     if state.phase.step == 0 and not recomputing:
         _start(state, rows)
-    limit, mean, mask = selection.select(
+    limit, replacement, mask = selection.select(
         state, rows, sequence=pre.shape[-2] if pre.dim() > 2 else 1
     )
-    rule = state.rule(limit, mean)
+    rule = state.rule(limit, replacement)
     sums = None if recomputing else torch.zeros_like(state.core_sums)
     out = kernels.forward(rows, rule, sums)
     loss = torch.zeros((), device=pre.device)
@@ -82,9 +82,7 @@ def inhibit_backward(
         limit = mask.view(rows.shape) if len(mask) else state.limit
     injected = state.phase.gradient_scale * state.loss_factor(len(rows))
     pull = injected if loss_grad is None else loss_grad
-    out = kernels.backward(
-        grad.reshape(rows.shape), rows, state.rule(limit, state.statistics.mean), pull
-    )
+    out = kernels.backward(grad.reshape(rows.shape), rows, state.rule(limit), pull)
     return out.view(pre.shape)
 
 

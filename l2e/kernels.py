@@ -27,6 +27,7 @@ class Rule:
             [rows, neurons] of what is selected; None while nothing is.
         balance: [neurons], running share of selected activations over variance, for the
             scale-invariant L_MS; None otherwise.
+        replacement: [neurons], the value of a deactivated activation where it is not `mean`.
     """
 
     activation: str | None
@@ -35,6 +36,7 @@ class Rule:
     mean: Tensor
     limit: Tensor | None
     balance: Tensor | None = None
+    replacement: Tensor | None = None
 
 
 def forward(pre: Tensor, rule: Rule, sums: Tensor | None) -> Tensor:
@@ -57,7 +59,8 @@ def forward(pre: Tensor, rule: Rule, sums: Tensor | None) -> Tensor:
         if sums is not None:
             _add_sums(sums, deviation, square, selected, rule)
         if rule.method == "deactivate" and selected is not None:
-            z = torch.where(selected, rule.mean.to(z.dtype), z)
+            mean = rule.mean if rule.replacement is None else rule.replacement
+            z = torch.where(selected, mean.to(z.dtype), z)
         out[rows] = 0 if rule.method == "silence" else z
     return out
 

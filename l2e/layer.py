@@ -18,6 +18,7 @@ class L2ELayer(nn.Module):
         name: the layer's name in metrics and checkpoints.
         inhibited_layers: L_inh, inhibited layers of the whole model.
         total_neurons: hidden units of the whole layer; None if they are not sharded.
+        sequence_first: activations are [sequence, batch, neurons], not [batch, sequence, neurons].
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class L2ELayer(nn.Module):
         name: str,
         inhibited_layers: int,
         total_neurons: int | None = None,
+        sequence_first: bool = False,
     ) -> None:
         super().__init__()
         if activation is not None and activation not in kernels.APPROXIMATE:
@@ -37,6 +39,9 @@ class L2ELayer(nn.Module):
             )
         self.activation = activation
         self.config = config
+        # Where the position in a sequence matters, the operator wants sequences together.
+        positions_matter = config.neuron_axes == "position" or config.memel_code_compat
+        self.transposed = sequence_first and positions_matter
         self.state = LayerState(
             name,
             neurons,
@@ -51,7 +56,10 @@ class L2ELayer(nn.Module):
         """[..., neurons] -> [..., neurons]."""
         if not self.training:
             return kernels.activate(pre, self.activation)
-        out = inhibition.inhibit(pre, self.handle)[0]
+        if self.transposed:
+            out = inhibition.inhibit(pre.transpose(0, 1), self.handle)[0].transpose(0, 1)
+        else:
+            out = inhibition.inhibit(pre, self.handle)[0]
         return out if self.config.site == "post" else kernels.activate(out, self.activation)
 
     def observe_output(self, mlp_output: Tensor, residual: Tensor) -> None:

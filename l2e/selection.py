@@ -8,7 +8,9 @@ from l2e.state import LayerState
 from l2e.statistics import Statistics
 
 
-def select(state: LayerState, rows: Tensor, sequence: int) -> tuple[Tensor | None, Tensor, Tensor]:
+def select(
+    state: LayerState, rows: Tensor, sequence: int
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """What is compared with what in this call.
 
     Args:
@@ -16,25 +18,24 @@ def select(state: LayerState, rows: Tensor, sequence: int) -> tuple[Tensor | Non
         sequence: rows of one sequence, for selections that run over whole sequences.
 
     Returns:
-        The limit or mask as `kernels.Rule` takes it (None: nothing is selected); the mean that
-        selected activations are moved to or from; and the mask of top-k selections, which is not
-        computed again in the backward pass ([0] for the threshold, which is).
+        The limit or mask as `kernels.Rule` takes it (None: nothing is selected); the mean to put
+        in the place of selected activations, if not the running one; and the mask of top-k
+        selections, which the backward pass does not compute again ([0] for the threshold).
     """
-    mean = state.statistics.mean
     if state.config.selection == "threshold":
         nothing = torch.empty(0, dtype=torch.bool, device=rows.device)
-        return (state.limit if state.phase.selecting else None), mean, nothing
+        return (state.limit if state.phase.selecting else None), None, nothing
     if not state.phase.selecting:
-        return None, mean, torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
+        return None, None, torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
     z = kernels.activate(rows, state.activation).float()
-    denominator = state.denominator
+    mean, denominator, updated_mean = state.statistics.mean, state.denominator, None
     if state.config.memel_code_compat:
         scored = _updated(state, z)
-        mean = scored.mean
+        mean = updated_mean = scored.mean
         denominator = scored.var + state.config.eps * scored.var.mean()
     scale = (z - mean).square_().div_(denominator.clamp(min=torch.finfo(torch.float32).tiny))
     mask = _largest(state, scale, sequence if state.config.memel_code_compat else 1)
-    return mask, mean, mask
+    return mask, updated_mean, mask
 
 
 def _largest(state: LayerState, scale: Tensor, rows_per_sample: int) -> Tensor:

@@ -197,15 +197,16 @@ class LayerState:
         """L_MS is this times the sum over selected entries of log (z - mean)^2 (L2E, Eq. 5)."""
         return self.config.weight / (self.inhibited_layers * self.expected_selected(rows))
 
-    def rule(self, limit: Tensor | None, mean: Tensor) -> kernels.Rule:
+    def rule(self, limit: Tensor | None, replacement: Tensor | None = None) -> kernels.Rule:
         balanced = self.config.scale_invariant and limit is not None
         return kernels.Rule(
             activation=self.activation,
             method=self.config.method,
             delta=self.config.delta,
-            mean=mean,
+            mean=self.statistics.mean,
             limit=limit,
             balance=self.balance if balanced else None,
+            replacement=replacement,
         )
 
     def saved(self) -> dict[str, Tensor]:

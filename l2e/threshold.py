@@ -29,7 +29,7 @@ def bin_edges() -> Tensor:
 
 
 def to_words(counts: Tensor) -> Tensor:
-    """int64 [n] -> float32 [2n] that can be summed exactly over up to 4,096 ranks."""
+    """int64 [n] -> float32 [2n] whose sums over up to 4,096 ranks are exact below 2^36."""
     return torch.cat([counts // WORD, counts % WORD]).float()
 
 

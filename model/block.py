@@ -69,4 +69,5 @@ def inhibitor_of(number: int, config: ModelConfig, l2e: L2EConfig | None) -> L2E
         name=str(number),
         inhibited_layers=len(inhibited),
         total_neurons=config.intermediate_size,
+        sequence_first=True,
     )
