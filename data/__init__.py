@@ -1,0 +1,17 @@
+"""Corpus -> tokenizer -> index -> dataset: text in, batches in a known order out."""
+
+from data.check import check
+from data.dataset import ORDER_NAMES, Samples, open_dataset
+from data.loader import batches
+from data.problem import Problem
+from data.tokenizer import load_tokenizer
+
+__all__ = [
+    "ORDER_NAMES",
+    "Problem",
+    "Samples",
+    "batches",
+    "check",
+    "load_tokenizer",
+    "open_dataset",
+]

@@ -1,0 +1,120 @@
+"""What can be known about a run's data before any process group exists."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data import manifest
+from data.dataset import blend_shares, check_enough, split_documents
+from data.files import sha256
+from data.index import TokenFile, bin_path, idx_path
+from data.problem import Problem
+from data.tokenizer import load_tokenizer
+
+# A .bin file up to this size is hashed and scanned whole; of a larger one, this much is scanned.
+LOOK_AT_BYTES = 2**28
+BLOCKS = 64
+
+
+def check(
+    path: str | Sequence[str] | Mapping[str, float],
+    sequence_length: int,
+    samples: int,
+    order: str = "neox",
+    split: float | None = None,
+    part: str = "train",
+    tokenizer: str | Path | None = None,
+    vocab_size: int | None = None,
+) -> list[Problem]:
+    """Everything wrong with a training or a validation set, as `open_dataset` would open it.
+
+    Args:
+        tokenizer: file of the run's tokenizer, held against the one the corpus was made with.
+        vocab_size: rows of the model's embedding, which every id must be below.
+
+    Returns an empty list where nothing is wrong.
+    """
+    problems: list[Problem] = []
+    tokenizer_hash = None
+    if tokenizer is not None:
+        try:
+            loaded = load_tokenizer(tokenizer)
+        except Problem as problem:
+            problems.append(problem)
+        else:
+            tokenizer_hash = loaded.sha256
+            problems += _check_vocabulary(loaded, vocab_size)
+    try:
+        prefixes = blend_shares(path)
+    except Problem as problem:
+        return [*problems, problem]
+    for prefix in prefixes:
+        try:
+            file = TokenFile(prefix)
+            _check_manifest(file, tokenizer, tokenizer_hash)
+            if vocab_size is not None:
+                _check_ids(file, vocab_size)
+            documents = split_documents(len(file), split, part)
+            wanted = samples if len(prefixes) == 1 else 0
+            check_enough(file, documents, sequence_length, wanted, order)
+        except Problem as problem:
+            problems.append(problem)
+    return problems
+
+
+def _check_vocabulary(tokenizer, vocab_size: int | None) -> list[Problem]:
+    if vocab_size is None or tokenizer.vocab_size <= vocab_size:
+        return []
+    return [
+        Problem(
+            "model.vocab_size",
+            vocab_size,
+            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids",
+            f"set model.vocab_size to {-(-tokenizer.vocab_size // 128) * 128} or another tokenizer",
+        )
+    ]
+
+
+def _check_manifest(file: TokenFile, tokenizer, tokenizer_hash: str | None) -> None:
+    """The files are those the manifest describes, and of the run's tokenizer."""
+    found = manifest.read(file.prefix)
+    if found is None:
+        return
+    small = bin_path(file.prefix).stat().st_size <= LOOK_AT_BYTES
+    hashed = {"idx_sha256": idx_path(file.prefix)}
+    if small:
+        hashed["bin_sha256"] = bin_path(file.prefix)
+    for key, path in hashed.items():
+        if found.get(key) != sha256(path):
+            raise Problem(
+                "token file",
+                path,
+                f"its content is not what {manifest.path(file.prefix)} says it is",
+                "copy or prepare the files anew",
+            )
+    made_with = found.get("tokenizer_sha256")
+    if tokenizer_hash is not None and made_with != tokenizer_hash:
+        raise Problem(
+            "tokenizer.path",
+            tokenizer,
+            f"hash {tokenizer_hash[:12]}, but {file.prefix} was prepared with the tokenizer "
+            f"{str(made_with)[:12]}",
+            "name the tokenizer the corpus was prepared with, or prepare it anew",
+        )
+
+
+def _check_ids(file: TokenFile, vocab_size: int) -> None:
+    """No id is negative or past the vocabulary, in a small file whole, else in many places."""
+    count = len(file.tokens)
+    block = max(1, min(count, LOOK_AT_BYTES // file.dtype.itemsize) // BLOCKS)
+    for start in np.linspace(0, count - block, BLOCKS if count > block else 1, dtype=np.int64):
+        tokens = file.tokens[start : start + block + 1]
+        worst = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
+        if not 0 <= worst < vocab_size:
+            raise Problem(
+                "token file",
+                bin_path(file.prefix),
+                f"holds the id {worst}, outside a vocabulary of {vocab_size}",
+                "take the model's tokenizer to prepare it, or the right model.vocab_size",
+            )

@@ -1,0 +1,41 @@
+"""Training sets as micro-batches: which rank reads which rows of a step."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data.dataset import Samples
+
+if TYPE_CHECKING:
+    import torch
+
+
+def batches(
+    dataset: Samples,
+    start_step: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_rank: int = 0,
+    data_size: int = 1,
+) -> Iterator["torch.Tensor"]:
+    """Micro-batches [micro_batch_size, sequence_length + 1], int64, of one data-parallel rank.
+
+    Step k is samples [k*global, (k+1)*global) of the training set. Each of the `data_size` ranks
+    takes a contiguous slice of them and cuts it into micro-batches, so neither the number of
+    ranks nor the micro-batch changes what a step sees, and any step can be the first. Ends after
+    the last whole step.
+    """
+    import torch  # here, since preparing text does without it
+
+    if global_batch_size % (micro_batch_size * data_size):
+        raise ValueError(
+            f"train.global_batch_size {global_batch_size} is not a multiple of "
+            f"train.micro_batch_size {micro_batch_size} x {data_size} data-parallel ranks"
+        )
+    rows = global_batch_size // data_size
+    for step in range(start_step, len(dataset) // global_batch_size):
+        first = step * global_batch_size + data_rank * rows
+        for row in range(first, first + rows, micro_batch_size):
+            samples = [dataset[i] for i in range(row, row + micro_batch_size)]
+            yield torch.from_numpy(np.stack(samples))

@@ -1,0 +1,126 @@
+"""A preparation in the making: the folder PREFIX.partial, which can be left and taken up again.
+
+What is in `state.json` is on the disk for good; whatever was written after it is cut off when
+the work goes on. So a process may die at any moment, and the result is the same to the byte.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from data.corpus import Reject
+from data.files import sync, write_json
+
+TOKENS, LENGTHS, SUBSETS, REJECTS = "tokens", "lengths", "subsets", "rejects.jsonl"
+
+
+class PartialCorpus:
+    """Tokens, lengths and subsets of the documents so far, and how far the sources are read.
+
+    `job` says what is being prepared; a folder left by another job is refused. Raises ValueError
+    for that, for a folder in use, and for a disk that is full.
+    """
+
+    def __init__(self, folder: Path, job: dict):
+        self.folder = folder
+        self.units = self.position = self.text_bytes = self.documents = self.tokens = 0
+        self.reasons: Counter[str] = Counter()
+        self.subsets: dict[str, list[int]] = {}  # name: [documents, tokens]
+        self._job = job
+        self._files: dict = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: another process is preparing this output") from error
+        sizes = self._restore()
+        for name in (TOKENS, LENGTHS, SUBSETS, REJECTS):
+            self._files[name] = (folder / name).open("ab")
+            self._files[name].truncate(sizes.get(name, 0))
+            self._files[name].seek(0, os.SEEK_END)
+
+    def _restore(self) -> dict[str, int]:
+        """Take up the state of an earlier process, if there is one; the size of each file."""
+        path = self.folder / "state.json"
+        if not path.exists():
+            return {}
+        state = json.loads(path.read_text("utf-8"))
+        if state["job"] != self._job:
+            changed = [key for key in self._job if state["job"].get(key) != self._job[key]]
+            raise ValueError(
+                f"{self.folder}: holds an interrupted preparation that differs in "
+                f"{', '.join(changed)}; delete the folder, or choose another --output"
+            )
+        for key, value in state["progress"].items():
+            setattr(self, key, value)
+        self.reasons = Counter(self.reasons)
+        print(f"continuing after {self.documents:,} documents, {self.tokens:,} tokens", flush=True)
+        return state["sizes"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for file in self._files.values():
+            file.close()
+        self._lock.close()
+
+    @property
+    def rejects(self) -> int:
+        return self.reasons.total()
+
+    def add(
+        self, tokens: np.ndarray, lengths: list[int], subsets: list[str], rejects: list[Reject]
+    ) -> None:
+        """Append documents, laid end to end in `tokens`, and the units that weren't any."""
+        numbers = []
+        for subset, length in zip(subsets, lengths, strict=True):
+            counts = self.subsets.setdefault(subset, [0, 0])
+            counts[0] += 1
+            counts[1] += length
+            numbers.append(list(self.subsets).index(subset))
+        self._files[TOKENS].write(tokens)
+        self._files[LENGTHS].write(np.array(lengths, np.int32))
+        self._files[SUBSETS].write(np.array(numbers, np.int32))
+        for reject in rejects:
+            line = json.dumps(reject._asdict(), ensure_ascii=True) + "\n"
+            self._files[REJECTS].write(line.encode())
+            self.reasons[reject.reason.split(":")[0].split(" at ")[0]] += 1
+        self.documents += len(lengths)
+        self.tokens += len(tokens)
+
+    def commit(self) -> None:
+        """Make everything so far survive the death of the process."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        keys = ("units", "position", "text_bytes", "documents", "tokens", "reasons", "subsets")
+        write_json(
+            self.folder / "state.json",
+            {
+                "job": self._job,
+                "progress": {key: getattr(self, key) for key in keys},
+                "sizes": {name: file.tell() for name, file in self._files.items()},
+            },
+        )
+
+    @property
+    def committed(self) -> bool:
+        return (self.folder / "state.json").exists()
+
+    def keep_rejects(self, target: Path) -> None:
+        """Put the rejects where the user finds them, if there are any."""
+        self._files[REJECTS].flush()
+        if self.rejects:
+            shutil.copyfile(self.folder / REJECTS, target)
+            sync(target)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

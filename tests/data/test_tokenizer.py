@@ -1,0 +1,95 @@
+"""Round trips, and what a broken tokenizer file says."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from data.tokenizer import load_tokenizer, train_sentencepiece
+from tests.data.conftest import make_texts
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+AWKWARD = [
+    " a",
+    "  a  b\n",
+    "▁",
+    "x▁ ▁y",
+    "<0x0A><|endoftext|>",
+    "\r\n\t",
+    "e\u0301",
+    "\u2047",
+    "\0",
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(ANY_TEXT)
+def test_sentencepiece_gives_any_text_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_sentencepiece_gives_awkward_text_back(tmp_path, model_type):
+    trained = train_sentencepiece(make_texts(200), tmp_path / "t.model", 300, model_type)
+    for text in AWKWARD:
+        assert trained.decode(trained.encode(text)) == text
+    assert trained.vocab_size == 300
+
+
+def test_sentencepiece_marks_document_ends(tokenizer):
+    ids = [*tokenizer.encode("the neuron"), tokenizer.eod, *tokenizer.encode(" reads")]
+    assert tokenizer.decode(ids) == "the neuron<|endoftext|> reads"
+    assert tokenizer.eod == 0
+
+
+def test_training_again_gives_the_same_file(tmp_path, tokenizer):
+    again = train_sentencepiece(make_texts(200), tmp_path / "again.model", 320)
+    assert again.sha256 == tokenizer.sha256
+
+
+def test_impossible_vocabulary_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"--vocab-size 200: .* at least 300 pieces"):
+        train_sentencepiece(make_texts(50), tmp_path / "t.model", 200)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="session")
+def neox(shared_data):
+    return load_tokenizer(shared_data / "tokenizer" / "20B_tokenizer.json")
+
+
+def test_neox_is_pythias(neox):
+    assert (neox.vocab_size, neox.eod, neox.dtype) == (50277, 0, np.uint16)
+    assert neox.decode([0]) == "<|endoftext|>"
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=ANY_TEXT)
+def test_neox_gives_its_normal_form_back(neox, text):
+    """The file itself asks for NFC, so that form is what comes back."""
+    normalize = Tokenizer.from_file(str(neox.path)).normalizer.normalize_str
+    assert neox.decode(neox.encode(text)) == normalize(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.json", None, "no such file"),
+        ("broken.json", b"{", "cannot be read"),
+        ("broken.model", b"nonsense", "cannot be read"),
+        ("vocab.txt", b"a b c", "unknown ending '.txt'"),
+        (
+            "endless.json",
+            b'{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, '
+            b'"unk_token": "a"}}',
+            "no end-of-text token",
+        ),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_tokenizer(tmp_path / name)
+    assert name in str(error.value)
