@@ -1,0 +1,27 @@
+# The whole project in a few words: `make demo` to see it work, `make test` to check it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: venv demo test lint bench
+
+venv: .venv/installed
+
+# constraints.txt names exact versions, so that the same commit installs the same packages.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: venv
+	$(BIN)/python launch/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy l2e model configs
+
+bench: venv
+	$(BIN)/python bench/run.py

@@ -1,0 +1,141 @@
+"""The rules that need more than one key: batch sizes, layouts, precisions, files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from configs.problems import Problem
+from l2e import select_layers
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+FILLED_IN = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "optimizer": "optimizer.type",
+    "scheduler": "schedule.type",
+    "bf16": "train.dtype",
+}
+
+
+def cross_check(config: Config, processes: int | None = None) -> Iterator[Problem]:
+    """Every broken rule of `config` for a run of `processes` ranks."""
+    yield from check_model(config)
+    yield from check_deepspeed(config)
+    yield from check_layout(config, processes or config.parallel.processes or 1)
+    yield from check_data(config)
+
+
+def check_model(config: Config) -> Iterator[Problem]:
+    """Sizes that have to divide, and blocks that have to exist."""
+    model, tensor, pipeline = config.model, config.parallel.tensor, config.parallel.pipeline
+    heads = model.num_attention_heads
+    if model.hidden_size % heads:
+        yield Problem(
+            "model.num_attention_heads",
+            heads,
+            f"does not divide model.hidden_size = {model.hidden_size}",
+            f"choose one of {divisors(model.hidden_size)}",
+        )
+    if heads % tensor:
+        yield Problem(
+            "parallel.tensor",
+            tensor,
+            f"does not divide model.num_attention_heads = {heads}",
+            f"choose one of {divisors(heads)}",
+        )
+    if pipeline > model.num_layers:
+        yield Problem(
+            "parallel.pipeline",
+            pipeline,
+            f"more stages than the {model.num_layers} blocks of the model",
+            f"choose at most {model.num_layers}",
+        )
+    if config.data.sequence_length > model.max_position_embeddings:
+        yield Problem(
+            "data.sequence_length",
+            config.data.sequence_length,
+            f"longer than model.max_position_embeddings = {model.max_position_embeddings}",
+            "shorten it or raise model.max_position_embeddings",
+        )
+    try:
+        select_layers(config.l2e_settings.layers, model.num_layers)
+    except ValueError as error:  # one line a mistake: "key = value: reason; fix"
+        for line in str(error).splitlines():
+            name, _, told = line.partition(" = ")
+            reason, _, fix = told.partition(": ")[2].partition("; ")
+            fix = fix or "choose others"
+            yield Problem(f"l2e.{name}", getattr(config.l2e, name, None), reason, fix)
+
+
+def check_deepspeed(config: Config) -> Iterator[Problem]:
+    """ZeRO stages that DeepSpeed refuses, or gets wrong without a word."""
+    name = "deepspeed.zero_optimization.stage"
+    for filled, source in FILLED_IN.items():
+        if filled in config.deepspeed:
+            value = config.deepspeed[filled]
+            yield Problem(f"deepspeed.{filled}", value, "filled in by the trainer", f"set {source}")
+    zero = config.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        fix = 'write {"stage": 1}'
+        yield Problem("deepspeed.zero_optimization", zero, "not a section", fix)
+        return
+    stage = zero.get("stage", 1)
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        yield Problem(name, stage, "no ZeRO stage", "choose 0, 1, 2 or 3")
+        return
+    if config.parallel.pipeline > 1 and stage != 1:
+        reason = (
+            "pipeline parallelism works with ZeRO-1 alone (DeepSpeed refuses 2 and 3; at 0 its "
+            "gradient norm leaves out the later stages' norms and biases)"
+        )
+        yield Problem(name, stage, reason, "set it to 1, or parallel.pipeline to 1")
+    elif config.train.dtype == "fp16" and stage == 0:
+        reason = "fp16 at ZeRO-0 unscales gradients of a loss that was never scaled"
+        yield Problem(name, stage, reason, "set it to 1, or train.dtype to bf16")
+
+
+def check_layout(config: Config, processes: int) -> Iterator[Problem]:
+    """Processes and batch sizes that have to multiply out."""
+    parallel, train = config.parallel, config.train
+    if parallel.sequence and parallel.tensor == 1:
+        reason = "sequence parallelism splits what tensor parallelism leaves whole"
+        yield Problem("parallel.sequence", True, reason, "set it to false, or parallel.tensor > 1")
+    model_parallel = parallel.tensor * parallel.pipeline
+    if processes % model_parallel:
+        reason = (
+            f"{parallel.tensor} tensor x {parallel.pipeline} pipeline ranks hold one model, and "
+            f"{processes} processes are no multiple of {model_parallel}"
+        )
+        fix = f"start {max(1, processes // model_parallel) * model_parallel} processes"
+        yield Problem("processes", processes, reason, f"{fix}, or change parallel.*")
+        return
+    data = processes // model_parallel
+    at_once = train.micro_batch_size * data
+    if train.global_batch_size % at_once:
+        reason = (
+            f"not a multiple of train.micro_batch_size = {train.micro_batch_size} "
+            f"x {data} data-parallel ranks = {at_once}"
+        )
+        lower = train.global_batch_size // at_once * at_once
+        near = " or ".join(str(size) for size in (lower, lower + at_once) if size)
+        fix = f"choose {near}, another micro-batch, or fewer processes"
+        yield Problem("train.global_batch_size", train.global_batch_size, reason, fix)
+
+
+def check_data(config: Config) -> Iterator[Problem]:
+    """A corpus that is there, whole, and of the model's tokenizer."""
+    data = config.data
+    if (data.path is None) == (data.corpus is None):
+        fix = "give exactly one: data.path from launch/prepare.py, or data.corpus 'builtin'"
+        reason = "no corpus" if data.path is None else "a second corpus beside data.corpus"
+        yield Problem("data.path", data.path, reason, fix)
+
+
+def divisors(number: int) -> str:
+    """The divisors of `number`, as a list to choose from."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

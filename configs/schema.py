@@ -1,0 +1,200 @@
+"""Every key of a run's configuration: its type, default, unit and one line of help.
+
+`python launch/pretrain.py --help-config` prints this file as a table. Rules that need more than
+one key stand in `configs/checks.py`, reading and overriding in `configs/loading.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from l2e.config import L2EConfig
+from model.config import ModelConfig
+
+
+class Section(BaseModel):
+    """One section of the file; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def key(default: Any, help: str, unit: str = "", **bounds: Any) -> Any:
+    """A configuration key with its default, its help line and the unit of its value."""
+    return Field(default, description=help, json_schema_extra={"unit": unit}, **bounds)
+
+
+def section_of(dataclass_type: type) -> type[Section]:
+    """A section with the keys, help and bounds that a room's own dataclass declares."""
+    types = typing.get_type_hints(dataclass_type)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(dataclass_type):
+        metadata = dict(field.metadata)
+        default = field.default
+        fields[field.name] = (
+            types[field.name],
+            key(default, metadata.pop("help"), metadata.pop("unit", ""), **metadata),
+        )
+    return create_model(dataclass_type.__name__, __base__=Section, **fields)
+
+
+L2ESection: Any = section_of(L2EConfig)
+
+
+class Data(Section):
+    """Where the tokens come from and in which order they are read."""
+
+    path: str | list[str] | dict[str, float] | None = key(
+        None,
+        "prefix of a prepared .bin/.idx pair; a list of prefixes, blended by their tokens; a map "
+        "of prefix to weight; or hf://owner/name, token files on the Hugging Face hub",
+    )
+    corpus: Literal["builtin"] | None = key(
+        None,
+        "'builtin' prepares a corpus from Python's own standard library: needs no download",
+    )
+    validation_path: str | None = key(
+        None, "prefix of the validation set; without one, the end of the training set is held out"
+    )
+    validation_fraction: float = key(
+        0.01, "share of documents held out where there is no validation_path", ge=0, lt=1
+    )
+    sequence_length: int = key(2048, "tokens a training sequence predicts", "tokens", ge=1)
+    order: Literal["neox", "megatron", "preshuffled"] = key(
+        "neox",
+        "sample order: gpt-neox v1.0's, megatron-core's, or rows of Pythia's preshuffled files",
+    )
+    cache_dir: str | None = key(
+        None, "folder of the index maps; by default beside the data, or in the run's folder"
+    )
+
+
+class Tokenizer(Section):
+    """The tokenizer the corpus was prepared with."""
+
+    path: str | None = key(
+        None,
+        "tokenizer.json (Hugging Face), .model (sentencepiece) or hf://owner/name; default: the "
+        "one the corpus was prepared with",
+    )
+    vocab_size: int = key(
+        4096, "size of the sentencepiece model trained for corpus 'builtin'", "tokens", ge=300
+    )
+
+
+class Optimizer(Section):
+    """The update rule. Biases and LayerNorms are never decayed."""
+
+    type: Literal["adamw", "sgd"] = key("adamw", "adamw as Pythia's, or plain sgd (parity tests)")
+    learning_rate: float = key(1e-3, "peak learning rate", ge=0)
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="AdamW's decay of its moments", strict=False
+    )
+    eps: float = key(1e-8, "AdamW's epsilon", gt=0)
+    weight_decay: float = key(0.1, "decoupled weight decay", ge=0)
+    gradient_clipping: float = key(1.0, "largest global gradient norm; 0 clips nothing", ge=0)
+
+
+class Schedule(Section):
+    """The learning rate over steps."""
+
+    type: Literal["neox_v1", "neox", "constant"] = key(
+        "neox_v1",
+        "neox_v1: cosine with a floor as Pythia was trained; neox: today's, which reaches the "
+        "floor at decay_steps; constant after warm-up",
+    )
+    warmup_steps: int = key(1430, "steps of linear warm-up from 0", "steps", ge=0)
+    decay_steps: int | None = key(
+        None, "length of the cosine; default: train.steps", "steps", ge=1
+    )
+    floor_ratio: float = key(0.1, "least learning rate as a share of the peak", ge=0, le=1)
+
+
+class Parallel(Section):
+    """How one model is spread over processes; what is left over is data parallel."""
+
+    tensor: int = key(1, "tensor-parallel size: one layer's matrices are split", "ranks", ge=1)
+    pipeline: int = key(1, "pipeline-parallel size: blocks are split", "stages", ge=1)
+    sequence: bool = key(False, "sequence parallelism beside tensor parallelism (CUDA only)")
+    processes: int | None = key(
+        None,
+        "processes (GPUs) the batch sizes are meant for; --dry-run plans for it",
+        "ranks",
+        ge=1,
+    )
+    activation_checkpointing: bool = key(
+        False, "recompute each block's activations in the backward pass: less memory, more time"
+    )
+
+
+class Train(Section):
+    """The run itself."""
+
+    steps: int = key(143000, "optimizer steps of the run", "steps", ge=1)
+    seed: int = key(1234, "seed of the initial weights and of the data order", ge=0)
+    global_batch_size: int = key(1024, "sequences an optimizer step", "sequences", ge=1)
+    micro_batch_size: int = key(
+        1, "sequences a process runs at once; the rest is accumulated", "sequences", ge=1
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] = key(
+        "bf16", "the model's precision; master weights and gradient sums are always fp32"
+    )
+    stop_after: int | None = key(
+        None, "stop cleanly after this step, the schedule unchanged", "steps", ge=1
+    )
+
+
+class Checkpoint(Section):
+    """When state is written and what is kept."""
+
+    interval: int = key(1000, "steps between checkpoints; 0 writes the last one only", "steps", ge=0)
+    keep_last: int = key(3, "newest checkpoints that are kept; 0 keeps all", "checkpoints", ge=0)
+    keep_every: int = key(0, "steps whose multiples are kept for good; 0: none", "steps", ge=0)
+
+
+class Evaluate(Section):
+    """Validation during training."""
+
+    interval: int = key(1000, "steps between validation losses; 0: at the end only", "steps", ge=0)
+    batches: int = key(10, "global batches of the validation loss", "batches", ge=1)
+
+
+class Logging(Section):
+    """What is written while training runs."""
+
+    interval: int = key(10, "steps between lines that are fetched from the device", "steps", ge=1)
+    tensorboard: bool = key(True, "write TensorBoard events beside metrics.jsonl")
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: ModelConfig = Field(description="the GPT-NeoX model")
+    l2e: L2ESection = Field(default_factory=L2ESection, description="monosemantic neurons")
+    data: Data = Field(default_factory=Data, description="the corpus")
+    tokenizer: Tokenizer = Field(default_factory=Tokenizer, description="its tokenizer")
+    optimizer: Optimizer = Field(default_factory=Optimizer, description="the update rule")
+    schedule: Schedule = Field(default_factory=Schedule, description="the learning rate")
+    parallel: Parallel = Field(default_factory=Parallel, description="the layout")
+    train: Train = Field(default_factory=Train, description="the run")
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="saved state")
+    evaluate: Evaluate = Field(default_factory=Evaluate, description="validation")
+    logging: Logging = Field(default_factory=Logging, description="logs")
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="DeepSpeed's own configuration, passed on; batch sizes, precision, clipping "
+        "and optimizer are filled in from the sections above",
+    )
+
+    @property
+    def l2e_settings(self) -> L2EConfig:
+        """The section `l2e` as the method's own room takes it."""
+        return L2EConfig(**self.l2e.model_dump())
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage; 1 where the file names none."""
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 1))

@@ -1,0 +1,129 @@
+"""What a run leaves behind while it trains: metrics.jsonl, TensorBoard events, a progress line."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+
+def as_json(value: Any) -> Any:
+    """`value` for a JSON line: tensors as numbers, non-finite numbers as null."""
+    if isinstance(value, dict):
+        return {str(key): as_json(inner) for key, inner in value.items()}
+    if isinstance(value, torch.Tensor):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one line a step; lines from `resume_step` on are written anew."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                if json.loads(line)["step"] < resume_step:
+                    kept.append(line + "\n")
+        path.write_text("".join(kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one step's record and hand it to the operating system."""
+        self.file.write(json.dumps(as_json(record)) + "\n")
+        self.file.flush()
+
+
+class TensorBoard:
+    """The same numbers as TensorBoard scalars, and Monosemantic Scale as histograms."""
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=resume_step)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Every number of one step's record, under its own name."""
+        step = record["step"]
+        for name, value in record.items():
+            if name == "l2e":
+                for layer, values in (value or {}).items():
+                    for key, number in values.items():
+                        self.scalar(f"l2e_{key}/layer_{layer}", number, step)
+            elif name != "step":
+                self.scalar(f"train/{name}", value, step)
+
+    def scalar(self, name: str, value: Any, step: int) -> None:
+        """One point of one curve; what is missing is left out."""
+        value = as_json(value)
+        if isinstance(value, int | float):
+            self.writer.add_scalar(name, value, step)
+
+    def histogram(self, layer: str, counts: torch.Tensor, edges: torch.Tensor, step: int) -> None:
+        """log2(MS) of one layer's activations; counts [bins], edges [bins + 1]."""
+        middles = (edges[:-1] + edges[1:]) / 2
+        total = counts.sum()
+        self.writer.add_histogram_raw(
+            f"ms_log2/layer_{layer}",
+            min=float(edges[0]),
+            max=float(edges[-1]),
+            num=int(total),
+            sum=float((counts * middles).sum()),
+            sum_squares=float((counts * middles**2).sum()),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
+
+
+class Progress:
+    """A progress bar with rate and time left; plain lines where the output is no terminal."""
+
+    SECONDS_BETWEEN_LINES = 5.0
+
+    def __init__(self, total: int, done: int) -> None:
+        self.terminal = sys.stderr.isatty()
+        self.total, self.done = total, done
+        self.first, self.start = done, time.monotonic()
+        self.last_line = 0.0
+        self.bar = tqdm(
+            total=total, initial=done, unit="step", dynamic_ncols=True, disable=not self.terminal
+        )
+
+    def advance(self, step: int, values: dict[str, str]) -> None:
+        """`step` steps are done now; `values` are shown beside them."""
+        self.bar.update(step - self.done)
+        self.done = step
+        self.bar.set_postfix(values, refresh=False)
+        now = time.monotonic()
+        due = now - self.last_line >= self.SECONDS_BETWEEN_LINES or step == self.total
+        if not self.terminal and due:
+            self.last_line = now
+            left = (now - self.start) / max(1, step - self.first) * (self.total - step)
+            shown = ", ".join(f"{name} {value}" for name, value in values.items())
+            print(f"step {step}/{self.total}: {shown}, {format_seconds(left)} left", flush=True)
+
+    def say(self, message: str) -> None:
+        """A line beside the bar."""
+        tqdm.write(message) if self.terminal else print(message, flush=True)
+
+    def close(self) -> None:
+        """End the bar."""
+        self.bar.close()
+
+
+def format_seconds(seconds: float) -> str:
+    """12 s, 3:05, 2:03:40."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"

@@ -1,0 +1,254 @@
+"""The training loop: setup, then one optimizer step after another, validation, checkpoints."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configs import Config
+from launch.runtime import checkpoint, corpus, manifest
+from launch.runtime.cost import flops_per_token
+from launch.runtime.engine import Engine, build
+from launch.runtime.hardware import peak_flops
+from launch.runtime.logs import MetricsFile, Progress, TensorBoard
+from launch.runtime.processes import Process
+from launch.runtime.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the whole loop needs to know: the configuration, the folder, and who speaks."""
+
+    config: Config
+    folder: Path
+    process: Process
+
+    def say(self, message: str) -> None:
+        """A line of the run's first rank."""
+        if self.process.is_first:
+            print(message, flush=True)
+
+
+def train(run: Run, resume: Path | None) -> None:
+    """Train from the checkpoint `resume`, or from the start, to the configuration's last step."""
+    config = run.config
+    prepared = corpus.open_corpus(config, run.folder, run.process)
+    engine = build(config)
+    run.say(f"layout: {engine.layout}, ZeRO-{config.zero_stage}, {config.train.dtype}")
+    run.say(f"device: {engine.device}; l2e: {engine.describe_l2e()}")
+    if run.process.is_first:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+    start = 0
+    if resume is not None:
+        start = checkpoint.load(engine, resume)["step"]
+        run.say(f"resumed from {resume} at step {start}")
+    manifest.write(run.folder, config, engine, prepared)
+    fit(run, engine, prepared, start)
+
+
+def fit(run: Run, engine: Engine, prepared: corpus.Corpus, start: int) -> None:
+    """Steps `start` to the end, or to a signal that asks this job to leave."""
+    config = run.config
+    last = min(config.train.steps, config.train.stop_after or config.train.steps)
+    batches = prepared.training_batches(start, engine.layout)
+    stop = StopSignal()
+    recorder = Recorder(run, engine, start, last)
+    for step in range(start, last):
+        done = step + 1
+        measured = done % config.logging.interval == 0 or done in (1, last)
+        engine.measure(measured)
+        rate = learning_rate(config, step)
+        loss = engine.train_step(batches, rate)
+        recorder.add(done, loss, rate)
+        if done in (1, last) or due(config.evaluate.interval, done):
+            with recorder.paused():
+                recorder.add_validation(validate(config, engine, prepared))
+        if measured:
+            recorder.flush()
+        leaving = stop.agreed()
+        if done == last or leaving or due(config.checkpoint.interval, done):
+            recorder.flush()
+            with recorder.paused():
+                save(run, engine, done)
+        if leaving and done < last:
+            run.say(
+                f"stopped by a signal after step {done}; the same command with --resume auto "
+                "goes on from here"
+            )
+            break
+    stop.close()
+    recorder.close()
+
+
+def due(interval: int, step: int) -> bool:
+    """Whether something that happens every `interval` steps (0: never) happens at `step`."""
+    return interval > 0 and step % interval == 0
+
+
+def validate(config: Config, engine: Engine, prepared: corpus.Corpus) -> Tensor:
+    """The loss on the same held-out batches each time (nats/token)."""
+    batches = prepared.validation_batches(engine.layout)
+    return engine.evaluate(batches, config.evaluate.batches)
+
+
+def save(run: Run, engine: Engine, step: int) -> None:
+    """Write a checkpoint of the state after `step` steps."""
+    config = run.config
+    begin = time.monotonic()
+    tokens = step * config.train.global_batch_size * config.data.sequence_length
+    folder = checkpoint.save(engine, run.folder / "checkpoints", {"step": step, "tokens": tokens})
+    run.say(f"checkpoint {folder} written in {time.monotonic() - begin:.1f} s")
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1 (a batch system's warnings), agreed on by all ranks.
+
+    A signal reaches the ranks at different steps. Each step starts a tiny all-reduce on the host
+    that is read one step later, so nobody waits and everybody leaves after the same step.
+    """
+
+    def __init__(self) -> None:
+        self.received = torch.zeros(1, dtype=torch.int32)
+        self.pending: tuple[Any, Tensor] | None = None
+        self.group = dist.new_group(backend="gloo")
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: Any) -> None:
+        """The signal handler: only remembers."""
+        self.received.fill_(1)
+
+    def agreed(self) -> bool:
+        """Whether any rank had been signalled by the end of the previous step."""
+        answer = False
+        if self.pending is not None:
+            work, flag = self.pending
+            work.wait()
+            answer = bool(flag.item())
+        flag = self.received.clone()
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+        self.pending = (work, flag)
+        return answer
+
+    def close(self) -> None:
+        """Wait for the last exchange, so that no rank ends with one under way."""
+        if self.pending is not None:
+            self.pending[0].wait()
+            self.pending = None
+
+
+class Recorder:
+    """Collects a step's numbers as tensors and fetches them from the device every few steps."""
+
+    def __init__(self, run: Run, engine: Engine, start: int, last: int) -> None:
+        config = run.config
+        self.run, self.engine = run, engine
+        self.step_tokens = config.train.global_batch_size * config.data.sequence_length
+        self.step_flops = self.step_tokens * flops_per_token(
+            config.model, config.data.sequence_length
+        )
+        self.peak = peak_flops(engine.device, config.train.dtype) * run.process.world_size
+        self.pending: list[dict[str, Any]] = []
+        self.since = time.monotonic()
+        self.writers: list[MetricsFile | TensorBoard] = []
+        if run.process.is_first:
+            self.writers.append(MetricsFile(run.folder / "metrics.jsonl", start))
+            if config.logging.tensorboard:
+                self.writers.append(TensorBoard(run.folder / "tensorboard", start))
+            self.progress = Progress(last, start)
+
+    def add(self, step: int, loss: Tensor, rate: float) -> None:
+        """Remember one step; nothing is fetched from the device."""
+        self.pending.append(
+            {
+                "step": step,
+                "tokens": step * self.step_tokens,
+                "lm_loss": loss.detach(),
+                "ms_loss": self.engine.ms_loss(),
+                "grad_norm": self.engine.gradient_norm(),
+                "lr": rate,
+                "loss_scale": self.engine.loss_scale,
+            }
+        )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside is not training time."""
+        begin = time.monotonic()
+        yield
+        self.since += time.monotonic() - begin
+
+    def add_validation(self, loss: Tensor) -> None:
+        """The validation loss after the newest step."""
+        self.pending[-1]["validation_loss"] = loss
+
+    def flush(self) -> None:
+        """Fetch, check and write what has been remembered."""
+        if not self.pending:
+            return
+        records, self.pending = self.fetch(self.pending), []
+        l2e = self.engine.l2e_metrics()
+        now = time.monotonic()
+        seconds = (now - self.since) / len(records)
+        self.since = now
+        for record in records:
+            record["loss"] = record["lm_loss"] + record["ms_loss"]
+            record["tokens_per_second"] = self.step_tokens / seconds
+            record["mfu"] = self.step_flops / seconds / self.peak
+            record["step_seconds"] = seconds
+            record["l2e"] = None
+        records[-1]["l2e"] = l2e
+        self.write(records)
+        self.check(records)
+
+    def fetch(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The records with all tensors as numbers, by one copy from the device."""
+        places = [(r, k) for r in records for k, v in r.items() if isinstance(v, Tensor)]
+        values = torch.stack([record[key].float().reshape(()) for record, key in places])
+        for (record, key), value in zip(places, values.tolist(), strict=True):
+            record[key] = value
+        return records
+
+    def write(self, records: list[dict[str, Any]]) -> None:
+        """Hand the records to the files and the newest to the progress line."""
+        if not self.run.process.is_first:
+            return
+        for writer in self.writers:
+            for record in records:
+                writer.write(record)
+        newest = records[-1]
+        shown = {
+            "loss": f"{newest['lm_loss']:.4f}",
+            "tokens/s": f"{newest['tokens_per_second']:,.0f}",
+            "MFU": f"{newest['mfu']:.1%}",
+        }
+        validations = [r for r in records if "validation_loss" in r]
+        if validations:
+            shown["validation"] = f"{validations[-1]['validation_loss']:.4f}"
+        self.progress.advance(newest["step"], shown)
+
+    def check(self, records: list[dict[str, Any]]) -> None:
+        """Stop at a loss that is no number: every later step would be lost."""
+        for record in records:
+            if not abs(record["lm_loss"]) < float("inf"):
+                raise ValueError(
+                    f"the loss is {record['lm_loss']} at step {record['step']}; resume from the "
+                    "last checkpoint with a lower optimizer.learning_rate or l2e.weight"
+                )
+
+    def close(self) -> None:
+        """End the progress line."""
+        if self.run.process.is_first:
+            self.progress.close()
+
+

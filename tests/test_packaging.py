@@ -1,0 +1,82 @@
+"""The files that install the project: they name what exists, and agree with each other."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PINS = dict(
+    line.split("==")
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if not line.startswith("#")
+)
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def instructions(kind: str) -> list[list[str]]:
+    """The arguments of every Dockerfile instruction of one kind, continuation lines joined."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    lines = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
+    return [words[1:] for words in lines if words[0] == kind]
+
+
+def test_dockerfile_copies_files_that_exist() -> None:
+    copies = instructions("COPY")
+    assert copies
+    for *sources, _ in copies:
+        for source in sources:
+            assert (ROOT / source).exists(), source
+
+
+def test_dockerfile_base_is_official_and_has_the_pinned_torch() -> None:
+    [[base]] = instructions("FROM")
+    image, _, tag = base.partition(":")
+    assert image == "pytorch/pytorch"
+    assert tag.split("-")[0] == PINS["torch"]
+    assert "cuda" in tag
+
+
+def test_dockerfile_installs_with_the_constraints_and_copies_every_room() -> None:
+    [command] = [" ".join(words) for words in instructions("RUN")]
+    assert "constraints.txt" in command
+    assert "[train]" in command
+    copied = {source.rstrip("/") for *sources, _ in instructions("COPY") for source in sources}
+    assert {"configs", "data", "l2e", "launch", "model"} <= copied
+
+
+def test_every_dependency_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = {canonical(name) for name in PINS}
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    for requirement in (entry for group in groups for entry in group):
+        name = re.match(r"[\w.-]+", requirement).group()
+        assert name == "l2e" or canonical(name) in pins, name
+
+
+def test_the_engines_have_the_measured_versions() -> None:
+    assert PINS["torch"] == "2.13.0"
+    assert PINS["deepspeed"] == "0.19.8"
+    assert PINS["megatron-core"] == "0.16.1"
+
+
+def test_the_citation_file_names_the_papers() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    urls = {reference["url"] for reference in citation["references"]}
+    assert urls >= {f"https://arxiv.org/abs/{n}" for n in ("2503.23298", "2312.11560", "2402.09099")}
+
+
+def test_the_license_is_apache() -> None:
+    assert "Apache License" in (ROOT / "LICENSE").read_text()[:400]
+
+
+def test_kubernetes_job_parses() -> None:
+    kinds = [
+        part["kind"]
+        for part in yaml.safe_load_all((ROOT / "launch/cluster/pretrain.yaml").read_text())
+    ]
+    assert kinds == ["Service", "Job"]
