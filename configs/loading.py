@@ -39,7 +39,9 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         known = sorted(str(p) for p in Path(__file__).parent.glob("*.json"))
         fix = f"give an existing file, for example one of {', '.join(known)}"
-        raise ConfigError(str(path), [Problem("--config", str(path), "no such file", fix)]) from None
+        raise ConfigError(
+            str(path), [Problem("--config", str(path), "no such file", fix)]
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         problem = Problem("--config", str(path), f"not readable as JSON ({error})", "mend the file")
         raise ConfigError(str(path), [problem]) from None
@@ -66,7 +68,9 @@ def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
-                problem = Problem("--set", assignment, f"{section} is no section", "see --help-config")
+                problem = Problem(
+                    "--set", assignment, f"{section} is no section", "see --help-config"
+                )
                 raise ConfigError("command line", [problem])
         place[leaf] = value
     return raw

@@ -90,9 +90,7 @@ class Optimizer(Section):
 
     type: Literal["adamw", "sgd"] = key("adamw", "adamw as Pythia's, or plain sgd (parity tests)")
     learning_rate: float = key(1e-3, "peak learning rate", ge=0)
-    betas: tuple[float, float] = Field(
-        (0.9, 0.95), description="AdamW's decay of its moments", strict=False
-    )
+    betas: tuple[float, float] = key((0.9, 0.95), "AdamW's decay of its moments", strict=False)
     eps: float = key(1e-8, "AdamW's epsilon", gt=0)
     weight_decay: float = key(0.1, "decoupled weight decay", ge=0)
     gradient_clipping: float = key(1.0, "largest global gradient norm; 0 clips nothing", ge=0)
@@ -107,9 +105,7 @@ class Schedule(Section):
         "floor at decay_steps; constant after warm-up",
     )
     warmup_steps: int = key(1430, "steps of linear warm-up from 0", "steps", ge=0)
-    decay_steps: int | None = key(
-        None, "length of the cosine; default: train.steps", "steps", ge=1
-    )
+    decay_steps: int | None = key(None, "length of the cosine; default: train.steps", "steps", ge=1)
     floor_ratio: float = key(0.1, "least learning rate as a share of the peak", ge=0, le=1)
 
 
@@ -150,7 +146,9 @@ class Train(Section):
 class Checkpoint(Section):
     """When state is written and what is kept."""
 
-    interval: int = key(1000, "steps between checkpoints; 0 writes the last one only", "steps", ge=0)
+    interval: int = key(
+        1000, "steps between checkpoints; 0 writes the last one only", "steps", ge=0
+    )
     keep_last: int = key(3, "newest checkpoints that are kept; 0 keeps all", "checkpoints", ge=0)
     keep_every: int = key(0, "steps whose multiples are kept for good; 0: none", "steps", ge=0)
 

@@ -1,16 +1,10 @@
-"""GPT-NeoX on tensor-parallel linears: its configuration, the model, its pipeline form."""
+"""GPT-NeoX on tensor-parallel linears: its configuration, the model, its pipeline form.
+
+The configuration is here at once; the model itself is imported from `model.gpt_neox` and
+`model.pipeline`, since megatron-core takes seconds to import and a look at a configuration
+should not wait for it.
+"""
 
 from model.config import PRESETS, ModelConfig
-from model.gpt_neox import GPTNeoX
-from model.linears import reduce_sequence_parallel_gradients
-from model.pipeline import PipelineLayer, pipeline_layers, pipeline_loss
 
-__all__ = [
-    "PRESETS",
-    "GPTNeoX",
-    "ModelConfig",
-    "PipelineLayer",
-    "pipeline_layers",
-    "pipeline_loss",
-    "reduce_sequence_parallel_gradients",
-]
+__all__ = ["PRESETS", "ModelConfig"]

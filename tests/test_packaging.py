@@ -67,7 +67,9 @@ def test_the_engines_have_the_measured_versions() -> None:
 def test_the_citation_file_names_the_papers() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     urls = {reference["url"] for reference in citation["references"]}
-    assert urls >= {f"https://arxiv.org/abs/{n}" for n in ("2503.23298", "2312.11560", "2402.09099")}
+    assert urls >= {
+        f"https://arxiv.org/abs/{n}" for n in ("2503.23298", "2312.11560", "2402.09099")
+    }
 
 
 def test_the_license_is_apache() -> None:

@@ -28,7 +28,9 @@ def peak_flops(device: torch.device, dtype: str) -> float:
         for known, peak in GPU_PEAKS.items():
             if known in name:
                 return peak if dtype != "fp32" else peak / 2
-    return measured_peak(device, getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}.get(dtype, "float16")))
+    return measured_peak(
+        device, getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}.get(dtype, "float16"))
+    )
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

@@ -20,7 +20,9 @@ from launch.runtime.engine import Engine
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "tokenizers")
 
 
-def write(folder: Path, config: Config, engine: Engine, data: dict[str, Any], launcher: str) -> None:
+def write(
+    folder: Path, config: Config, engine: Engine, data: dict[str, Any], launcher: str
+) -> None:
     """Write the manifest of a run; collective, rank 0 writes."""
     deviations = initial_deviations(engine)
     if dist.get_rank() != 0:
@@ -43,7 +45,9 @@ def write(folder: Path, config: Config, engine: Engine, data: dict[str, Any], la
 def hardware(device: torch.device) -> str:
     """The device and the processor, in words."""
     processor = f"{platform.machine()} CPU, {torch.get_num_threads()} threads a process"
-    return f"{torch.cuda.get_device_name(device)}, {processor}" if device.type == "cuda" else processor
+    return (
+        f"{torch.cuda.get_device_name(device)}, {processor}" if device.type == "cuda" else processor
+    )
 
 
 def git_commit() -> str | None:
@@ -74,7 +78,9 @@ def initial_deviations(engine: Engine) -> dict[str, float]:
         if parameter.dim() < 2 or hasattr(parameter, "ds_id"):
             continue
         values = parameter.double()
-        sums = torch.stack([values.sum(), values.square().sum(), torch.tensor(float(values.numel())).to(values)])
+        sums = torch.stack(
+            [values.sum(), values.square().sum(), torch.tensor(float(values.numel())).to(values)]
+        )
         if getattr(parameter, "tensor_model_parallel", False):
             dist.all_reduce(sums, group=engine.layout.tensor_group)
         total, squares, count = sums.tolist()

@@ -1,4 +1,4 @@
-"""Which process of which run is this? Found alike under deepspeed, torchrun, srun, mpirun, or alone."""
+"""Which process of which run is this? Found under deepspeed, torchrun, srun, mpirun, or alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-
 
 # What each launcher calls the rank, the number of ranks, and the same two within a node.
 VARIABLES = {

@@ -196,7 +196,9 @@ class Recorder:
         """Fetch, check and write what has been remembered."""
         if not self.pending:
             return
-        records, self.pending = self.fetch(self.pending), []
+        records, self.pending = self.pending, []
+        self.add_up_stages(records)
+        self.fetch(records)
         l2e = self.engine.l2e_metrics()
         now = time.monotonic()
         seconds = (now - self.since) / len(records)
@@ -211,13 +213,21 @@ class Recorder:
         self.write(records)
         self.check(records)
 
-    def fetch(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The records with all tensors as numbers, by one copy from the device."""
+    def add_up_stages(self, records: list[dict[str, Any]]) -> None:
+        """L_MS arises in every pipeline stage; the run's is their sum."""
+        layout = self.engine.layout
+        if layout.pipeline_size > 1:
+            losses = torch.stack([record["ms_loss"] for record in records])
+            dist.all_reduce(losses, group=layout.pipeline_group)
+            for record, loss in zip(records, losses, strict=True):
+                record["ms_loss"] = loss
+
+    def fetch(self, records: list[dict[str, Any]]) -> None:
+        """Turn the records' tensors into numbers, by one copy from the device."""
         places = [(r, k) for r in records for k, v in r.items() if isinstance(v, Tensor)]
         values = torch.stack([record[key].float().reshape(()) for record, key in places])
         for (record, key), value in zip(places, values.tolist(), strict=True):
             record[key] = value
-        return records
 
     def write(self, records: list[dict[str, Any]]) -> None:
         """Hand the records to the files and the newest to the progress line."""
@@ -250,5 +260,3 @@ class Recorder:
         """End the progress line."""
         if self.run.process.is_first:
             self.progress.close()
-
-

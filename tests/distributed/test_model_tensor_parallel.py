@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from model import GPTNeoX, ModelConfig
+from model import ModelConfig
+from model.gpt_neox import GPTNeoX
 from tests.distributed.processes import run_on_processes
 
 # 300 rows pad to 384, 512 and 512 on 1, 2 and 4 ranks: on four, the last rank has padding alone.

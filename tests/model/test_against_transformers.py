@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers
 
-from model import GPTNeoX, ModelConfig
+from model import ModelConfig
+from model.gpt_neox import GPTNeoX
 from model.huggingface import hugging_face_config
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from model import PRESETS, GPTNeoX, ModelConfig
+from model import PRESETS, ModelConfig
+from model.gpt_neox import GPTNeoX
 
 PUBLISHED_PARAMETERS = {
     "14m": 14_067_712,

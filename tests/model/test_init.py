@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from model import GPTNeoX, ModelConfig
+from model import ModelConfig
+from model.gpt_neox import GPTNeoX
 from model.init import initial_std, initializer
 
 # Of Pythia's training, to five decimals: (other matrices, the residual stream's writers).

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from model import GPTNeoX, ModelConfig, pipeline_layers, pipeline_loss
+from model import ModelConfig
+from model.gpt_neox import GPTNeoX
+from model.pipeline import pipeline_layers, pipeline_loss
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -31,7 +31,7 @@ def test_pythias_schedule(step: int) -> None:
 def test_pythias_schedule_is_flat_near_its_end() -> None:
     # 0.1 = (cos(x) + 1) / 2 at x = 2.498: step 1430 + 143000 * 2.498 / pi, about 115,000.
     flat = [step for step in range(143000) if learning_rate(pythia(), step) == 1e-4]
-    assert 115_000 < [s for s in flat if s > 1430][0] < 115_300
+    assert 115_000 < next(s for s in flat if s > 1430) < 115_300
 
 
 def test_todays_schedule_ends_at_the_floor_and_starts_like_pythias() -> None:
