@@ -1,0 +1,69 @@
+"""Paired timing: contenders take turns, so that a machine's drift hits all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A median with its 95 % bootstrap interval, in the unit of the values it came from."""
+
+    median: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def estimate(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> Estimate:
+    """The median of `values` and the 2.5 % and 97.5 % quantiles of its bootstrap distribution."""
+    values = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(np.median(values[drawn], axis=1), [0.025, 0.975])
+    return Estimate(float(np.median(values)), float(low), float(high))
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call, the accelerator's queue drained before and after."""
+    _drain()
+    start = time.perf_counter()
+    call()
+    _drain()
+    return time.perf_counter() - start
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of each call, by contender: A B C, then C B A, and so on.
+
+    Turning the order round every time cancels what a contender leaves to its successor
+    (caches, clocks) to first order.
+    """
+    for call in contenders.values():
+        for _ in range(warmup):
+            call()
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for turn in range(rounds):
+        for name in names if turn % 2 == 0 else reversed(names):
+            taken[name].append(seconds(contenders[name]))
+    return taken
+
+
+def added(taken: Mapping[str, Sequence[float]], name: str, baseline: str) -> Estimate:
+    """The share of time `name` takes over `baseline`, in percent, from round-by-round ratios."""
+    ratios = np.asarray(taken[name]) / np.asarray(taken[baseline])
+    return estimate(100 * (ratios - 1))
+
+
+def _drain() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

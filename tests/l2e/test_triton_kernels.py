@@ -1,0 +1,158 @@
+"""The Triton kernels, compiled on a GPU or else interpreted, against float64 arithmetic."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from l2e.kernels import Rule
+
+pytest.importorskip("triton")
+from l2e import triton_kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    None: lambda x: x,
+}
+
+
+def rule(neurons: int, generator: torch.Generator, **changes) -> Rule:
+    mean = torch.randn(neurons, generator=generator) * 0.3
+    limit = torch.rand(neurons, generator=generator) * 2 + 0.5
+    keys = {"activation": "gelu", "method": "regularize", "delta": 1.0} | changes
+    return Rule(mean=mean.to(DEVICE), limit=keys.pop("limit", limit.to(DEVICE)), **keys)
+
+
+def draw(tokens: int, neurons: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    values = torch.randn(tokens, neurons, generator=generator) * 1.5
+    return values.to(dtype).to(DEVICE)
+
+
+def expected_sums(out: Tensor, rule: Rule) -> Tensor:
+    """The four sums in float64, of the activations as the next layer sees them."""
+    deviation = out.double() - rule.mean.double()
+    selected = (out.float() - rule.mean).square() >= rule.limit
+    logs = torch.where(selected, deviation.square().log(), 0)
+    return torch.stack([deviation.sum(0), deviation.square().sum(0), selected.sum(0), logs.sum(0)])
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    error = (found.double() - wanted.double()).abs().max()
+    assert error <= tolerance * wanted.double().abs().max(), float(error)
+
+
+def new_sums(neurons: int) -> Tensor:
+    return torch.zeros(3 * neurons + 1, device=DEVICE)
+
+
+# The interpreter truncates to bfloat16 where a GPU rounds: one unit in the last place, not a half.
+PRECISION = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+@settings(max_examples=8, deadline=None, phases=[Phase.reuse, Phase.generate])
+@given(
+    tokens=st.integers(1, 600),
+    neurons=st.integers(1, 300),
+    activation=st.sampled_from(["gelu", "gelu_tanh", None]),
+    dtype=st.sampled_from(list(PRECISION)),
+    seed=st.integers(0, 1000),
+)
+def test_forward_sums_what_it_returns(tokens, neurons, activation, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    inhibit = rule(neurons, generator, activation=activation)
+    pre = draw(tokens, neurons, dtype, generator)
+    sums = new_sums(neurons)
+    out = triton_kernels.forward(pre, inhibit, sums)
+    assert out.dtype == dtype
+    close(out, ACTIVATIONS[activation](pre.double()), PRECISION[dtype])
+    wanted = expected_sums(out, inhibit)
+    close(sums[: 2 * neurons], wanted[:2].flatten(), 1e-6)
+    assert torch.equal(sums[2 * neurons : -1].double(), wanted[2])
+    assert sums[-1].item() == pytest.approx(wanted[3].sum().item(), rel=1e-5, abs=1e-5)
+
+
+@settings(max_examples=8, deadline=None, phases=[Phase.reuse, Phase.generate])
+@given(
+    tokens=st.integers(1, 200),
+    neurons=st.integers(1, 300),
+    activation=st.sampled_from(["gelu", "gelu_tanh", None]),
+    dtype=st.sampled_from(list(PRECISION)),
+    balanced=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_backward_is_the_gradient_of_the_output_and_of_the_logs(
+    tokens, neurons, activation, dtype, balanced, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    balance = torch.rand(neurons, generator=generator).to(DEVICE) if balanced else None
+    inhibit = rule(neurons, generator, activation=activation, balance=balance)
+    pre, grad = (draw(tokens, neurons, dtype, generator) for _ in range(2))
+    out = triton_kernels.forward(pre, inhibit, new_sums(neurons))
+    selected = (out.float() - inhibit.mean).square() >= inhibit.limit
+
+    x = pre.double().requires_grad_()
+    z = ACTIVATIONS[activation](x)
+    seen = z + (out.double() - z).detach()  # the rounded activation, with the exact slope
+    deviation = seen - inhibit.mean.double()
+    objective = (z * grad.double()).sum()
+    objective = objective + 0.3 * torch.where(selected, deviation.square(), 1).log().sum()
+    if balanced:
+        objective = objective - 0.3 * (deviation.square() * balance.double()).sum()
+    objective.backward()
+    found = triton_kernels.backward(grad, pre, inhibit, pull=0.3)
+    close(found, x.grad, PRECISION[dtype])
+    as_tensor = triton_kernels.backward(grad, pre, inhibit, torch.tensor(0.3, device=DEVICE))
+    assert torch.equal(found, as_tensor)
+
+
+def test_deactivation_puts_the_mean_and_turns_the_gradient():
+    generator = torch.Generator().manual_seed(0)
+    inhibit = rule(40, generator, activation=None, method="deactivate", delta=3.0)
+    pre, grad = (draw(30, 40, torch.float32, generator) for _ in range(2))
+    selected = (pre - inhibit.mean).square() >= inhibit.limit
+    assert 0 < selected.sum() < selected.numel()
+    out = triton_kernels.forward(pre, inhibit, new_sums(40))
+    assert torch.equal(out, torch.where(selected, inhibit.mean, pre))
+    found = triton_kernels.backward(grad, pre, inhibit, 0.0)
+    assert torch.equal(found, torch.where(selected, -3.0 * grad, grad))
+
+
+def test_nothing_is_selected_before_there_is_a_threshold():
+    generator = torch.Generator().manual_seed(0)
+    observe = rule(20, generator, limit=None)
+    pre, grad = (draw(50, 20, torch.float32, generator) for _ in range(2))
+    sums = new_sums(20)
+    close(triton_kernels.forward(pre, observe, sums), F.gelu(pre.double()), 1e-6)
+    assert not sums[40:].any()
+    x = pre.double().requires_grad_()
+    F.gelu(x).backward(grad.double())
+    close(triton_kernels.backward(grad, pre, observe, 0.3), x.grad, 1e-6)
+
+
+def test_sums_are_added_to_what_is_there_and_repeat_bit_for_bit():
+    generator = torch.Generator().manual_seed(0)
+    inhibit, pre = rule(70, generator), draw(700, 70, torch.float32, generator)
+    once, twice, again = new_sums(70), new_sums(70), new_sums(70)
+    triton_kernels.forward(pre, inhibit, once)
+    triton_kernels.forward(pre, inhibit, again)
+    assert torch.equal(once, again)
+    for _ in range(2):
+        triton_kernels.forward(pre, inhibit, twice)
+    assert torch.equal(twice, 2 * once)
+
+
+def test_a_mean_far_from_zero_costs_no_accuracy():
+    """Raw sums of squares around zero would lose all digits of a spread of 1 around 10,000."""
+    generator = torch.Generator().manual_seed(0)
+    pre = draw(512, 16, torch.float32, generator) + 1e4
+    far = Rule("gelu", "regularize", 1.0, torch.full((16,), 1e4, device=DEVICE), None)
+    sums = new_sums(16)
+    triton_kernels.forward(pre, far, sums)
+    deviation = pre.double() - 1e4
+    close(sums[16:32], deviation.square().sum(0), 1e-6)

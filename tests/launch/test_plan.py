@@ -1,0 +1,57 @@
+"""The plan as a user meets it: what is printed, and how mistakes end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.plan import main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIGS = REPOSITORY / "configs"
+
+
+def test_the_plan_names_the_model_the_run_and_the_machine(capsys):
+    main(["--config", str(CONFIGS / "410m.json"), "--gpus", "1", "--gpu", "h200"])
+    printed = capsys.readouterr().out
+    assert "405,334,016 parameters, 2.725 GFLOP a token" in printed
+    assert "29.99 billion tokens" in printed
+    assert "1 x H200" in printed
+    for part in ("weights", "gradients", "optimizer", "activations", "logits", "l2e", "total"):
+        assert part in printed
+    for unit in ("tokens/s", "days", "GPU-hours", "Why:"):
+        assert unit in printed
+
+
+def test_a_layout_that_does_not_fit_is_named_and_a_better_one_chosen(capsys):
+    overrides = ["train.micro_batch_size=64", "parallel.activation_checkpointing=false"]
+    arguments = [word for override in overrides for word in ("--set", override)]
+    main(["--config", str(CONFIGS / "2.8b.json"), "--gpus", "8", "--gpu", "a100", *arguments])
+    configured, chosen = capsys.readouterr().out.split("\nChosen")
+    assert "DOES NOT FIT" in configured
+    assert "DOES NOT FIT" not in chosen
+
+
+def test_a_model_that_fits_nowhere_gets_advice(capsys, tmp_path):
+    huge = json.loads((CONFIGS / "70m.json").read_text())
+    huge["model"] = {"num_layers": 96, "hidden_size": 12288, "num_attention_heads": 96}
+    (tmp_path / "huge.json").write_text(json.dumps(huge))
+    main(["--config", str(tmp_path / "huge.json"), "--gpus", "1"])
+    printed = capsys.readouterr().out
+    assert "Nothing fits" in printed
+    assert "Use more GPUs" in printed
+
+
+def test_gpus_that_the_batch_cannot_be_dealt_to_are_refused():
+    with pytest.raises(ValueError, match=r"train\.global_batch_size"):
+        main(["--config", str(CONFIGS / "70m.json"), "--gpus", "7"])
+
+
+def test_a_mistake_ends_with_its_message_and_status_2():
+    command = [sys.executable, "launch/plan.py", "--config", "nowhere.json"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "nowhere.json" in result.stderr
+    assert "Traceback" not in result.stderr
