@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from configs.problems import Problem
+from data import check as data_check
 from l2e import select_layers
 
 if TYPE_CHECKING:
@@ -134,6 +135,29 @@ def check_data(config: Config) -> Iterator[Problem]:
         fix = "give exactly one: data.path from launch/prepare.py, or data.corpus 'builtin'"
         reason = "no corpus" if data.path is None else "a second corpus beside data.corpus"
         yield Problem("data.path", data.path, reason, fix)
+    if data.path is None or any(is_hub(name) for name in (data.path, config.tokenizer.path)):
+        return  # not on this machine yet: checked once it has been fetched
+    train = config.train
+    for part, path, samples in (
+        ("path", data.path, train.steps * train.global_batch_size),
+        ("validation_path", data.validation_path, 1),
+    ):
+        if path is not None:
+            for found in data_check(
+                path,
+                data.sequence_length,
+                samples,
+                order=data.order if part == "path" else "neox",
+                tokenizer=config.tokenizer.path,
+                vocab_size=config.model.vocab_size,
+            ):
+                key = found.what if "." in found.what else f"data.{part}"
+                yield Problem(key, found.where, found.reason, found.fix)
+
+
+def is_hub(path: object) -> bool:
+    """Whether a path names something on the Hugging Face hub."""
+    return isinstance(path, str) and path.startswith("hf:")
 
 
 def divisors(number: int) -> str:

@@ -50,7 +50,7 @@ class Data(Section):
     path: str | list[str] | dict[str, float] | None = key(
         None,
         "prefix of a prepared .bin/.idx pair; a list of prefixes, blended by their tokens; a map "
-        "of prefix to weight; or hf://owner/name, token files on the Hugging Face hub",
+        "of prefix to weight; or hf:owner/name, token files on the Hugging Face hub",
     )
     corpus: Literal["builtin"] | None = key(
         None,
@@ -77,7 +77,7 @@ class Tokenizer(Section):
 
     path: str | None = key(
         None,
-        "tokenizer.json (Hugging Face), .model (sentencepiece) or hf://owner/name; default: the "
+        "tokenizer.json (Hugging Face), .model (sentencepiece) or hf:owner/name; default: the "
         "one the corpus was prepared with",
     )
     vocab_size: int = key(

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.runtime.cli import run_verb  # noqa: E402
+from launch.runtime.cli import run_verb
+
+if TYPE_CHECKING:
+    from configs import Config
+    from launch.runtime.processes import Process
 
 EXAMPLES = """examples:
   python launch/pretrain.py --config configs/demo.json
@@ -70,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     process = processes.find()
     if options.dry_run:
-        from launch.runtime.plan import print_plan
+        from launch.runtime.dry_run import print_plan
 
         print_plan(configs.load(options.config, options.set))
         return
@@ -79,17 +84,23 @@ def main(arguments: list[str] | None = None) -> None:
     start(config, folder, options.resume, process)
 
 
-def start(config, folder: Path, resume: str, process) -> None:
-    """Prepare the run's folder and data, join the other ranks, and train."""
-    from launch.runtime import corpus, resuming
-
-    resuming.check_folder(folder, resume)
-    prepared = corpus.prepare(config, folder, process)
+def start(config: Config, folder: Path, resume: str, process: Process) -> None:
+    """Find the checkpoint and the data, join the other ranks, and train."""
+    if resume == "none" and (folder / "metrics.jsonl").exists():
+        raise ValueError(
+            f"--run {folder}: holds a run already; go on with it by --resume auto, or give "
+            "another folder"
+        )
+    from launch.runtime import checkpoint, corpus
     from launch.runtime.processes import process_group
     from launch.runtime.training import Run, train
 
-    with process_group(process):
-        train(Run(config, folder, process), prepared, resume)
+    found = None if resume == "none" else checkpoint.find_resumable(folder, resume)
+    paths = corpus.fetch(config, folder) if process.local_rank == 0 else None
+    with process_group(process):  # the other ranks wait here for the first one's data
+        paths = paths or corpus.fetch(config, folder)
+        data = corpus.open_corpus(config, folder, paths)
+        train(Run(config, folder, process), data, found)
 
 
 if __name__ == "__main__":

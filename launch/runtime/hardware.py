@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from functools import cache
 
 import torch
 
-# Dense matrix peaks in FLOP/s by datasheet (bf16 and fp16; fp32 runs as TF32 where noted).
+# Dense bf16 and fp16 matrix peaks in FLOP/s, by datasheet.
 GPU_PEAKS = {
     "H200": 989e12,
     "H100": 989e12,
@@ -18,28 +19,46 @@ GPU_PEAKS = {
 }
 
 
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def describe(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads a process"
+
+
+def datasheet_peak(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of a GPU that is known here."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in GPU_PEAKS.items() if known in name), None)
+
+
 @cache
 def peak_flops(device: torch.device, dtype: str) -> float:
-    """FLOP/s of one process's device: a GPU's datasheet figure, or what this CPU thread count
-    reaches on one large matrix product (measured once, 0.2 s), so that MFU means something.
-    """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, peak in GPU_PEAKS.items():
-            if known in name:
-                return peak if dtype != "fp32" else peak / 2
-    return measured_peak(
-        device, getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}.get(dtype, "float16"))
-    )
+    """FLOP/s of one process's device: a known GPU's datasheet figure (half of it for fp32, which
+    runs as TF32), elsewhere the best of a few matrix products measured now (0.1 s)."""
+    peak = datasheet_peak(device)
+    if peak is None:
+        return measured_peak(device, TORCH_DTYPES[dtype])
+    return peak / 2 if dtype == "fp32" else peak
+
+
+def describe_peak(device: torch.device, dtype: str) -> str:
+    """The peak in words, and where it comes from."""
+    source = "measured" if datasheet_peak(device) is None else "datasheet"
+    return f"{peak_flops(device, dtype) / 1e12:.3g} TFLOP/s a process ({source})"
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
     """FLOP/s of the best of a few square matrix products."""
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
-    for _ in range(4):
+    for _ in range(5):
         begin = time.perf_counter()
-        product = a @ a
-        product.flatten()[0].item()
+        (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best

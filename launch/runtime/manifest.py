@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from configs import Config
 from launch.runtime.engine import Engine
+from launch.runtime.hardware import describe
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "tokenizers")
 
@@ -35,19 +36,11 @@ def write(
         "git_commit": git_commit(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
-        "hardware": hardware(engine.device),
+        "hardware": describe(engine.device),
         "data": data,
         "initial_std": deviations,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def hardware(device: torch.device) -> str:
-    """The device and the processor, in words."""
-    processor = f"{platform.machine()} CPU, {torch.get_num_threads()} threads a process"
-    return (
-        f"{torch.cuda.get_device_name(device)}, {processor}" if device.type == "cuda" else processor
-    )
 
 
 def git_commit() -> str | None:

@@ -89,7 +89,7 @@ def port_of_job(environment: Mapping[str, str]) -> int:
 
 
 def export(process: Process) -> None:
-    """Give srun's and mpirun's ranks the variables that torch and DeepSpeed read."""
+    """Give every launcher's ranks the variables that torch and DeepSpeed read."""
     os.environ.update(
         RANK=str(process.rank),
         WORLD_SIZE=str(process.world_size),
@@ -115,11 +115,11 @@ def process_group(process: Process, timeout: timedelta = timedelta(minutes=30)) 
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // process.local_size))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    export(process)
     if process.launcher == "alone":
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
-        export(process)
         dist.init_process_group(backend, timeout=timeout)
     try:
         yield

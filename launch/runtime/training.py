@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs import Config
-from launch.runtime import checkpoint, corpus, manifest
+from launch.runtime import checkpoint, hardware, manifest
+from launch.runtime.corpus import Corpus
 from launch.runtime.cost import flops_per_token
 from launch.runtime.engine import Engine, build
-from launch.runtime.hardware import peak_flops
 from launch.runtime.logs import MetricsFile, Progress, TensorBoard
 from launch.runtime.processes import Process
 from launch.runtime.schedule import learning_rate
@@ -38,29 +38,37 @@ class Run:
             print(message, flush=True)
 
 
-def train(run: Run, resume: Path | None) -> None:
+def train(run: Run, data: Corpus, resume: Path | None) -> None:
     """Train from the checkpoint `resume`, or from the start, to the configuration's last step."""
     config = run.config
-    prepared = corpus.open_corpus(config, run.folder, run.process)
     engine = build(config)
-    run.say(f"layout: {engine.layout}, ZeRO-{config.zero_stage}, {config.train.dtype}")
-    run.say(f"device: {engine.device}; l2e: {engine.describe_l2e()}")
-    if run.process.is_first:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+    describe(run, engine)
     start = 0
     if resume is not None:
         start = checkpoint.load(engine, resume)["step"]
         run.say(f"resumed from {resume} at step {start}")
-    manifest.write(run.folder, config, engine, prepared)
-    fit(run, engine, prepared, start)
+    manifest.write(run.folder, config, engine, data.describe(), run.process.launcher)
+    fit(run, engine, data, start)
 
 
-def fit(run: Run, engine: Engine, prepared: corpus.Corpus, start: int) -> None:
+def describe(run: Run, engine: Engine) -> None:
+    """Say which paths are taken; write the resolved configuration."""
+    config = run.config
+    run.say(
+        f"{engine.layout} ({run.process.launcher}), ZeRO-{config.zero_stage}, "
+        f"{config.train.dtype} on {hardware.describe(engine.device)}"
+    )
+    run.say(f"peak for MFU: {hardware.describe_peak(engine.device, config.train.dtype)}")
+    if run.process.is_first:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+
+
+def fit(run: Run, engine: Engine, data: Corpus, start: int) -> None:
     """Steps `start` to the end, or to a signal that asks this job to leave."""
     config = run.config
     last = min(config.train.steps, config.train.stop_after or config.train.steps)
-    batches = prepared.training_batches(start, engine.layout)
+    batches = data.training_batches(start, engine.layout)
     stop = StopSignal()
     recorder = Recorder(run, engine, start, last)
     for step in range(start, last):
@@ -72,7 +80,7 @@ def fit(run: Run, engine: Engine, prepared: corpus.Corpus, start: int) -> None:
         recorder.add(done, loss, rate)
         if done in (1, last) or due(config.evaluate.interval, done):
             with recorder.paused():
-                recorder.add_validation(validate(config, engine, prepared))
+                recorder.add_validation(validate(config, engine, data))
         if measured:
             recorder.flush()
         leaving = stop.agreed()
@@ -95,9 +103,9 @@ def due(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def validate(config: Config, engine: Engine, prepared: corpus.Corpus) -> Tensor:
+def validate(config: Config, engine: Engine, data: Corpus) -> Tensor:
     """The loss on the same held-out batches each time (nats/token)."""
-    batches = prepared.validation_batches(engine.layout)
+    batches = data.validation_batches(engine.layout)
     return engine.evaluate(batches, config.evaluate.batches)
 
 
@@ -108,6 +116,8 @@ def save(run: Run, engine: Engine, step: int) -> None:
     tokens = step * config.train.global_batch_size * config.data.sequence_length
     folder = checkpoint.save(engine, run.folder / "checkpoints", {"step": step, "tokens": tokens})
     run.say(f"checkpoint {folder} written in {time.monotonic() - begin:.1f} s")
+    if step == config.train.steps and run.process.is_first:
+        (run.folder / "finished").touch()  # batch jobs look for it before they requeue
 
 
 class StopSignal:
@@ -157,7 +167,7 @@ class Recorder:
         self.step_flops = self.step_tokens * flops_per_token(
             config.model, config.data.sequence_length
         )
-        self.peak = peak_flops(engine.device, config.train.dtype) * run.process.world_size
+        self.peak = hardware.peak_flops(engine.device, config.train.dtype) * run.process.world_size
         self.pending: list[dict[str, Any]] = []
         self.since = time.monotonic()
         self.writers: list[MetricsFile | TensorBoard] = []

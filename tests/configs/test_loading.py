@@ -72,6 +72,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ({"parallel": {"pipeline": 9}}, "parallel.pipeline", "4 blocks"),
         ({"data": {"corpus": "builtin", "sequence_length": 4096}}, "data.sequence_length", "2048"),
         ({"data": {}}, "data.path", "no corpus"),
+        ({"data": {"path": "nowhere/corpus", "sequence_length": 128}}, "data.path", "nowhere"),
         ({"deepspeed": {"zero_optimization": 2}}, "deepspeed.zero_optimization", "section"),
         ({"nonsense": {}}, "nonsense", "unknown key"),
     ],
