@@ -16,8 +16,10 @@ import numpy as np
 
 from data.corpus import Reject
 from data.files import sync, write_json
+from data.problem import Problem
 
 TOKENS, LENGTHS, SUBSETS, REJECTS = "tokens", "lengths", "subsets", "rejects.jsonl"
+MANIFEST = "manifest.json"  # written last: all the rest is then on the disk
 
 
 class PartialCorpus:
@@ -39,12 +41,34 @@ class PartialCorpus:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{folder}: another process is preparing this output") from error
+            raise Problem(
+                "output", folder, "another process is preparing it", "wait for it, or end it"
+            ) from error
         sizes = self._restore()
-        for name in (TOKENS, LENGTHS, SUBSETS, REJECTS):
-            self._files[name] = (folder / name).open("ab")
-            self._files[name].truncate(sizes.get(name, 0))
-            self._files[name].seek(0, os.SEEK_END)
+        if not self.finished:
+            for name in (TOKENS, LENGTHS, SUBSETS, REJECTS):
+                self._files[name] = self._open(folder / name, sizes.get(name, 0))
+
+    @property
+    def finished(self) -> bool:
+        """Whether only the renaming of the files is left to do."""
+        return (self.folder / MANIFEST).exists()
+
+    def _open(self, path: Path, size: int):
+        """Open a file to go on after its first `size` bytes."""
+        file = path.open("ab")
+        found = file.seek(0, os.SEEK_END)
+        if found < size:
+            file.close()
+            raise Problem(
+                "interrupted preparation",
+                path,
+                f"has {found} bytes, {size} were written",
+                f"delete the folder {self.folder} and start anew",
+            )
+        file.truncate(size)
+        file.seek(size)
+        return file
 
     def _restore(self) -> dict[str, int]:
         """Take up the state of an earlier process, if there is one; the size of each file."""
@@ -54,9 +78,11 @@ class PartialCorpus:
         state = json.loads(path.read_text("utf-8"))
         if state["job"] != self._job:
             changed = [key for key in self._job if state["job"].get(key) != self._job[key]]
-            raise ValueError(
-                f"{self.folder}: holds an interrupted preparation that differs in "
-                f"{', '.join(changed)}; delete the folder, or choose another --output"
+            raise Problem(
+                "output",
+                self.folder,
+                f"holds an interrupted preparation that differs in {', '.join(changed)}",
+                "delete the folder, or choose another --output",
             )
         for key, value in state["progress"].items():
             setattr(self, key, value)

@@ -18,11 +18,11 @@ from data import manifest
 from data.corpus import Fields, Reject, Source, parse, read_units
 from data.files import sha256, sync, write_json
 from data.index import bin_path, idx_path, write_index
-from data.partial import LENGTHS, REJECTS, SUBSETS, TOKENS, PartialCorpus
+from data.partial import LENGTHS, MANIFEST, REJECTS, SUBSETS, TOKENS, PartialCorpus
 from data.progress import Progress
 from data.tokenizer import load_tokenizer
 
-INDEX, MANIFEST = "index", "manifest.json"  # inside the partial folder
+INDEX = "index"  # its name inside the partial folder
 BATCH_CHARACTERS = 2**19  # text handed to a worker at a time
 BATCH_DOCUMENTS = 2**10
 COMMIT_TOKENS = 2**24  # a killed preparation loses less than this
@@ -79,7 +79,7 @@ def prepare(what: Preparation) -> dict:
         return done
     with PartialCorpus(folder, job) as partial:
         try:
-            if not (folder / MANIFEST).exists():
+            if not partial.finished:
                 _tokenize(what, partial)
                 _check_rejects(what, partial, at_end=True)
                 _finish(what, partial, job, tokenizer)
