@@ -1,19 +1,14 @@
 """One transformer block."""
 
-from __future__ import annotations
-
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from l2e import L2EConfig, L2ELayer, select_layers
 from model.attention import Attention
 from model.config import ModelConfig
 from model.linears import LayerNorm, tensor_parallel_size
 from model.mlp import MLP
-
-if TYPE_CHECKING:
-    from l2e import L2EConfig, L2ELayer
 
 
 class Block(nn.Module):
@@ -57,8 +52,6 @@ def inhibitor_of(number: int, config: ModelConfig, l2e: L2EConfig | None) -> L2E
     """The non-linearity that inhibits this block's neurons, or None if the block is plain."""
     if l2e is None:
         return None
-    from l2e import L2ELayer, select_layers
-
     inhibited = select_layers(l2e.layers, config.num_layers)
     if number not in inhibited:
         return None

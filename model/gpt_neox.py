@@ -1,19 +1,13 @@
 """GPT-NeoX: token embedding, blocks, final norm, output embedding."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from l2e import L2EConfig
 from model.block import Block
 from model.config import ModelConfig
 from model.embedding import InputEmbedding, OutputEmbedding
 from model.linears import LayerNorm, tensor_parallel_size
-
-if TYPE_CHECKING:
-    from l2e import L2EConfig
 
 
 class Body(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Float32 logits held at a time, in bytes: in a CPU's cache, or enough to fill a GPU.
-CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 
 
 def cross_entropy(
@@ -47,14 +47,19 @@ class _CrossEntropy(torch.autograd.Function):
             hidden_gradient = torch.empty_like(hidden)
             weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        # Two buffers for all chunks (one in float32): new memory each time costs page faults.
+        product = hidden.new_empty(min(chunk_tokens, tokens), weight.shape[0])
+        logits = product.float()
         for start in range(0, tokens, chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
-            logits = (hidden[chunk] @ weight.t()).float()
-            logits[:, padding] = -torch.inf
-            losses, gradient = _softmax(logits, labels[chunk] - first_row, group)
+            chunk = slice(start, min(start + chunk_tokens, tokens))
+            used = slice(0, chunk.stop - start)
+            torch.mm(hidden[chunk], weight.t(), out=product[used])
+            logits[used].copy_(product[used])
+            logits[used, padding] = -torch.inf
+            losses, gradient = _softmax(logits[used], labels[chunk] - first_row, group)
             total += losses.sum()
             if wants_gradient:
-                gradient = gradient.to(weight.dtype)
+                gradient = product[used].copy_(gradient)
                 torch.mm(gradient, weight, out=hidden_gradient[chunk])
                 _add_product(weight_gradient, gradient.t(), hidden[chunk])
         if wants_gradient:
@@ -110,4 +115,5 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _chunk_tokens(weight: Tensor) -> int:
-    return max(1, CHUNK_BYTES[weight.device.type] // (4 * weight.shape[0]))
+    tokens = max(1, CHUNK_BYTES[weight.device.type] // (4 * weight.shape[0]))
+    return tokens - tokens % 64 if tokens > 64 else tokens

@@ -1,18 +1,12 @@
 """The MLP of a block: the place of the neurons."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from l2e import L2ELayer
 from model.config import ModelConfig
 from model.init import initializer
 from model.linears import ColumnLinear, RowLinear
-
-if TYPE_CHECKING:
-    from l2e import L2ELayer
 
 GELU_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
 

@@ -1,18 +1,14 @@
 """The same model as a list of layers, for an engine that spreads them over pipeline stages."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from l2e import L2EConfig
 from model.block import Block
 from model.config import ModelConfig
 from model.embedding import InputEmbedding, OutputEmbedding
 from model.linears import LayerNorm, tensor_parallel_size
-
-if TYPE_CHECKING:
-    from l2e import L2EConfig
 
 
 class PipelineLayer(NamedTuple):
@@ -33,7 +29,7 @@ class OutputStage(OutputEmbedding):
     Hands on what `pipeline_loss` needs, so that logits are never held whole.
     """
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, OutputStage]:  # type: ignore[override]
+    def forward(self, hidden: Tensor) -> tuple[Tensor, "OutputStage"]:  # type: ignore[override]
         return hidden, self
 
 
