@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from l2e import kernels, selection, threshold
+from l2e import kernels, path, selection, threshold
 from l2e.state import LayerState
 
 _states: WeakValueDictionary[int, LayerState] = WeakValueDictionary()
@@ -53,7 +53,7 @@ def inhibit(pre: Tensor, handle: int) -> tuple[Tensor, Tensor, Tensor]:
     )
     rule = state.rule(limit, replacement)
     sums = None if recomputing else torch.zeros_like(state.core_sums)
-    out = kernels.forward(rows, rule, sums)
+    out = path.choose(state.config, rows.device, rows.dtype).forward(rows, rule, sums)
     loss = torch.zeros((), device=pre.device)
     if sums is not None:
         loss = _record(state, rows, rule, sums)
@@ -82,7 +82,8 @@ def inhibit_backward(
         limit = mask.view(rows.shape) if len(mask) else state.limit
     injected = state.phase.gradient_scale * state.loss_factor(len(rows))
     pull = injected if loss_grad is None else loss_grad
-    out = kernels.backward(grad.reshape(rows.shape), rows, state.rule(limit), pull)
+    chosen = path.choose(state.config, rows.device, rows.dtype)
+    out = chosen.backward(grad.reshape(rows.shape), rows, state.rule(limit), pull)
     return out.view(pre.shape)
 
 

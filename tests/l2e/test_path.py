@@ -1,0 +1,111 @@
+"""The path of the layer's arithmetic: chosen for a reason, and every fallback visible."""
+
+import logging
+import sys
+
+import pytest
+import torch
+
+from l2e import Controller, L2EConfig, L2ELayer, path
+
+pytest.importorskip("triton")
+CPU = torch.device("cpu")
+TRITON = L2EConfig(kernels="triton")
+
+
+@pytest.fixture(autouse=True)
+def undecided():
+    """Every test decides anew."""
+    path._choose.cache_clear()
+    yield
+    path._choose.cache_clear()
+
+
+def fallback(caplog, config=TRITON, dtype=torch.float32) -> str:
+    """The one line that a fallback to the plain path logs."""
+    with caplog.at_level(logging.WARNING, logger="l2e"):
+        for _ in range(2):
+            assert path.choose(config, CPU, dtype).name == "plain"
+    assert len(caplog.records) == 1
+    return caplog.records[0].getMessage()
+
+
+def test_plain_is_the_default_and_says_nothing(caplog):
+    chosen = path.choose(L2EConfig(), CPU, torch.float32)
+    assert str(chosen) == "plain kernels (l2e.kernels is 'plain')"
+    assert not caplog.records
+
+
+def test_without_a_gpu(caplog, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "needs a CUDA device, the activations are on cpu" in fallback(caplog)
+
+
+def test_without_triton(caplog, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delitem(sys.modules, "l2e.triton_kernels", raising=False)
+    monkeypatch.delattr("l2e.triton_kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "Triton cannot be imported" in fallback(caplog)
+
+
+def test_with_a_dtype_it_has_no_kernel_for(caplog):
+    assert "no Triton kernel for torch.float64" in fallback(caplog, dtype=torch.float64)
+
+
+def test_with_a_selection_it_cannot_make(caplog):
+    config = L2EConfig(kernels="triton", method="deactivate", selection="topk")
+    assert "topk keeps a mask" in fallback(caplog, config)
+
+
+def test_when_compilation_fails(caplog, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def broken(*args):
+        raise RuntimeError("ptxas died\nand went on at length")
+
+    monkeypatch.setattr("l2e.triton_kernels.forward", broken)
+    line = fallback(caplog)
+    assert "RuntimeError" in line
+    assert "ptxas died" in line
+    assert "\n" not in line
+
+
+def test_when_its_numbers_are_wrong(caplog, monkeypatch):
+    from l2e import kernels
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("l2e.triton_kernels.backward", lambda *a: 1.01 * kernels.backward(*a))
+    assert "gradient differs from plain by 1.0e-02" in fallback(caplog)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels on the CPU")
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"scale_invariant": True}, {"method": "deactivate"}, {"method": "none"}],
+    ids=["regularize", "scale_invariant", "deactivate", "none"],
+)
+def test_a_layer_trains_alike_on_both_paths(monkeypatch, keys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    plain, fused = (run(L2EConfig(kernels=name, **SHORT | keys)) for name in ("plain", "triton"))
+    for name, wanted in plain.items():
+        torch.testing.assert_close(fused[name], wanted, rtol=1e-5, atol=1e-6, msg=name)
+
+
+SHORT = {"late_start_step": 1, "forget_step": 3, "inhibit_fraction": 0.1, "weight": 1.0}
+
+
+def run(config: L2EConfig, steps: int = 4) -> dict[str, torch.Tensor]:
+    """Gradients and state of one layer fed the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    layer = L2ELayer(24, config, name="0", inhibited_layers=1).train()
+    controller = Controller([layer], config)
+    results = {}
+    for step in range(steps):
+        pre = torch.randn(40, 24, generator=generator).requires_grad_()
+        layer(pre).square().sum().backward()
+        controller.step()
+        results[f"gradient {step}"] = pre.grad
+        results[f"loss {step}"] = controller.ms_loss()
+    assert path.choose(config, CPU, torch.float32).name == config.kernels
+    return results | controller.state_dict()
