@@ -6,34 +6,15 @@ from configs import Config
 from l2e import select_layers
 from launch.runtime import cost
 from launch.runtime.corpus import describe_source
+from launch.runtime.planning import layout_of
 
 GIB = 2**30
-
-
-def cost_layout(config: Config) -> cost.Layout:
-    """The configuration as the cost model's plain numbers."""
-    parallel, train = config.parallel, config.train
-    data = (parallel.processes or 1) // (parallel.tensor * parallel.pipeline)
-    inhibited = select_layers(config.l2e_settings.layers, config.model.num_layers)
-    return cost.Layout(
-        sequence_length=config.data.sequence_length,
-        micro_batch_size=train.micro_batch_size,
-        accumulation=train.global_batch_size // (train.micro_batch_size * data),
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        data=data,
-        sequence=parallel.sequence,
-        zero_stage=config.zero_stage,
-        dtype=train.dtype,
-        checkpointing=parallel.activation_checkpointing,
-        inhibited_layers=len(inhibited),
-    )
 
 
 def plan_lines(config: Config) -> list[str]:
     """What the run will do, in words and numbers."""
     model, train, l2e = config.model, config.train, config.l2e_settings
-    layout = cost_layout(config)
+    layout = layout_of(config, config.parallel.processes or 1)
     tokens = train.steps * layout.step_tokens
     flops = cost.flops_per_token(model, config.data.sequence_length)
     inhibited = select_layers(l2e.layers, model.num_layers)

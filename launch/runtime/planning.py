@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from l2e.config import select_layers
+from l2e import select_layers
 from launch.runtime import cost
 from launch.runtime.cost import Layout, ModelShape
 
@@ -146,7 +146,7 @@ def layout_of(config: Config, ranks: int) -> Layout:
         zero_stage=config.zero_stage,
         dtype=train.dtype,
         checkpointing=parallel.activation_checkpointing,
-        inhibited_layers=len(select_layers(config.l2e.layers, config.model.num_layers)),
+        inhibited_layers=len(select_layers(config.l2e_settings.layers, config.model.num_layers)),
     )
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs import Config
+from l2e.path import choose as choose_kernels
 from launch.runtime import checkpoint, hardware, manifest
 from launch.runtime.corpus import Corpus
 from launch.runtime.cost import flops_per_token
@@ -59,6 +60,9 @@ def describe(run: Run, engine: Engine) -> None:
         f"{config.train.dtype} on {hardware.describe(engine.device)}"
     )
     run.say(f"peak for MFU: {hardware.describe_peak(engine.device, config.train.dtype)}")
+    dtype = hardware.TORCH_DTYPES[config.train.dtype]
+    kernels = choose_kernels(config.l2e_settings, engine.device, dtype)
+    run.say(f"l2e: {kernels}")
     if run.process.is_first:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
