@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   python launch/pretrain.py --config configs/demo.json
   deepspeed --num_gpus 8 launch/pretrain.py --config configs/410m.json
-  torchrun --nproc-per-node 8 launch/pretrain.py --config configs/410m.json --resume auto
+  torchrun --nproc-per-node 8 -- launch/pretrain.py --config configs/410m.json --resume auto
   python launch/pretrain.py --config configs/2.8b.json --dry-run
   python launch/pretrain.py --config configs/70m.json --set l2e.method=none --run runs/baseline
 """
@@ -79,7 +80,15 @@ def main(arguments: list[str] | None = None) -> None:
 
         print_plan(configs.load(options.config, options.set))
         return
-    config = configs.load(options.config, options.set, process.world_size)
+    try:
+        config = configs.load(options.config, options.set, process.world_size)
+    except ValueError:
+        if process.is_first:
+            raise
+        # Every rank finds the same mistake and the first one tells it; it needs the time to,
+        # since a launcher ends all ranks when one leaves.
+        time.sleep(5)
+        sys.exit(2)
     folder = Path(options.run or Path("runs") / Path(options.config).stem)
     start(config, folder, options.resume, process)
 

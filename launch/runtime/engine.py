@@ -206,12 +206,19 @@ class Engine:
 
     def l2e_metrics(self) -> dict[str, dict[str, float]]:
         """The inhibited layers' figures by block number, of all pipeline stages."""
-        own = {} if self.controller is None else self.controller.metrics()
+        return self.of_all_stages({} if self.controller is None else self.controller.metrics())
+
+    def l2e_histograms(self) -> dict[str, Tensor]:
+        """Counts of the Monosemantic Scale by block number, of the last measured step."""
+        return self.of_all_stages({} if self.controller is None else self.controller.histograms())
+
+    def of_all_stages(self, own: dict[str, Any]) -> dict[str, Any]:
+        """The tables of all pipeline stages in one."""
         if self.layout.pipeline_size == 1:
             return own
-        stages: list[dict[str, dict[str, float]]] = [{}] * self.layout.pipeline_size
+        stages: list[dict[str, Any]] = [{}] * self.layout.pipeline_size
         dist.all_gather_object(stages, own, group=self.layout.pipeline_group)
-        return {name: figures for stage in stages for name, figures in stage.items()}
+        return {name: value for stage in stages for name, value in stage.items()}
 
     @property
     def loss_scale(self) -> float:

@@ -8,16 +8,7 @@ from functools import cache
 
 import torch
 
-# Dense bf16 and fp16 matrix peaks in FLOP/s, by datasheet.
-GPU_PEAKS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10": 125e12,
-    "V100": 125e12,
-}
-
+from launch.runtime.planning import GPUS
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,7 +25,7 @@ def datasheet_peak(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in GPU_PEAKS.items() if known in name), None)
+    return next((gpu.flops for known, gpu in GPUS.items() if known.upper() in name), None)
 
 
 @cache

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from l2e.threshold import bin_edges
+
+BINS_TOGETHER = 8  # the method's 32 bins an octave are finer than a picture can show
+
 
 def as_json(value: Any) -> Any:
     """`value` for a JSON line: tensors as numbers, non-finite numbers as null."""
@@ -67,21 +71,31 @@ class TensorBoard:
         if isinstance(value, int | float):
             self.writer.add_scalar(name, value, step)
 
-    def histogram(self, layer: str, counts: torch.Tensor, edges: torch.Tensor, step: int) -> None:
-        """log2(MS) of one layer's activations; counts [bins], edges [bins + 1]."""
-        middles = (edges[:-1] + edges[1:]) / 2
-        total = counts.sum()
-        self.writer.add_histogram_raw(
-            f"ms_log2/layer_{layer}",
-            min=float(edges[0]),
-            max=float(edges[-1]),
-            num=int(total),
-            sum=float((counts * middles).sum()),
-            sum_squares=float((counts * middles**2).sum()),
-            bucket_limits=edges[1:].tolist(),
-            bucket_counts=counts.tolist(),
-            global_step=step,
-        )
+    def write_histograms(self, counts_by_layer: dict[str, torch.Tensor], step: int) -> None:
+        """log2 of the Monosemantic Scale of each layer's activations, in quarter octaves."""
+        edges = bin_edges().log2()
+        for layer, counts in counts_by_layer.items():
+            counts = counts.view(-1, BINS_TOGETHER).sum(1).double()
+            filled = counts.nonzero().flatten()
+            if not len(filled):
+                continue
+            limits = edges[BINS_TOGETHER::BINS_TOGETHER]
+            middles = limits - (limits[1] - limits[0]) / 2
+            self.writer.add_histogram_raw(
+                f"ms_log2/layer_{layer}",
+                min=float(middles[filled[0]]),
+                max=float(middles[filled[-1]]),
+                num=int(counts.sum()),
+                sum=float((counts * middles).sum()),
+                sum_squares=float((counts * middles**2).sum()),
+                bucket_limits=limits[filled[0] : filled[-1] + 1].tolist(),
+                bucket_counts=counts[filled[0] : filled[-1] + 1].tolist(),
+                global_step=step,
+            )
+
+    def close(self) -> None:
+        """Write what is still held back."""
+        self.writer.close()
 
 
 class Progress:

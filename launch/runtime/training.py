@@ -174,12 +174,12 @@ class Recorder:
         self.peak = hardware.peak_flops(engine.device, config.train.dtype) * run.process.world_size
         self.pending: list[dict[str, Any]] = []
         self.since = time.monotonic()
-        self.writers: list[MetricsFile | TensorBoard] = []
+        self.board: TensorBoard | None = None
         if run.process.is_first:
-            self.writers.append(MetricsFile(run.folder / "metrics.jsonl", start))
-            if config.logging.tensorboard:
-                self.writers.append(TensorBoard(run.folder / "tensorboard", start))
+            self.file = MetricsFile(run.folder / "metrics.jsonl", start)
             self.progress = Progress(last, start)
+            if config.logging.tensorboard:
+                self.board = TensorBoard(run.folder / "tensorboard", start)
 
     def add(self, step: int, loss: Tensor, rate: float) -> None:
         """Remember one step; nothing is fetched from the device."""
@@ -213,7 +213,7 @@ class Recorder:
         records, self.pending = self.pending, []
         self.add_up_stages(records)
         self.fetch(records)
-        l2e = self.engine.l2e_metrics()
+        l2e, histograms = self.engine.l2e_metrics(), self.engine.l2e_histograms()
         now = time.monotonic()
         seconds = (now - self.since) / len(records)
         self.since = now
@@ -225,6 +225,8 @@ class Recorder:
             record["l2e"] = None
         records[-1]["l2e"] = l2e
         self.write(records)
+        if self.board is not None:
+            self.board.write_histograms(histograms, records[-1]["step"])
         self.check(records)
 
     def add_up_stages(self, records: list[dict[str, Any]]) -> None:
@@ -247,9 +249,10 @@ class Recorder:
         """Hand the records to the files and the newest to the progress line."""
         if not self.run.process.is_first:
             return
-        for writer in self.writers:
-            for record in records:
-                writer.write(record)
+        for record in records:
+            self.file.write(record)
+            if self.board is not None:
+                self.board.write(record)
         newest = records[-1]
         shown = {
             "loss": f"{newest['lm_loss']:.4f}",
@@ -274,3 +277,5 @@ class Recorder:
         """End the progress line."""
         if self.run.process.is_first:
             self.progress.close()
+        if self.board is not None:
+            self.board.close()
