@@ -1,0 +1,187 @@
+"""Score a model with lm-evaluation-harness: one checkpoint, or many of a run.
+
+    python launch/evaluate.py --checkpoint runs/demo --tasks pythia --reference pythia-70m
+    python launch/evaluate.py --checkpoint runs/demo --steps all --tasks sciq,piqa --shots 5
+    python launch/evaluate.py --checkpoint hf_folder --tasks l2e --task-data benchmarks/
+    torchrun --nproc_per_node 8 launch/evaluate.py --checkpoint runs/410m --tasks pythia
+
+The suites: `pythia` is the Pythia paper's table (SciQ, ARC, PIQA, LAMBADA, LogiQA, WinoGrande,
+WSC), `l2e` adds MMLU and BIG-bench Lite. Any other task name of the harness works too.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.distributed as dist
+
+from launch.runtime import evaluation, scored, storage
+from launch.runtime.cli import run_verb
+from launch.runtime.harness import HarnessModel, Scored
+from launch.runtime.tasks import Selection, select
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main() -> None:
+    options = parser().parse_args()
+    models = find_models(options.checkpoint, options.steps)
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit {options.limit}: at least one item a task")
+    if options.shots < 0:
+        raise ValueError(f"--shots {options.shots}: 0 or more")
+    for step, _ in models:
+        published(options, step)  # a wrong --reference should not wait for the scores
+    group = start_processes()
+    try:
+        for step, source in models:
+            # Tasks keep what a model answered, so every model gets its own.
+            selection = select(options.tasks.split(","), options.task_data)
+            model = load(source, options, torch.device(options.device))
+            output = output_file(options, step, several=len(models) > 1)
+            score(model, selection, options, group, step, output)
+    finally:
+        if group is not None:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def find_models(checkpoint: str, steps: str) -> list[tuple[int | None, str]]:
+    """(step, folder or hub id) of every model to score, in the order of their steps."""
+    folder = Path(checkpoint)
+    if (folder / storage.MANIFEST).is_file() and storage.STEP_FOLDER.match(folder.name):
+        return [(storage.step_of(folder), checkpoint)]
+    found = storage.checkpoints(folder / "checkpoints")
+    if not found:
+        if steps != "latest":
+            raise ValueError(f"--steps {steps}: {folder / 'checkpoints'} holds no checkpoints")
+        return [(None, checkpoint)]
+    by_step = {storage.step_of(path): str(path) for path in reversed(found)}
+    if steps == "all":
+        return list(by_step.items())
+    if steps == "latest":
+        return [max(by_step.items())]
+    try:
+        wanted = [int(step) for step in steps.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--steps {steps}: give numbers as in 100,200, or all, or latest"
+        ) from None
+    if missing := sorted(set(wanted) - by_step.keys()):
+        raise ValueError(
+            f"--steps: no checkpoint of step {missing[0]}; there are "
+            f"{', '.join(map(str, by_step))} in {folder / 'checkpoints'}"
+        )
+    return [(step, by_step[step]) for step in wanted]
+
+
+def load(source: str, options: argparse.Namespace, device: torch.device) -> Scored:
+    return scored.from_huggingface(source, DTYPES[options.dtype], device, options.revision)
+
+
+def score(
+    model: Scored,
+    selection: Selection,
+    options: argparse.Namespace,
+    group: dist.ProcessGroup | None,
+    step: int | None,
+    output: Path,
+) -> None:
+    harness = HarnessModel(model, options.batch_tokens, group)
+    report = evaluation.evaluate(harness, selection, options.shots, options.limit)
+    if harness.turn != 0:
+        return
+    reference = published(options, step)
+    report |= {"step": step, "checkpoint": options.checkpoint, "reference": reference}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    print(evaluation.table(report, reference))
+    print(f"{'step ' + str(step) if step is not None else options.checkpoint}: {output}")
+
+
+def published(
+    options: argparse.Namespace, step: int | None
+) -> tuple[str, dict[str, dict[str, float]]] | None:
+    if options.reference is None:
+        return None
+    nearest, scores = evaluation.official(options.reference, options.shots, step)
+    return f"{options.reference} step {nearest}", scores
+
+
+def output_file(options: argparse.Namespace, step: int | None, several: bool) -> Path:
+    """Where the JSON goes; of several steps each has its own file."""
+    shots = f"{options.shots}shot"
+    name = f"evaluate_{shots}" if step is None else f"evaluate_{shots}_step_{step:07d}"
+    if options.output is None:
+        run = Path(options.checkpoint)
+        run = run.parent.parent if run.parent.name == "checkpoints" else run
+        return (run if run.is_dir() else Path()) / "results" / f"{name}.json"
+    output = Path(options.output)
+    return output.with_stem(f"{output.stem}_step_{step:07d}") if several else output
+
+
+def start_processes() -> dist.ProcessGroup | None:
+    """The processes that share the work, if a launcher started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # Scores travel as Python objects, on the CPU, whatever the models run on.
+    dist.init_process_group("gloo")
+    return dist.group.WORLD
+
+
+def parser() -> argparse.ArgumentParser:
+    gpu = torch.cuda.is_available()
+    result = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add: Any = result.add_argument
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a run's folder, one of its checkpoints, a folder in Hugging Face form, or a hub id",
+    )
+    add(
+        "--steps", default="latest", help="of a run's folder: latest (default), all, or 100,200,..."
+    )
+    add("--tasks", required=True, help="task and suite names, separated by commas")
+    add("--shots", type=int, default=0, metavar="K", help="examples before each item (default 0)")
+    add(
+        "--task-data",
+        type=Path,
+        metavar="DIR",
+        help="read items from TASK_SPLIT.jsonl(.gz) files in DIR, not from the hub",
+    )
+    add("--limit", type=int, metavar="N", help="only the first N items of each task")
+    add(
+        "--reference",
+        metavar="MODEL",
+        help="print the official scores of pythia-70m, pythia-410m or pythia-2.8b at the nearest "
+        "published step beside ours",
+    )
+    add("--output", metavar="FILE.json", help="default: results/evaluate_*.json of the run")
+    add("--dtype", choices=DTYPES, default="fp32", help="of the weights; scores are fp32 always")
+    add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda or cuda:1")
+    add(
+        "--batch-tokens",
+        type=int,
+        default=32768 if gpu else 2048,
+        metavar="N",
+        help="most tokens of one forward pass (default %(default)s)",
+    )
+    add("--revision", default="main", help="of a hub id, e.g. step13000 (default main)")
+    return result
+
+
+if __name__ == "__main__":
+    run_verb(main)
