@@ -69,7 +69,10 @@ def read_config(folder: Path) -> ModelConfig:
     problems = list(_unsupported(given))
     if problems:
         raise ValueError(f"{path} describes a model this trainer cannot run: {'; '.join(problems)}")
-    rotary = given.get("rope_parameters") or {}  # the form of transformers 5
+    rotary = {
+        "partial_rotary_factor": given.get("rotary_pct", 0.25),
+        "rope_theta": given.get("rotary_emb_base", 10000),
+    } | (given.get("rope_parameters") or {})  # transformers 5 has its own place for them
     try:
         return ModelConfig.model_validate(
             {
@@ -82,7 +85,7 @@ def read_config(folder: Path) -> ModelConfig:
                 "rotary_percent": rotary.get(
                     "partial_rotary_factor", given.get("rotary_pct", 0.25)
                 ),
-                "rotary_base": rotary.get("rope_theta", given.get("rotary_emb_base", 10000)),
+                "rotary_base": rotary["rope_theta"],
                 "parallel_residual": given.get("use_parallel_residual", True),
                 "activation": ACTIVATION[given.get("hidden_act", "gelu")],
                 "layer_norm_epsilon": given.get("layer_norm_eps", 1e-5),
