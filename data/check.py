@@ -52,7 +52,9 @@ def check(
     for prefix in prefixes:
         try:
             file = TokenFile(prefix)
-            _check_manifest(file, tokenizer, tokenizer_hash)
+            check_manifest(file)
+            if tokenizer_hash is not None:
+                _check_made_with(file, tokenizer, tokenizer_hash)
             if vocab_size is not None:
                 _check_ids(file, vocab_size)
             documents = split_documents(len(file), split, part)
@@ -76,14 +78,16 @@ def _check_vocabulary(tokenizer, vocab_size: int | None) -> list[Problem]:
     ]
 
 
-def _check_manifest(file: TokenFile, tokenizer, tokenizer_hash: str | None) -> None:
-    """The files are those the manifest describes, and of the run's tokenizer."""
+def check_manifest(file: TokenFile, whole: bool = False) -> None:
+    """The files are those the manifest describes; `whole` reads large ones too.
+
+    Raises `Problem` where they aren't.
+    """
     found = manifest.read(file.prefix)
     if found is None:
         return
-    small = bin_path(file.prefix).stat().st_size <= LOOK_AT_BYTES
     hashed = {"idx_sha256": idx_path(file.prefix)}
-    if small:
+    if whole or bin_path(file.prefix).stat().st_size <= LOOK_AT_BYTES:
         hashed["bin_sha256"] = bin_path(file.prefix)
     for key, path in hashed.items():
         if found.get(key) != sha256(path):
@@ -93,8 +97,12 @@ def _check_manifest(file: TokenFile, tokenizer, tokenizer_hash: str | None) -> N
                 f"its content is not what {manifest.path(file.prefix)} says it is",
                 "copy or prepare the files anew",
             )
-    made_with = found.get("tokenizer_sha256")
-    if tokenizer_hash is not None and made_with != tokenizer_hash:
+
+
+def _check_made_with(file: TokenFile, tokenizer: str | Path, tokenizer_hash: str) -> None:
+    """The corpus was prepared with the run's tokenizer, where its manifest says with which."""
+    made_with = manifest.recorded(file.prefix, "tokenizer_sha256")
+    if made_with not in (None, tokenizer_hash):
         raise Problem(
             "tokenizer.path",
             tokenizer,

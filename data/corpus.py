@@ -193,7 +193,7 @@ def _parquet(name: str, fields: Fields):
     """Schema and (batch, position) pairs of a Parquet file."""
     import pyarrow.parquet as parquet
 
-    file = parquet.ParquetFile(name, pre_buffer=False)
+    file = parquet.ParquetFile(name, pre_buffer=False, page_checksum_verification=True)
     columns = _columns(fields, file.schema_arrow)
     bytes_a_row = Path(name).stat().st_size / max(1, file.metadata.num_rows)
     batches = file.iter_batches(batch_size=64, columns=columns)

@@ -3,6 +3,22 @@
 import json
 from pathlib import Path
 
+from data.problem import Problem
+
+# What other parts of the code rely on.
+REQUIRED = {
+    "documents": int,
+    "tokens": int,
+    "text_bytes": int,
+    "subsets": dict,
+    "rejects": dict,
+    "bin_sha256": str,
+    "idx_sha256": str,
+    "tokenizer_path": str,
+    "tokenizer_sha256": str,
+    "job": dict,
+}
+
 
 def path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.manifest.json")
@@ -18,10 +34,15 @@ def read(prefix: str | Path) -> dict | None:
         return None
     try:
         content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"manifest {file}: cannot be read ({error}); prepare anew") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = f"cannot be read ({error})"
+        raise Problem("manifest", file, reason, "copy or prepare the corpus anew") from error
     if not isinstance(content, dict):
-        raise ValueError(f"manifest {file}: is no JSON object; prepare the corpus anew")
+        raise Problem("manifest", file, "is no JSON object", "copy or prepare the corpus anew")
+    for key, kind in REQUIRED.items():
+        if not isinstance(content.get(key), kind):
+            reason = f"has no {key!r}, or not as {kind.__name__}"
+            raise Problem("manifest", file, reason, "copy or prepare the corpus anew")
     return content
 
 

@@ -261,6 +261,7 @@ def _finish(what: Preparation, partial: PartialCorpus, job: dict, tokenizer) -> 
             "dtype": np.dtype(tokenizer.dtype).name,
             "bin_sha256": sha256(folder / TOKENS),
             "idx_sha256": sha256(folder / INDEX),
+            "tokenizer_path": str(what.tokenizer),
             "tokenizer_sha256": tokenizer.sha256,
             "tokenizer_vocab_size": tokenizer.vocab_size,
             "end_of_text": tokenizer.eod,

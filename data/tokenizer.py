@@ -1,6 +1,7 @@
 """Text to token ids and back: Hugging Face `tokenizer.json` files and sentencepiece models."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 SPACE_MARK = "\u2581"
 
 
-def load_tokenizer(path: str | Path) -> "HuggingFaceTokenizer | SentencePieceTokenizer":
+def load_tokenizer(path: str | Path) -> "Tokenizer":
     """Open a tokenizer file: `*.json` is Hugging Face's format, `*.model` sentencepiece's.
 
     Raises ValueError for a missing, damaged or unknown file.
@@ -39,11 +40,23 @@ def load_tokenizer(path: str | Path) -> "HuggingFaceTokenizer | SentencePieceTok
         raise Problem("tokenizer", path, reason, "get a whole copy of it") from error
 
 
-class _TokenizerFile:
-    """What both kinds share: the file, its hash, and the token that ends a document."""
+class Tokenizer(ABC):
+    """A tokenizer file. `vocab_size` is one more than the largest id, `eod` ends a document."""
 
     vocab_size: int
     eod: int
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without an end-of-text token."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, end-of-text tokens by their names."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, without an end-of-text token."""
+        return self.encode_batch([text])[0]
 
     def __init__(self, path: Path):
         self.path = path
@@ -66,7 +79,7 @@ class _TokenizerFile:
         return np.uint16 if self.vocab_size <= 2**16 else np.int32
 
 
-class HuggingFaceTokenizer(_TokenizerFile):
+class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json` such as GPT-NeoX-20B's, through the `tokenizers` library.
 
     A normalizer in the file (GPT-NeoX-20B has Unicode NFC) is applied, as in Pythia's training;
@@ -74,28 +87,24 @@ class HuggingFaceTokenizer(_TokenizerFile):
     """
 
     def __init__(self, path: Path):
-        from tokenizers import Tokenizer
+        import tokenizers
 
         super().__init__(path)
-        self._tokenizer = Tokenizer.from_file(str(path))
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eod = self._find_eod({n: self._tokenizer.token_to_id(n) for n in END_OF_TEXT})
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without an end-of-text token."""
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
-class SentencePieceTokenizer(_TokenizerFile):
+class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model. Models trained here give every UTF-8 text back exactly."""
 
     def __init__(self, path: Path):
@@ -111,7 +120,6 @@ class SentencePieceTokenizer(_TokenizerFile):
         self._mark_ids = mark if unknown not in mark else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without an end-of-text token."""
         return [
             ids if SPACE_MARK not in text or self._mark_ids is None else self._encode_marked(text)
             for text, ids in zip(texts, self._model.encode(list(texts)), strict=True)
@@ -121,9 +129,6 @@ class SentencePieceTokenizer(_TokenizerFile):
         """A text with U+2581 in it: sentencepiece itself would turn it into a space."""
         first, *rest = (self._model.encode(part) for part in text.split(SPACE_MARK))
         return first + [i for part in rest for i in self._mark_ids + part]
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; sentencepiece drops control tokens, so the document ends are put in."""

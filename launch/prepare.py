@@ -1,9 +1,15 @@
-"""Text to token files, and a look at what is in them.
+"""Text to token files.
 
     python launch/prepare.py --input 'pile/*.jsonl.zst' --tokenizer 20B_tokenizer.json \\
         --output prepared/pile --workers 16
     python launch/prepare.py --corpus builtin --train-tokenizer sentencepiece --vocab-size 2048 \\
         --output prepared/demo
+
+Three more verbs, each with its own --help:
+
+    python launch/prepare.py show      the sequences of a training step, decoded
+    python launch/prepare.py stats     what prepared token files hold
+    python launch/prepare.py features  a feature set for the analyses
 """
 
 import argparse
@@ -16,11 +22,22 @@ from data import builtin
 from data.corpus import Fields, Record, Source, find_sources, parse, read_units
 from data.prepare import Preparation, prepare
 from data.tokenizer import train_sentencepiece
+from launch.runtime import feature_sets, looking
 from launch.runtime.cli import run_verb
 
 
 def main() -> None:
-    options = _parser().parse_args()
+    verb, *rest = sys.argv[1:] or [""]
+    if verb in ("show", "stats"):
+        getattr(looking, verb)(rest)
+    elif verb == "features":
+        feature_sets.features(rest)
+    else:
+        build(_parser().parse_args())
+
+
+def build(options: argparse.Namespace) -> None:
+    """Prepare what the command line names; a corpus and its validation set for the built-in."""
     _check(options)
     fields = Fields(options.text_field, options.subset_field)
     if options.corpus == "builtin":

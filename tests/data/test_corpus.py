@@ -35,9 +35,14 @@ def table() -> arrow.Table:
     return arrow.table({"id": range(len(TEXTS)), "text": TEXTS, "meta": meta})
 
 
+def zstd(content: bytes) -> bytes:
+    """As the zstd command writes: with a checksum."""
+    return zstandard.ZstdCompressor(write_checksum=True).compress(content)
+
+
 def two_frames(content: bytes) -> bytes:
     half = len(content) // 2
-    return zstandard.compress(content[:half]) + zstandard.compress(content[half:])
+    return zstd(content[:half]) + zstd(content[half:])
 
 
 def write_arrow(path, opener) -> None:
@@ -52,7 +57,7 @@ WRITERS = {
     "x.jsonl.gz": lambda path: path.write_bytes(gzip.compress(jsonl())),
     "x.jsonl.xz": lambda path: path.write_bytes(lzma.compress(jsonl())),
     "x.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(jsonl())),
-    "x.jsonl.zst": lambda path: path.write_bytes(zstandard.compress(jsonl())),
+    "x.jsonl.zst": lambda path: path.write_bytes(zstd(jsonl())),
     "frames.jsonl.zst": lambda path: path.write_bytes(two_frames(jsonl())),
     "x.parquet": lambda path: parquet.write_table(table(), path, row_group_size=70),
     "x.arrow": lambda path: write_arrow(path, arrow.ipc.new_file),

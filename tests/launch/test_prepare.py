@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.dataset import open_dataset
 from data.index import TokenFile
 from data.tokenizer import load_tokenizer
-from tests.data.conftest import make_texts, write_jsonl
+from tests.data.conftest import make_texts, write_jsonl, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,3 +91,114 @@ def test_mistakes_end_with_status_2_and_one_message(tmp_path, arguments, message
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+CONFIG = {
+    "model": {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 384},
+    "data": {"sequence_length": 32},
+    "train": {"steps": 5, "global_batch_size": 4, "seed": 7},
+}
+
+
+@pytest.fixture
+def corpus(tmp_path, tokenizer) -> Path:
+    texts = make_texts(80)
+    write_jsonl(tmp_path / "a.jsonl", [*texts[:50], texts[0]], "First")
+    write_jsonl(tmp_path / "b.jsonl", texts[50:], "Second")
+    done = prepare(
+        *("--input", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--tokenizer", tokenizer.path),
+        *("--output", tmp_path / "x"),
+    )
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "x"
+
+
+def test_show_prints_a_steps_sequences(corpus, tokenizer, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps(CONFIG))
+    done = prepare(
+        *("show", "--config", tmp_path / "c.json", "--set", f"data.path={corpus}"),
+        *("--set", "data.validation_fraction=0", "--step", 3, "--rows", 4, "--run", tmp_path / "r"),
+    )
+    assert done.returncode == 0, done.stderr
+    expected = open_dataset(str(corpus), 32, 7, 20, split=0.0)
+    head, *samples = done.stdout.split("\n\nsample ")
+    assert head.startswith("step 3: samples 12 to 15, 4 x 33 tokens, sha256 ")
+    for number, text in zip(range(12, 16), samples, strict=True):
+        shown = "\n".join(line[4:] for line in text.splitlines() if line.startswith("  | "))
+        assert shown == tokenizer.decode(expected[number])
+        places = [line.strip() for line in text.splitlines()[1:] if not line.startswith("  | ")]
+        for line, piece in zip(places, expected.pieces(number), strict=True):
+            subset = "First" if piece.document < 51 else "Second"
+            length = piece.file.lengths[piece.document]
+            assert line == (
+                f"[{subset}] {corpus} document {piece.document}, "
+                f"tokens {piece.start} to {piece.stop - 1} of {length}"
+            )
+
+
+def test_show_answers_for_preshuffled_files(tmp_path, tokenizer):
+    """Which batch was step k: rows [4k, 4(k+1)) of the file, whoever wrote it."""
+    rows = [tokenizer.encode(f"row {i:02d} " + "the a " * 40)[:33] for i in range(20)]
+    write_tokens(tmp_path / "x", rows)
+    (tmp_path / "c.json").write_text(json.dumps(CONFIG))
+    done = prepare(
+        *("show", "--config", tmp_path / "c.json", "--set", f"data.path={tmp_path / 'x'}"),
+        *("--set", "data.order=preshuffled", "--set", "data.validation_fraction=0"),
+        *("--set", f"tokenizer.path={tokenizer.path}", "--step", 2, "--run", tmp_path / "r"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line[4:10] for line in done.stdout.splitlines() if line.startswith("  | ")] == [
+        "row 08",
+        "row 09",
+        "row 10",
+        "row 11",
+    ]
+
+
+def test_a_step_past_the_end_is_a_mistake(corpus, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps(CONFIG))
+    done = prepare(
+        *("show", "--config", tmp_path / "c.json", "--set", f"data.path={corpus}"),
+        *("--step", 10**6, "--run", tmp_path / "r"),
+    )
+    assert done.returncode == 2
+    assert "--step 1000000: the training set has steps 0 to" in done.stderr
+
+
+def test_stats_count_subsets_lengths_and_duplicates(corpus):
+    done = prepare("stats", corpus)
+    assert done.returncode == 0, done.stderr
+    tokens = TokenFile(corpus)
+    assert (
+        f"81 documents, {len(tokens.tokens):,} tokens (uint16), as its manifest says" in done.stdout
+    )
+    rows = {line.split()[0]: line.split()[1:3] for line in done.stdout.splitlines() if line}
+    assert rows["First"] == ["51", f"{tokens.lengths[:51].sum():,}"]
+    assert rows["Second"] == ["30", f"{tokens.lengths[51:].sum():,}"]
+    short = ((tokens.lengths >= 8) & (tokens.lengths <= 15)).sum()
+    assert f"8 to 15{short:>29}" in done.stdout
+    assert f"duplicates: 1 documents ({tokens.lengths[0]} tokens)" in done.stdout
+
+
+def test_stats_notice_damage(corpus):
+    content = bytearray(Path(f"{corpus}.bin").read_bytes())
+    content[50] ^= 1
+    Path(f"{corpus}.bin").write_bytes(content)
+    done = prepare("stats", corpus)
+    assert done.returncode == 2
+    assert "its content is not what" in done.stderr
+
+
+def test_features_from_a_folder(tmp_path):
+    for feature in ("one", "two"):
+        (tmp_path / "in" / feature).mkdir(parents=True)
+        for i in range(20):
+            text = "".join(make_texts(30, seed=i + 100 * (feature == "two")))
+            (tmp_path / "in" / feature / f"{i}.txt").write_text(text)
+    out = tmp_path / "set.jsonl"
+    arguments = ("features", "--input", tmp_path / "in", "--by", "folder", "--output", out)
+    done = prepare(*arguments, "--passages", 10)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["feature"] for row in rows] == ["one"] * 10 + ["two"] * 10
+    assert prepare(*arguments, "--group", "nonsense").returncode == 2

@@ -1,0 +1,72 @@
+"""What a step's batch holds: every sequence as text, and where each part of it comes from."""
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from data.dataset import Piece, Samples
+from data.index import TokenFile
+from data.subsets import Subsets
+from data.tokenizer import Tokenizer
+
+
+def describe_step(
+    dataset: Samples,
+    tokenizer: Tokenizer | None,
+    step: int,
+    global_batch_size: int,
+    rows: int,
+    characters: int,
+) -> Iterator[str]:
+    """Lines about the first `rows` sequences of a step, at most so many `characters` of each.
+
+    Step k, counted from 0, is samples [k*global, (k+1)*global). Without a tokenizer the ids are
+    shown. Raises ValueError for a step past the end.
+    """
+    steps = len(dataset) // global_batch_size
+    if not 0 <= step < steps:
+        raise ValueError(f"--step {step}: the training set has steps 0 to {steps - 1}")
+    first = step * global_batch_size
+    digest = hashlib.sha256()
+    for i in range(first, first + global_batch_size):
+        digest.update(dataset[i].astype("<u4"))
+    yield (
+        f"step {step}: samples {first:,} to {first + global_batch_size - 1:,}, "
+        f"{global_batch_size} x {dataset.sequence_length + 1} tokens, sha256 {digest.hexdigest()}"
+    )
+    subsets: dict[str, Subsets] = {}
+    for i in range(first, first + min(rows, global_batch_size)):
+        yield f"\nsample {i:,}"
+        for piece in dataset.pieces(i):
+            name = piece.file.prefix
+            yield f"  {_whence(piece, subsets.setdefault(name, Subsets(name)))}"
+        yield _indented(_text(dataset[i], tokenizer), characters)
+
+
+def _whence(piece: Piece, subsets: Subsets) -> str:
+    """A piece's subset, document and place in it."""
+    file, document, start, stop = piece
+    subset = subsets.name_of(document)
+    return (
+        f"{f'[{subset}] ' if subset else ''}{file.prefix} document {document:,}, "
+        f"tokens {start:,} to {stop - 1:,} of {_length(file, document):,}"
+    )
+
+
+def _length(file: TokenFile, document: int) -> int:
+    return int(file.lengths[document])
+
+
+def _text(tokens: np.ndarray, tokenizer: Tokenizer | None) -> str:
+    return " ".join(map(str, tokens)) if tokenizer is None else tokenizer.decode(tokens)
+
+
+def _indented(text: str, characters: int) -> str:
+    """The text's beginning, marked off line by line; what a terminal would act on is escaped."""
+    shown = text[:characters]
+    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in shown)
+    lines = [f"  | {line}" for line in shown.split("\n")]
+    if len(text) > characters:
+        lines.append(f"  | ... {len(text) - characters:,} more characters")
+    return "\n".join(lines)
