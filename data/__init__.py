@@ -2,6 +2,7 @@
 
 from data.check import check
 from data.dataset import ORDER_NAMES, Samples, open_dataset
+from data.identity import refuse_changes
 from data.loader import batches
 from data.problem import Problem
 from data.tokenizer import load_tokenizer
@@ -14,4 +15,5 @@ __all__ = [
     "check",
     "load_tokenizer",
     "open_dataset",
+    "refuse_changes",
 ]

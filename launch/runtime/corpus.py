@@ -107,28 +107,42 @@ def prepare_builtin(config: Config, prefix: Path) -> Paths:
 
 def open_corpus(config: Config, folder: Path, paths: Paths) -> Corpus:
     """Open both sets; every process of a machine shares the shuffled maps."""
-    data, train = config.data, config.train
-    common = {
-        "sequence_length": data.sequence_length,
-        "seed": train.seed,
-        "cache_dir": data.cache_dir or folder / "data",
-    }
-    training_count = train.steps * train.global_batch_size
-    validation_count = config.evaluate.batches * train.global_batch_size
-    split = None if paths.validation else data.validation_fraction
-    training = open_dataset(
-        paths.training, samples=training_count, order=data.order, split=split, **common
+    training = open_training(config, folder, paths)
+    return Corpus(config, paths, training, open_validation(config, folder, paths))
+
+
+def open_training(config: Config, folder: Path, paths: Paths) -> Samples:
+    """The training set, in the run's order."""
+    train = config.train
+    return open_dataset(
+        paths.training,
+        samples=train.steps * train.global_batch_size,
+        order=config.data.order,
+        **common(config, folder, paths),
     )
-    order = "neox" if paths.validation and data.order == "preshuffled" else data.order
-    validation = open_dataset(
+
+
+def open_validation(config: Config, folder: Path, paths: Paths) -> Samples:
+    """The validation set: its own files, or the end of the training set's."""
+    data = config.data
+    return open_dataset(
         paths.validation or paths.training,
-        samples=validation_count,
-        order=order,
-        split=split,
+        samples=config.evaluate.batches * config.train.global_batch_size,
+        order="neox" if paths.validation and data.order == "preshuffled" else data.order,
         part="validation",
-        **common,
+        **common(config, folder, paths),
     )
-    return Corpus(config, paths, training, validation)
+
+
+def common(config: Config, folder: Path, paths: Paths) -> dict[str, Any]:
+    """What both sets are opened with."""
+    data = config.data
+    return {
+        "sequence_length": data.sequence_length,
+        "seed": config.train.seed,
+        "cache_dir": data.cache_dir or folder / "data",
+        "split": None if paths.validation else data.validation_fraction,
+    }
 
 
 def describe_source(config: Config) -> str:

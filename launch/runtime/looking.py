@@ -37,13 +37,12 @@ def show(arguments: list[str]) -> None:
     config = configs.load(options.config, options.set)
     folder = Path(options.run or Path("runs") / Path(options.config).stem)
     paths = corpus.fetch(config, folder)
-    opened = corpus.open_corpus(config, folder, paths)
     prepared_with = None
     if isinstance(paths.training, str):
         prepared_with = manifest.recorded(paths.training, "tokenizer_path")
     tokenizer = paths.tokenizer or prepared_with
     lines = describe_step(
-        opened.training,
+        corpus.open_training(config, folder, paths),
         load_tokenizer(tokenizer) if tokenizer else None,
         options.step,
         config.train.global_batch_size,
