@@ -27,8 +27,8 @@ def refuse_changes(before: dict, now: dict) -> None:
     changes = list(_changes(before, now))
     if changes:
         raise Problem(
+            "the run's",
             "training set",
-            "",
             f"is not the one this run began with, changed: {'; '.join(changes)}",
             "put it back as it was, or start a new run",
         )

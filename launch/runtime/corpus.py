@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs import Config
 from configs.checks import is_hub
-from data import Samples, batches, open_dataset
+from data import Samples, batches, open_dataset, refuse_changes
 from data import manifest as corpus_manifest
 from launch.runtime import hub
 
@@ -69,6 +70,17 @@ class Corpus:
             "bytes_per_token": self.bytes_per_token(),
             "tokenizer": str(self.paths.tokenizer) if self.paths.tokenizer else None,
         }
+
+    def refuse_changes(self, folder: Path) -> None:
+        """A run goes on with the data that it began with, which its folder's manifest tells.
+
+        Raises ValueError that says what changed.
+        """
+        path = folder / "manifest.json"
+        if path.exists():
+            before, now = json.loads(path.read_text(encoding="utf-8"))["data"], self.describe()
+            compared = ("training", "order_hash")
+            refuse_changes({k: before[k] for k in compared}, {k: now[k] for k in compared})
 
     def bytes_per_token(self) -> float | None:
         """UTF-8 bytes of text a validation token stands for; None where no manifest tells."""

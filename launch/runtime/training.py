@@ -17,7 +17,7 @@ from torch import Tensor
 from configs import Config
 from l2e.path import choose as choose_kernels
 from launch.runtime import checkpoint, hardware, manifest
-from launch.runtime.corpus import Corpus
+from launch.runtime.corpus import HASHED_SAMPLES, Corpus
 from launch.runtime.cost import flops_per_token
 from launch.runtime.engine import Engine, build
 from launch.runtime.logs import MetricsFile, Progress, TensorBoard
@@ -46,9 +46,12 @@ def train(run: Run, data: Corpus, resume: Path | None) -> None:
     describe(run, engine)
     start = 0
     if resume is not None:
+        data.refuse_changes(resume.parents[1])
         start = checkpoint.load(engine, resume)["step"]
         run.say(f"resumed from {resume} at step {start}")
-    manifest.write(run.folder, config, engine, data.describe(), run.process.launcher)
+    told = data.describe()
+    run.say(f"data order: sha256 {told['order_hash']} of the first {HASHED_SAMPLES} samples")
+    manifest.write(run.folder, config, engine, told, run.process.launcher)
     fit(run, engine, data, start)
 
 
