@@ -1,0 +1,190 @@
+"""Sampled neuron interaction networks (NeuroMFA, Section 3.1): which weights, and node distances.
+
+A network is a list of weight matrices [sources, targets], four a block: block input to q, k and v
+channels; attention channels to attention output; attention output to MLP hidden; MLP hidden to the
+next block's input. Embeddings, norms and biases are left out.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from l2e.analysis.multifractal import kept_counts
+from l2e.analysis.weights import Weights
+
+Layout = Literal["per_head", "flat"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What of a Hugging Face configuration decides which weights are sampled."""
+
+    family: str
+    num_layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+
+    @classmethod
+    def of(cls, config) -> "Architecture":
+        """From a transformers configuration of a GPT-NeoX, GPT-2 or Llama model."""
+        if config.model_type not in MATRICES:
+            known = ", ".join(MATRICES)
+            raise ValueError(f"model type {config.model_type!r} is not known; known are {known}")
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        return cls(
+            config.model_type,
+            config.num_hidden_layers,
+            hidden,
+            getattr(config, "intermediate_size", None)
+            or getattr(config, "n_inner", None)
+            or 4 * hidden,
+            heads,
+            getattr(config, "num_key_value_heads", None) or heads,
+        )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint of a series: its weights on disk and its step, None if its name has none."""
+
+    name: str
+    step: int | None
+    weights: Weights
+    architecture: Architecture
+
+
+def open_checkpoint(source: str) -> Checkpoint:
+    """A folder in Hugging Face form, or `id@revision`. Raises ValueError if it can't be read."""
+    from transformers import AutoConfig
+
+    from l2e.analysis.networks import split_revision
+
+    path, revision = split_revision(source)
+    if not Path(path).is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            path = snapshot_download(path, revision=revision)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"{source}: no such folder, nor a model id: {reason}") from error
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: no readable config.json: {error}") from error
+    return Checkpoint(source, step_of(source), Weights(path), Architecture.of(config))
+
+
+def step_of(name: str) -> int | None:
+    """The step in a name such as step1000, pythia-70m@step512 or checkpoints/step_0000100."""
+    found = re.findall(r"step[_-]?(\d+)", name)
+    return int(found[-1]) if found else None
+
+
+class Sample(NamedTuple):
+    """The sampled indices of one block: S1, S2 (= S3), S4, S5 and S6 of the paper."""
+
+    block_input: np.ndarray
+    channels: np.ndarray
+    attention_output: np.ndarray
+    hidden: np.ndarray
+    block_output: np.ndarray
+
+
+def draw_samples(architecture: Architecture, size: int, seed: int) -> list[Sample]:
+    """The indices of one network, per block, without replacement, in the published order of draws.
+
+    Raises ValueError if the model is too small for the sample.
+    """
+    width, inner = architecture.hidden, architecture.intermediate
+    if size > width or 2 * size > inner:
+        raise ValueError(
+            f"sample size {size} needs {size} of {width} hidden units and {2 * size} of {inner} "
+            f"MLP neurons; use at most {min(width, inner // 2)}"
+        )
+    random = np.random.RandomState(seed)  # the published networks come from it
+
+    def draw(count: int, among: int) -> np.ndarray:
+        return random.choice(among, count, replace=False)
+
+    drawn = [
+        (draw(size, width), draw(size, width), draw(size, width), draw(2 * size, inner))
+        for _ in range(architecture.num_layers)
+    ]
+    outputs = [block[0] for block in drawn[1:]] + [draw(size, width)]
+    return [Sample(*block, output) for block, output in zip(drawn, outputs, strict=True)]
+
+
+def sampled_network(checkpoint: Checkpoint, samples: list[Sample], layout: Layout) -> list:
+    """The weights of one network, float64 [sources, targets], four matrices a block in order."""
+    read = MATRICES[checkpoint.architecture.family]
+    return [
+        matrix
+        for block, sample in enumerate(samples)
+        for matrix in read(checkpoint, block, sample, layout)
+    ]
+
+
+def _gpt_neox(checkpoint: Checkpoint, block: int, s: Sample, layout: Layout):
+    weights, shape = checkpoint.weights, checkpoint.architecture
+    at = f"layers.{block}."
+    if layout == "per_head":  # rows are [head][q, k, v][head dim]
+        size = shape.hidden // shape.heads
+        first = s.channels // size * 3 * size + s.channels % size
+        qkv = np.concatenate([first, first + size, first + 2 * size])
+    else:
+        qkv = np.concatenate([s.channels + part * shape.hidden for part in range(3)])
+    yield weights.entries(at + "attention.query_key_value.weight", qkv, s.block_input).T
+    yield weights.entries(at + "attention.dense.weight", s.attention_output, s.channels).T
+    yield weights.entries(at + "mlp.dense_h_to_4h.weight", s.hidden, s.attention_output).T
+    yield weights.entries(at + "mlp.dense_4h_to_h.weight", s.block_output, s.hidden).T
+
+
+def _gpt2(checkpoint: Checkpoint, block: int, s: Sample, layout: Layout):
+    weights, at = checkpoint.weights, f"h.{block}."  # Conv1D: [inputs, outputs], q, k, v in turn
+    qkv = np.concatenate([s.channels + part * checkpoint.architecture.hidden for part in range(3)])
+    yield weights.entries(at + "attn.c_attn.weight", s.block_input, qkv)
+    yield weights.entries(at + "attn.c_proj.weight", s.channels, s.attention_output)
+    yield weights.entries(at + "mlp.c_fc.weight", s.attention_output, s.hidden)
+    yield weights.entries(at + "mlp.c_proj.weight", s.hidden, s.block_output)
+
+
+def _llama(checkpoint: Checkpoint, block: int, s: Sample, layout: Layout):
+    weights, shape = checkpoint.weights, checkpoint.architecture
+    at = f"layers.{block}."
+    size = shape.hidden // shape.heads
+    # Grouped queries: a channel's key and value are those of its head's group.
+    group = s.channels // size // (shape.heads // shape.kv_heads) * size + s.channels % size
+    parts = [("q_proj", s.channels), ("k_proj", group), ("v_proj", group)]
+    qkv = [weights.entries(f"{at}self_attn.{n}.weight", rows, s.block_input) for n, rows in parts]
+    yield np.concatenate(qkv).T
+    yield weights.entries(at + "self_attn.o_proj.weight", s.attention_output, s.channels).T
+    yield weights.entries(at + "mlp.gate_proj.weight", s.hidden, s.attention_output).T
+    yield weights.entries(at + "mlp.down_proj.weight", s.block_output, s.hidden).T
+
+
+MATRICES = {"gpt_neox": _gpt_neox, "gpt2": _gpt2, "llama": _llama}
+
+
+def node_counts(matrices: list[np.ndarray], threshold: int, hops: int = 1) -> np.ndarray:
+    """How many nodes each node reaches at each rounded distance, [nodes, threshold + 1].
+
+    An edge's distance is 1/|w|; a path's is the sum of its edges', and at most `hops` of them.
+    """
+    with np.errstate(divide="ignore"):
+        distances = [1.0 / np.abs(matrix) for matrix in matrices]
+    counts = []
+    for first, reached in enumerate(distances):
+        found = kept_counts(reached, threshold)
+        for edges in distances[first + 1 : first + hops]:
+            if reached.shape[1] == 3 * edges.shape[0]:  # q, k and v lead on to the same channel
+                reached = reached.reshape(len(reached), 3, -1).min(axis=1)
+            reached = np.min(reached[:, :, None] + edges[None, :, :], axis=1)
+            found += kept_counts(reached, threshold)
+        counts.append(found)
+    return np.concatenate(counts)

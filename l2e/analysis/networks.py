@@ -1,0 +1,141 @@
+"""One view of the MLP neurons of GPT-NeoX, GPT-2 and Llama models in Hugging Face form."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Where each family keeps its blocks, and its MLP's non-linearity, the projection into it, the
+# projection out of it, (gated MLPs) the projection that multiplies the activation; and the norm
+# after the last block.
+FAMILIES = {
+    "gpt_neox": ("layers", "act", "dense_h_to_4h", "dense_4h_to_h", None, "final_layer_norm"),
+    "gpt2": ("h", "act", "c_fc", "c_proj", None, "ln_f"),
+    "llama": ("layers", "act_fn", "gate_proj", "down_proj", "up_proj", "norm"),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block and the modules around its hidden units.
+
+    activation: the non-linearity; its input is the pre-activation, its output the activation z
+    [batch, positions, neurons].
+    """
+
+    block: nn.Module
+    activation: nn.Module
+    inward: nn.Module
+    outward: nn.Module
+    gate: nn.Module | None
+
+    def input_weight(self) -> torch.Tensor:
+        """The weights into each neuron, float32 [neurons, hidden]."""
+        return _rows(self.inward).float()
+
+    def input_bias(self) -> torch.Tensor | None:
+        """The neurons' biases, float32 [neurons]; None where the MLP has none (Llama)."""
+        bias = getattr(self.inward, "bias", None)
+        return None if bias is None else bias.detach().float()
+
+    def output_weight(self) -> torch.Tensor:
+        """What each neuron adds to the residual stream, [neurons, hidden]."""
+        return _rows(self.outward).T
+
+
+def _rows(linear: nn.Module) -> torch.Tensor:
+    """The weight as [outputs, inputs]; GPT-2's Conv1D keeps it the other way round."""
+    weight = linear.get_parameter("weight").detach()
+    return weight if isinstance(linear, nn.Linear) else weight.T
+
+
+class Network:
+    """A causal language model in Hugging Face form, its tokenizer and its neurons.
+
+    Raises ValueError for a family whose MLPs are not known here.
+    """
+
+    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str):
+        family = model.config.model_type
+        if family not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise ValueError(f"{name}: model type {family!r} is not known; known are {known}")
+        path, activation, inward, outward, gate, norm = FAMILIES[family]
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.family = family
+        self.layers = [
+            Layer(
+                block,
+                getattr(block.mlp, activation),
+                getattr(block.mlp, inward),
+                getattr(block.mlp, outward),
+                getattr(block.mlp, gate) if gate else None,
+            )
+            for block in getattr(model.base_model, path)
+        ]
+        self.unembed: nn.Module = model.get_output_embeddings()
+        self.final_norm: nn.Module = getattr(model.base_model, norm)
+        self.neurons = self.layers[0].input_weight().shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def max_positions(self) -> int:
+        return self.model.config.max_position_embeddings
+
+
+def open_network(
+    source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Network:
+    """Load a folder or a Hugging Face id, `id@revision` for one of its revisions.
+
+    Raises ValueError if there is no such model or tokenizer, or its family is not known.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, revision = split_revision(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"no model with tokenizer could be loaded from {source!r}: {reason}. Give a folder in "
+            "Hugging Face form (config.json, model.safetensors, tokenizer.json) or a model id"
+        ) from error
+    model = model.to(device=device)  # type: ignore[arg-type]
+    return Network(model, tokenizer, source)
+
+
+def split_revision(source: str) -> tuple[str, str | None]:
+    """("id", "revision") of `id@revision`; an existing folder has no revision."""
+    if Path(source).exists() or "@" not in source:
+        return source, None
+    path, revision = source.rsplit("@", 1)
+    return path, revision
+
+
+def parse_neuron(text: str) -> tuple[int, int]:
+    """(layer, neuron) of a name such as L3.N609."""
+    match = re.fullmatch(r"L(\d+)\.N(\d+)", text.strip())
+    if not match:
+        raise ValueError(f"neuron {text!r}: write layer and neuron as in L3.N609")
+    return int(match[1]), int(match[2])
+
+
+def neuron_name(layer: int, neuron: int) -> str:
+    return f"L{layer}.N{neuron}"

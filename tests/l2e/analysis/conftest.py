@@ -1,0 +1,88 @@
+"""Small random models of the three families, and a byte-level tokenizer for them."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from l2e.analysis.features import FeatureSet, make_features
+from l2e.analysis.networks import Network
+
+VOCABULARY = 257
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|endoftext|>": 0} | {letter: i + 1 for i, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def make_model(family: str, layers: int = 3, hidden: int = 32):
+    torch.manual_seed(0)
+    common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
+    if family == "gpt_neox":
+        config = GPTNeoXConfig(
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            intermediate_size=4 * hidden,
+            max_position_embeddings=128,
+            **common,
+        )
+        model = GPTNeoXForCausalLM(config)
+    elif family == "gpt2":
+        config = GPT2Config(n_embd=hidden, n_layer=layers, n_head=4, n_positions=128, **common)
+        model = GPT2LMHeadModel(config)
+    else:
+        config = LlamaConfig(
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=3 * hidden,
+            max_position_embeddings=128,
+            **common,
+        )
+        model = LlamaForCausalLM(config)
+    # Larger weights than the default make every neuron's effect visible.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+            elif not parameter.any():
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+@pytest.fixture(params=["gpt_neox", "gpt2", "llama"])
+def network(request) -> Network:
+    return Network(make_model(request.param), byte_tokenizer(), request.param)
+
+
+@pytest.fixture
+def neox() -> Network:
+    return Network(make_model("gpt_neox"), byte_tokenizer(), "gpt_neox")
+
+
+def letters(feature: int, index: int) -> str:
+    """A passage over the letters of one feature: abcd, efgh, ..., of differing length."""
+    alphabet = "abcdefghijklmnopqrstuvwxyz"[4 * feature : 4 * feature + 4]
+    return "".join(alphabet[(index * 7 + i * i + i) % 4] for i in range(5 + (index * 3) % 20))
+
+
+@pytest.fixture
+def letter_features() -> FeatureSet:
+    """Three features of 40 passages each."""
+    rows = [(letters(f, i), f"letters{f}") for i in range(40) for f in range(3)]
+    return make_features("letters", [text for text, _ in rows], [name for _, name in rows])
