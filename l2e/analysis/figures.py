@@ -53,8 +53,8 @@ def draw_scale(result: dict, folder: Path) -> list[Path]:
         axes.set_xticks(at, [*names, "10 random\nneurons"], rotation=45, ha="right")
         axes.axvline(len(names) - 0.5, color="grey", linewidth=1)
         axes.set_ylabel("Monosemantic Scale $\\phi$")
-        axes.set_title("Ten best-probing neurons of each feature", fontsize=13)
-        axes.legend()
+        axes.set_xlabel("feature whose ten best-probing neurons (dots) are averaged")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
     def profile(axes: Axes) -> None:
         rows = [row for row in result["layers"] if "reason" not in row]
@@ -76,12 +76,34 @@ def draw_scale(result: dict, folder: Path) -> list[Path]:
         right.grid(False)
         right.spines["right"].set_visible(True)
         lines = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-        axes.legend(lines, ["mean $\\phi_{l^*}$ ± standard error", "K-S"], loc="best")
+        axes.legend(
+            lines,
+            ["mean $\\phi_{l^*}$ ± standard error", "K-S"],
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+            ncols=2,
+        )
 
-    return [
-        save(folder / "scale_monosemantic.png", against, width=10),
+    def example(axes: Axes) -> None:
+        found = result["example"]
+        names = list(found["activations"])
+        keys = ("whislo", "q1", "med", "q3", "whishi")
+        boxes = [dict(zip(keys, found["activations"][n], strict=True)) for n in names]
+        axes.bxp(boxes, showfliers=False)
+        axes.set_xticks(range(1, len(names) + 1), names, rotation=45, ha="right")
+        axes.set_ylabel(f"activation of {found['neuron']} ({found['kind'].replace('_', ', ')})")
+        axes.set_title(
+            f"Best single-neuron probe ({found['feature']}): 5, 25, 50, 75, 95 % of passages",
+            fontsize=13,
+        )
+
+    paths = [
         save(folder / "scale_layers.png", profile),
     ]
+    if result["top"]:
+        paths.append(save(folder / "scale_monosemantic.png", against, width=10))
+        paths.append(save(folder / "scale_example.png", example, width=10))
+    return paths
 
 
 def draw_fkr(result: dict, folder: Path) -> list[Path]:
@@ -240,7 +262,7 @@ def draw_neuromfa(result: dict, folder: Path) -> list[Path]:
 
     def line(key: str, label: str) -> Callable[[Axes], None]:
         def draw(axes: Axes) -> None:
-            values = [row[key] for row in stepped]
+            values = _gaps([row[key] for row in stepped])
             axes.errorbar(
                 steps,
                 values,
@@ -252,7 +274,7 @@ def draw_neuromfa(result: dict, folder: Path) -> list[Path]:
             for name, colour in CONTROL_COLOURS.items():
                 axes.plot(
                     steps,
-                    [row["controls"][name][key] for row in stepped],
+                    _gaps([row["controls"][name][key] for row in stepped]),
                     "--",
                     color=colour,
                     label=name,
@@ -271,3 +293,41 @@ def draw_neuromfa(result: dict, folder: Path) -> list[Path]:
         save(folder / "neuromfa_width.png", line("w", "heterogeneity $w$")),
         save(folder / "neuromfa_emergence.png", line("E", "degree of emergence $E$")),
     ]
+
+
+def _gaps(values: list[float | None]) -> np.ndarray:
+    """The values with NaN, which leaves a gap in a line, for those that are missing."""
+    return np.array(values, dtype=float)
+
+
+def draw_trajectory(result: dict, folder: Path) -> list[Path]:
+    """Each measure over steps, a line a model size, the range over seeds as a band."""
+    paths = []
+    measures = list(dict.fromkeys(line["measure"] for line in result["lines"]))
+    for number, measure in enumerate(measures):
+
+        def draw(axes: Axes, measure: str = measure) -> None:
+            for line in result["lines"]:
+                if line["measure"] != measure or not line["points"]:
+                    continue
+                steps = [point["step"] for point in line["points"]]
+                label = f"{line['parameters'] / 1e6:.3g} M parameters"
+                seeds = max(point["seeds"] for point in line["points"])
+                if seeds > 1:
+                    label += f", {seeds} seeds"
+                (drawn,) = axes.plot(steps, [p["mean"] for p in line["points"]], "o-", label=label)
+                axes.fill_between(
+                    steps,
+                    [point["low"] for point in line["points"]],
+                    [point["high"] for point in line["points"]],
+                    color=drawn.get_color(),
+                    alpha=0.25,
+                )
+            axes.set_xscale("symlog", linthresh=1)
+            axes.set_xlim(left=-0.2)
+            axes.set_xlabel("step")
+            axes.set_ylabel(measure)
+            axes.legend()
+
+        paths.append(save(folder / f"trajectory_{number}.png", draw))
+    return paths

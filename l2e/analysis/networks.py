@@ -117,7 +117,7 @@ def open_network(
             f"no model with tokenizer could be loaded from {source!r}: {reason}. Give a folder in "
             "Hugging Face form (config.json, model.safetensors, tokenizer.json) or a model id"
         ) from error
-    model = model.to(device=device)  # type: ignore[arg-type]
+    torch.nn.Module.to(model, device)
     return Network(model, tokenizer, source)
 
 

@@ -18,6 +18,7 @@ from l2e.analysis.activations import Activations
 from l2e.analysis.features import FeatureSet
 
 SEED = 42
+PROBED_KIND = "pre_mean"
 HELD_OUT = 0.3
 FEWEST_PASSAGES = 10
 CANDIDATES = 30

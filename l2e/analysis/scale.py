@@ -13,10 +13,11 @@ from scipy.stats import ks_2samp
 
 from l2e.analysis.activations import Activations
 from l2e.analysis.networks import neuron_name
-from l2e.analysis.probing import Probe
+from l2e.analysis.probing import PROBED_KIND, Probe
 
 RANDOM_NEURONS = 1000
 SEED = 42
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 NEURONS_AT_ONCE = 2048
 
 
@@ -136,6 +137,26 @@ def analyze_scale(
         "ks": ks,
         "top": _top(scales, monosemantic, features.names, per_feature),
         "random": _random(scales, features.names, per_feature, random),
+        "example": _example(activations, monosemantic),
+    }
+
+
+def _example(activations: Activations, monosemantic: list[Probe]) -> dict | None:
+    """The best-probing neuron's activations by feature, as the probe saw them: quantiles over
+    passages."""
+    if not monosemantic:
+        return None
+    best, features = monosemantic[0], activations.features
+    z = np.asarray(activations.layer(PROBED_KIND, best.layer)[:, best.neuron], dtype=np.float64)
+    return {
+        "neuron": neuron_name(best.layer, best.neuron),
+        "feature": best.feature,
+        "kind": PROBED_KIND,
+        "quantiles": list(QUANTILES),
+        "activations": {
+            name: np.quantile(z[features.labels == label], QUANTILES).tolist()
+            for label, name in enumerate(features.names)
+        },
     }
 
 

@@ -1,0 +1,119 @@
+"""Monosemantic Scale and False Killing Rate during training, on a small fixed sample."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from l2e.analysis.activations import aggregate
+from l2e.analysis.features import FeatureSet
+from l2e.analysis.fkr import LAYER_SHARE, killed
+from l2e.analysis.scale import RANDOM_NEURONS, kolmogorov_smirnov, layer_scale, passage_scale
+
+# A forward pass is a third of a training step on the same tokens; half of the 1 % is left for the
+# statistics themselves.
+FORWARD_SHARE = 1 / 3
+TIME_SHARE = 0.01 / 2
+
+
+class Encoder(Protocol):
+    """A tokenizer, as far as the monitor needs one."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+class Monitor:
+    """Measures a model in training on the same few passages each time.
+
+    The sample is cut and padded to `max_tokens`, so that every batch has one shape, as pipeline
+    engines want; causal attention keeps the padding on the right from what counts.
+
+        monitor = Monitor(read_features(path).sample(8), tokenizer, batch_size=4)
+        if step % monitor.interval(tokens_per_step) == 0:
+            metrics = monitor.run(forward, {"2": block_2_activation, "3": block_3_activation})
+    """
+
+    def __init__(
+        self,
+        features: FeatureSet,
+        tokenizer: Encoder,
+        *,
+        batch_size: int,
+        max_tokens: int = 64,
+        skip: int = 1,
+    ):
+        """Raises ValueError if a feature has no passage longer than `skip` tokens."""
+        tokens = [tokenizer.encode(text)[:max_tokens] for text in features.texts]
+        usable = [row for row, ids in enumerate(tokens) if len(ids) > skip]
+        self.features = features.subset(np.array(usable, dtype=np.int64))
+        self.batch_size = batch_size
+        # Whole batches only: the last one is filled up with passages that are not counted.
+        rows = -(-len(usable) // batch_size) * batch_size
+        self.tokens = torch.zeros(rows, max_tokens, dtype=torch.int64)
+        self.valid = torch.zeros(rows, max_tokens, dtype=torch.bool)
+        for row, source in enumerate(usable):
+            length = len(tokens[source])
+            self.tokens[row, :length] = torch.tensor(tokens[source])
+            self.valid[row, skip:length] = True
+        self.valid[len(usable) :, -1] = True
+
+    def interval(self, tokens_per_step: int) -> int:
+        """Steps between two runs so that they take at most about 1 % of the time."""
+        steps = self.tokens.numel() * FORWARD_SHARE / (TIME_SHARE * tokens_per_step)
+        return max(1, int(np.ceil(steps)))
+
+    def run(
+        self,
+        forward: Callable[[torch.Tensor], object],
+        activations: Mapping[str, nn.Module],
+        gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> dict:
+        """Measure the model as it is: {"layers": {name: {mean_ms, ks, fkr}}, "seconds"}.
+
+        forward: runs the model on tokens int64 [batch_size, max_tokens]; called without gradients.
+        activations: the modules whose output is the neurons' activation [batch, positions,
+        neurons], by name. gather: with sharded neurons, joins [passages, local neurons] over the
+        tensor-parallel ranks to [passages, neurons]. A layer of dead neurons has None throughout.
+        """
+        start = time.perf_counter()
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in activations}
+        valid = self.valid[: self.batch_size]
+
+        def keep(name: str, output: torch.Tensor) -> None:
+            found[name].append(aggregate(output, valid.to(output.device), "max"))
+
+        handles = [
+            module.register_forward_hook(lambda _, __, out, name=name: keep(name, out))
+            for name, module in activations.items()
+        ]
+        try:
+            with torch.no_grad():
+                for first in range(0, len(self.tokens), self.batch_size):
+                    valid = self.valid[first : first + self.batch_size]
+                    forward(self.tokens[first : first + self.batch_size])
+        finally:
+            for handle in handles:
+                handle.remove()
+        layers = {}
+        for name, parts in found.items():
+            z = torch.cat(parts)[: len(self.features)]
+            layers[name] = self._measure((gather(z) if gather else z).cpu().numpy())
+        return {"layers": layers, "seconds": time.perf_counter() - start}
+
+    def _measure(self, z: np.ndarray) -> dict[str, float | None]:
+        labels, count = self.features.labels, len(self.features.names)
+        scale = layer_scale(z, labels, count)
+        counts = killed(z, labels, count, (LAYER_SHARE,))
+        if counts is None:
+            return {"mean_ms": None, "ks": None, "fkr": None}
+        some = np.flatnonzero(scale.alive)[:RANDOM_NEURONS]
+        phi = passage_scale(z[:, some].astype(np.float64), scale.mean[some], scale.std[some])
+        reached, false, _ = counts
+        return {
+            "mean_ms": float(scale.of_best()[scale.alive].mean()),
+            "ks": kolmogorov_smirnov(phi, labels[:, None] == scale.best[some]),
+            "fkr": float(false[0] / reached[0]),
+        }

@@ -1,0 +1,335 @@
+"""Measure monosemanticity and self-organisation of trained models, one verb each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.runtime.cli import run_verb
+
+if TYPE_CHECKING:
+    from l2e.analysis.activations import Activations
+    from l2e.analysis.networks import Network
+
+EXAMPLES = """examples:
+  python launch/analyze.py scale --model EleutherAI/pythia-70m --features languages.jsonl.gz \\
+      --output results
+  python launch/analyze.py fkr --model runs/demo/checkpoints/step_0001000 \\
+      --features languages.jsonl --output results
+  python launch/analyze.py ablate --model EleutherAI/pythia-70m --features languages.jsonl.gz \\
+      --neurons L3.N609,L4.N482 --output results
+  python launch/analyze.py neuromfa --checkpoints runs/demo/checkpoints/step_* --output results
+  python launch/analyze.py report --model M --features A.jsonl B.jsonl --output results
+
+A feature file has lines {"text": ..., "feature": ...}. A model is a folder in Hugging Face form
+(GPT-NeoX, GPT-2, Llama), a checkpoint of this trainer, or a Hugging Face id, with @revision if
+wanted. Each verb writes OUTPUT/VERB.json and its figures.
+"""
+
+ABLATED_BY_DEFAULT = 10
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, help_text in VERBS.items():
+        verb = verbs.add_parser(
+            name,
+            help=help_text,
+            description=help_text,
+            epilog=EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="results")
+        if name not in ("neuromfa", "trajectory"):
+            verb.add_argument("--model", required=True, help="folder, checkpoint or id[@revision]")
+        if name not in ("neuromfa",):
+            _add_activation_options(verb, name)
+        if name in ("neuromfa", "trajectory", "report"):
+            _add_checkpoint_options(verb, name)
+        if name == "trajectory":
+            verb.add_argument(
+                "--measures",
+                nargs="+",
+                default=["scale", "fkr"],
+                choices=["scale", "fkr", "probe", "proxies", "neuromfa"],
+                help="what to follow over the checkpoints (default: scale fkr)",
+            )
+        if name in ("ablate", "report"):
+            _add_ablation_options(verb, name)
+    return parser.parse_args(arguments)
+
+
+VERBS = {
+    "scale": "Monosemantic Scale by feature, probed against random neurons, K-S, layer profile",
+    "fkr": "False Killing Rate over the inhibition level k and by layer",
+    "probe": "sparse probing: which neurons tell a feature, with permutation control",
+    "ablate": "rise of the loss on each feature without one neuron, random neurons as control",
+    "proxies": "b*||w||, feature decorrelation, kurtosis and sparsity beside MS",
+    "neuromfa": "self-organisation over checkpoints: alpha_0, w, E and their controls",
+    "trajectory": "measures over steps and model sizes, seeds as bands",
+    "report": "all of it in one self-contained HTML page",
+}
+
+
+def _add_activation_options(verb: argparse.ArgumentParser, name: str) -> None:
+    many: dict[str, Any] = {"nargs": "+"} if name == "report" else {}
+    verb.add_argument(
+        "--features",
+        required=name != "trajectory",
+        metavar="FILE",
+        help="feature passages, .jsonl or .jsonl.gz",
+        **many,
+    )
+    verb.add_argument("--passages", type=int, help="at most so many of each feature (default: all)")
+    verb.add_argument("--max-tokens", type=int, default=256, help="cut passages (default: 256)")
+    verb.add_argument(
+        "--skip",
+        type=int,
+        default=1,
+        help="first tokens that don't count (default: 1; 25 for data subsets, 100 for code)",
+    )
+    if name in ("scale", "fkr", "probe", "proxies"):
+        verb.add_argument(
+            "--kind",
+            default="pre_mean" if name == "probe" else "post_max",
+            choices=["post_max", "post_mean", "pre_max", "pre_mean"],
+            help="activation site and aggregation over a passage's tokens (default: %(default)s)",
+        )
+    verb.add_argument("--stored-as", default="float16", choices=["float16", "float32"])
+    verb.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    verb.add_argument(
+        "--devices", nargs="+", default=["cpu"], help="e.g. cuda:0 cuda:1 (default: cpu)"
+    )
+    verb.add_argument(
+        "--cache", type=Path, help="where activations are kept (default: OUTPUT/activations)"
+    )
+
+
+def _add_checkpoint_options(verb: argparse.ArgumentParser, name: str) -> None:
+    verb.add_argument(
+        "--checkpoints",
+        nargs="+",
+        required=name != "report",
+        metavar="DIR",
+        help="folders or id@revision; steps are read from names such as step1000",
+    )
+    verb.add_argument("--networks", type=int, default=10, help="sampled networks (default: 10)")
+    verb.add_argument("--sample", type=int, default=64, help="nodes a set, s (default: 64)")
+    verb.add_argument(
+        "--threshold", type=int, default=150, help="longest distance T (default: 150)"
+    )
+    verb.add_argument("--hops", type=int, default=1, help="edges of a path (default: 1)")
+    verb.add_argument(
+        "--layout",
+        default="per_head",
+        choices=["per_head", "flat"],
+        help="rows of GPT-NeoX's fused q, k, v: as they are, or flat as published",
+    )
+
+
+def _add_ablation_options(verb: argparse.ArgumentParser, name: str) -> None:
+    if name == "ablate":
+        verb.add_argument("--neurons", required=True, help="such as L3.N609,L4.N482")
+    verb.add_argument("--random", type=int, default=10, help="random neurons (default: 10)")
+    verb.add_argument("--how", default="mean", choices=["mean", "zero", "resample"])
+    verb.add_argument(
+        "--ablate-passages", type=int, default=50, help="of each feature (default: 50)"
+    )
+    verb.add_argument("--scored", type=int, help="tokens scored of each passage (default: all)")
+    verb.add_argument(
+        "--precision",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of the matrix products; bfloat16 is faster (default: float32)",
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the verb, write its JSON and figures, and print where they are."""
+    options = parse(arguments)
+    from l2e.analysis import figures
+    from l2e.analysis.results import write_result
+
+    if options.verb == "report":
+        return _report(options)
+    result = {
+        "neuromfa": _neuromfa,
+        "trajectory": _trajectory,
+        "ablate": _ablate,
+    }.get(options.verb, _from_activations)(options)
+    path = write_result(options.output, options.verb, result)
+    drawn = getattr(figures, f"draw_{options.verb}")(result, options.output)
+    print(f"wrote {path} and {', '.join(figure.name for figure in drawn)}")
+
+
+def _network(options: argparse.Namespace, source: str) -> Network:
+    import torch
+
+    from l2e.analysis.networks import open_network
+
+    return open_network(source, device=options.devices[0], dtype=getattr(torch, options.dtype))
+
+
+def _activations(options: argparse.Namespace, network: Network, file: str) -> Activations:
+    """The activations every verb needs, collected in one pass, or found."""
+    from l2e.analysis.activations import Settings, collect
+    from l2e.analysis.features import read_features
+
+    features = read_features(file)
+    if options.passages:
+        features = features.sample(options.passages)
+    kinds = dict.fromkeys(["post_max", "pre_mean", getattr(options, "kind", "post_max")])
+    settings = Settings(tuple(kinds), options.skip, options.max_tokens, options.stored_as)
+    cache = options.cache or options.output / "activations"
+    devices = options.devices if len(options.devices) > 1 else None
+    return collect(network, features, settings, cache, devices)
+
+
+def _subject(network: Network, activations: Activations) -> dict:
+    """What was measured on what, for the result."""
+    return {
+        "model": network.name,
+        "parameters": network.parameters,
+        "features": {
+            "name": activations.features.name,
+            "passages": activations.features.counts(),
+            "passages_left_out": activations.dropped,
+            "hash": activations.features.digest(),
+        },
+    }
+
+
+def _from_activations(options: argparse.Namespace) -> dict:
+    network = _network(options, options.model)
+    activations = _activations(options, network, options.features)
+    return _analyze(options.verb, network, activations, options.kind)
+
+
+def _analyze(verb: str, network: Network, activations: Activations, kind: str) -> dict:
+    from l2e.analysis.fkr import analyze_fkr
+    from l2e.analysis.probing import PROBED_KIND, analyze_probe, find_monosemantic
+    from l2e.analysis.proxies import analyze_proxies
+    from l2e.analysis.scale import analyze_scale
+
+    if verb == "scale":
+        result = analyze_scale(activations, kind, find_monosemantic(activations, PROBED_KIND))
+    elif verb == "fkr":
+        result = analyze_fkr(activations, kind)
+    elif verb == "probe":
+        result = analyze_probe(activations, kind)
+    else:
+        result = analyze_proxies(network, activations, kind)
+    return _subject(network, activations) | result
+
+
+def _ablate(options: argparse.Namespace) -> dict:
+    from l2e.analysis.networks import parse_neuron
+
+    neurons = [parse_neuron(name) for name in options.neurons.split(",")]
+    return _ablate_neurons(options, _network(options, options.model), options.features, neurons)
+
+
+def _ablate_neurons(
+    options: argparse.Namespace, network: Network, file: str, neurons: list[tuple[int, int]]
+) -> dict:
+    from l2e.analysis.ablation import Settings, analyze_ablation
+    from l2e.analysis.features import read_features
+
+    features = read_features(file).sample(options.ablate_passages)
+    settings = Settings(
+        options.how, min(options.max_tokens, 128), options.scored, options.precision
+    )
+    result = analyze_ablation(network, features, neurons, options.random, settings)
+    return {"model": network.name, "passages": features.counts()} | result
+
+
+def _neuromfa(options: argparse.Namespace) -> dict:
+    from l2e.analysis.interaction import open_checkpoint
+    from l2e.analysis.neuromfa import analyze_neuromfa
+
+    checkpoints = [open_checkpoint(source) for source in options.checkpoints]
+    checkpoints.sort(key=lambda one: -1 if one.step is None else one.step)
+    return analyze_neuromfa(checkpoints, _interaction_settings(options))
+
+
+def _interaction_settings(options: argparse.Namespace):
+    from l2e.analysis.neuromfa import Settings
+
+    return Settings(
+        options.networks, options.sample, options.threshold, options.hops, options.layout
+    )
+
+
+def _trajectory(options: argparse.Namespace) -> dict:
+    from l2e.analysis.interaction import open_checkpoint, step_of
+    from l2e.analysis.trajectory import MEASURES, gather, neuromfa_points, run_of
+
+    on_activations = [name for name in options.measures if name in MEASURES]
+    if on_activations and not options.features:
+        raise ValueError(f"--measures {' '.join(on_activations)}: give --features FILE as well")
+    points = []
+    for source in options.checkpoints:
+        network = _network(options, source)
+        measures: dict = {}
+        if on_activations:
+            activations = _activations(options, network, options.features)
+            for name in on_activations:
+                measures |= MEASURES[name](network, activations)
+        size = network.parameters
+        points.append(
+            {"name": source, "step": step_of(source), "parameters": size, "measures": measures}
+        )
+    if "neuromfa" in options.measures:
+        for run in dict.fromkeys(run_of(point["name"]) for point in points):
+            own = [point for point in points if run_of(point["name"]) == run]
+            series = [open_checkpoint(point["name"]) for point in own]
+            found = neuromfa_points(series, _interaction_settings(options))
+            for point, measures in zip(own, found, strict=True):
+                point["measures"] |= measures
+    return gather(points)
+
+
+def _report(options: argparse.Namespace) -> None:
+    """Every verb on every feature file, then the page."""
+    from l2e.analysis import figures
+    from l2e.analysis.networks import parse_neuron
+    from l2e.analysis.probing import PROBED_KIND, Probe
+    from l2e.analysis.report import top_neurons, write_report
+    from l2e.analysis.results import read_result, write_result
+    from l2e.analysis.scale import analyze_scale
+
+    network = _network(options, options.model)
+    sections = []
+    for file in options.features:
+        folder = options.output / Path(file).name.split(".")[0]
+        activations = _activations(options, network, file)
+        probe = _analyze("probe", network, activations, PROBED_KIND)
+        monosemantic = [Probe(**row) for row in probe["neurons"]]
+        scale = analyze_scale(activations, "post_max", monosemantic)
+        results = {"scale": _subject(network, activations) | scale, "probe": probe}
+        for verb in ("fkr", "proxies"):
+            results[verb] = _analyze(verb, network, activations, "post_max")
+        neurons = [parse_neuron(name) for name in top_neurons(results["probe"], ABLATED_BY_DEFAULT)]
+        results["ablate"] = _ablate_neurons(options, network, file, neurons)
+        sections.append((folder, results))
+    if options.checkpoints:
+        sections.append((options.output, {"neuromfa": _neuromfa(options)}))
+    drawn = []
+    for folder, results in sections:
+        for verb, result in results.items():
+            write_result(folder, verb, result)
+            images = getattr(figures, f"draw_{verb}")(result, folder)
+            drawn.append((folder.name, verb, read_result(folder, verb), images))
+    print(f"wrote {write_report(options.output / 'report.html', network.name, drawn)}")
+
+
+if __name__ == "__main__":
+    run_verb(main)
