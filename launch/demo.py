@@ -1,0 +1,151 @@
+"""The whole tour on one small model: pretrain with L2E, export, evaluate, and where to look.
+
+Each step is a command that is printed before it runs, so that it can be typed by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from launch.runtime.cli import run_verb
+
+CONFIG = "configs/demo.json"
+CONTEXT_WORDS, ENDING_WORDS, CHOICES = 24, 12, 4
+
+
+def main() -> None:
+    """Run the tour."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", default="runs/demo", metavar="DIR", help="the run's folder")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to pretrain.py"
+    )
+    options = parser.parse_args()
+    run = Path(options.run)
+    began = time.monotonic()
+    overrides = [word for setting in options.set for word in ("--set", setting)]
+    step("launch/pretrain.py", "--config", CONFIG, "--run", run, "--resume", "auto", *overrides,
+         launcher=deepspeed())  # fmt: skip
+    exported = run / "results" / "huggingface"
+    if not exported.exists():
+        step("launch/export.py", "to-hf", "--checkpoint", run, "--output", exported)
+    tasks = write_task(run / "results" / "tasks")
+    scores = run / "results" / "hellaswag.json"
+    step("launch/evaluate.py", "--checkpoint", exported, "--tasks", "hellaswag",
+         "--task-data", tasks, "--output", scores)  # fmt: skip
+    print(table(run, scores))
+    print(f"\nall of this took {time.monotonic() - began:.0f} s")
+    print(f"curves: {Path(sys.executable).with_name('tensorboard')} --logdir {run.parent}")
+
+
+def deepspeed() -> list[str]:
+    """The launcher with one process on a GPU, or two on a machine without one."""
+    import torch
+
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    processes = 1 if torch.cuda.is_available() else 2
+    program = Path(sys.executable).with_name("deepspeed")
+    return [str(program), "--num_gpus", str(processes), "--master_port", str(port)]
+
+
+def step(*words: str | Path, launcher: list[str] | None = None) -> None:
+    """Print a command and run it to its end."""
+    command = (launcher or [sys.executable]) + [str(word) for word in words]
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+        raise ValueError("this step failed; its output above says why")
+
+
+def write_task(folder: Path) -> Path:
+    """A multiple-choice task from held-out docstrings, in HellaSwag's fields.
+
+    The right ending is the one that follows in the text, the wrong ones follow other contexts:
+    a model that learnt nothing scores 25 %.
+    """
+    pairs = list(contexts_and_endings())
+    items = []
+    for number, (context, ending) in enumerate(pairs):
+        others = [pairs[(number + 7 * k) % len(pairs)][1] for k in range(1, CHOICES)]
+        label = number % CHOICES
+        endings = [*others[:label], ending, *others[label:]]
+        items.append({
+            "ind": number,
+            "activity_label": "Python",
+            "ctx_a": context,
+            "ctx_b": "",
+            "endings": endings,
+            "label": str(label),
+            "source_id": str(number),
+            "split": "val",
+            "split_type": "indomain",
+        })  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(item) + "\n" for item in items]
+    (folder / "hellaswag_validation.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def contexts_and_endings() -> Iterator[tuple[str, str]]:
+    """Neighbouring stretches of words of the docstrings that the model has not seen."""
+    from data import builtin
+
+    length = CONTEXT_WORDS + ENDING_WORDS
+    for document in builtin.documents(builtin.VALIDATION):
+        if document["meta"]["pile_set_name"] != "docstrings":
+            continue
+        words = document["text"].split()
+        for start in range(0, min(len(words), 10 * length) - length, length):
+            passage = words[start : start + length]
+            yield " ".join(passage[:CONTEXT_WORDS]), " ".join(passage[CONTEXT_WORDS:])
+
+
+def table(run: Path, scores: Path) -> str:
+    """What the run reached, from the files it left behind."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    validations = [line for line in lines if "validation_loss" in line]
+    first, last = validations[0], validations[-1]
+    bytes_per_token = json.loads((run / "manifest.json").read_text())["data"]["bytes_per_token"]
+    bits = last["validation_loss"] / math.log(2) / bytes_per_token
+    rows = [
+        ("validation loss, step 1", f"{first['validation_loss']:.3f} nats/token"),
+        (f"validation loss, step {last['step']}", f"{last['validation_loss']:.3f} nats/token"),
+        ("bits per byte", f"{bits:.3f}"),
+    ]
+    measured = [line for line in lines if line["l2e"]][-1]
+    for block, figures in measured["l2e"].items():
+        rows.append((f"block {block}: {describe(figures)}", ""))
+    result: dict[str, Any] = json.loads(scores.read_text())["results"]["hellaswag"]
+    accuracy, error = result["acc_norm"], result["acc_norm_stderr"]
+    rows.append(("held-out docstrings, 4 choices", f"{accuracy:.1%} +- {error:.1%} (chance 25 %)"))
+    width = max(len(name) for name, value in rows if value)
+    body = [f"  {name:<{width}}  {value}".rstrip() for name, value in rows]
+    return "\n".join(["", "what came out", *body])
+
+
+def describe(figures: dict[str, float]) -> str:
+    """The Monosemantic Scale of one inhibited block in a line."""
+    return (
+        f"mean MS {figures['mean_ms']:.2f}, max {figures['max_ms']:.0f}, "
+        f"{figures['selected_fraction']:.2%} above tau {figures['tau']:.2f}, "
+        f"std {figures['std']:.3f}, kurtosis {figures['kurtosis']:.1f}, "
+        f"MLP/residual {figures['mlp_to_residual']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    run_verb(main)
