@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 # megatron-core says on import what it runs without; nothing here uses either.
 warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+# DeepSpeed calls collectives by their old names.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def run_verb(main: Callable[[], int | None]) -> None:

@@ -25,6 +25,10 @@ from model.linears import reduce_sequence_parallel_gradients
 from model.pipeline import pipeline_layers, pipeline_loss
 
 
+# Read by DeepSpeed when it is imported, which otherwise guesses aloud.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where this rank stands in the grid of tensor x pipeline x data parallel ranks."""
@@ -104,7 +108,6 @@ class ModelParallelUnit:
 
 def import_deepspeed() -> Any:
     """DeepSpeed, quiet, and without the CPU op that it would compile on first use."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)

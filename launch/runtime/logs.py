@@ -29,13 +29,13 @@ def as_json(value: Any) -> Any:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one line a step; lines from `resume_step` on are written anew."""
+    """`metrics.jsonl`: one line a step; lines of steps after `done` are written anew."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, done: int) -> None:
         kept = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
-                if json.loads(line)["step"] < resume_step:
+                if json.loads(line)["step"] <= done:
                     kept.append(line + "\n")
         path.write_text("".join(kept), encoding="utf-8")
         self.file = path.open("a", encoding="utf-8")
@@ -49,10 +49,10 @@ class MetricsFile:
 class TensorBoard:
     """The same numbers as TensorBoard scalars, and Monosemantic Scale as histograms."""
 
-    def __init__(self, folder: Path, resume_step: int) -> None:
+    def __init__(self, folder: Path, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=resume_step)
+        self.writer = SummaryWriter(str(folder), purge_step=done + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         """Every number of one step's record, under its own name."""

@@ -75,6 +75,9 @@ def fit(run: Run, engine: Engine, data: Corpus, start: int) -> None:
     """Steps `start` to the end, or to a signal that asks this job to leave."""
     config = run.config
     last = min(config.train.steps, config.train.stop_after or config.train.steps)
+    if start >= last:
+        run.say(f"nothing left to do: step {start} of {last} is done")
+        return
     batches = data.training_batches(start, engine.layout)
     stop = StopSignal()
     recorder = Recorder(run, engine, start, last)
