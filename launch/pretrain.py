@@ -100,10 +100,11 @@ def start(config: Config, folder: Path, resume: str, process: Process) -> None:
             f"--run {folder}: holds a run already; go on with it by --resume auto, or give "
             "another folder"
         )
-    from launch.runtime import checkpoint, corpus
+    from launch.runtime import checkpoint, corpus, hardware
     from launch.runtime.processes import process_group
     from launch.runtime.training import Run, train
 
+    hardware.refuse_unsupported(config)
     found = None if resume == "none" else checkpoint.find_resumable(folder, resume)
     paths = corpus.fetch(config, folder) if process.local_rank == 0 else None
     with process_group(process):  # the other ranks wait here for the first one's data

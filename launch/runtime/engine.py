@@ -24,7 +24,6 @@ from model.gpt_neox import GPTNeoX
 from model.linears import reduce_sequence_parallel_gradients
 from model.pipeline import pipeline_layers, pipeline_loss
 
-
 # Read by DeepSpeed when it is imported, which otherwise guesses aloud.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 

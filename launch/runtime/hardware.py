@@ -8,9 +8,25 @@ from functools import cache
 
 import torch
 
+from configs import Config, ConfigError, Problem
 from launch.runtime.planning import GPUS
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def refuse_unsupported(config: Config) -> None:
+    """Raise a ConfigError for what this machine cannot run, before anything is started."""
+    if torch.cuda.is_available():
+        return
+    problems = []
+    if config.parallel.sequence:
+        reason = "megatron-core's sequence parallelism needs CUDA, and there is none here"
+        problems.append(Problem("parallel.sequence", True, reason, "set it to false"))
+    if config.train.dtype == "fp16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        reason = "this processor has no fp16 arithmetic"
+        problems.append(Problem("train.dtype", "fp16", reason, "set it to bf16 or fp32"))
+    if problems:
+        raise ConfigError("this machine", problems)
 
 
 def describe(device: torch.device) -> str:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.launch.running import ENVIRONMENT, ROOT, deepspeed, free_port, python, torchrun
 
@@ -203,6 +204,16 @@ def test_dry_run_refuses(config: Path, settings: tuple[str, ...], told: str) -> 
     done = python(VERB, "--config", config, "--dry-run", *words)
     assert done.returncode == 2
     assert told in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what only a machine without CUDA refuses")
+def test_what_this_machine_cannot_run_is_refused(config: Path, tmp_path: Path) -> None:
+    settings = ("--set", "parallel.sequence=true", "--set", "parallel.tensor=2")
+    done = torchrun(2, VERB, "--config", config, "--run", tmp_path / "run", *settings)
+    assert done.returncode != 0
+    assert (
+        "parallel.sequence = True: megatron-core's sequence parallelism needs CUDA" in done.stderr
+    )
 
 
 def test_a_truncated_index_is_refused(config: Path, tmp_path: Path) -> None:
