@@ -26,7 +26,9 @@ def cross_entropy(
     `vocab_size` take no part. The gradient of `hidden` is this rank's share: the sum over the
     group is the whole.
     """
-    return _CrossEntropy.apply(hidden, weight, labels, vocab_size, group)
+    # Asked here: inside an autograd function gradients always look switched off.
+    wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _CrossEntropy.apply(hidden, weight, labels, vocab_size, group, wants_gradient)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -38,11 +40,11 @@ class _CrossEntropy(torch.autograd.Function):
         labels: Tensor,
         vocab_size: int,
         group: dist.ProcessGroup,
+        wants_gradient: bool,
     ) -> Tensor:
         first_row = dist.get_rank(group) * weight.shape[0]
         padding = slice(max(vocab_size - first_row, 0), None)
         tokens, chunk_tokens = hidden.shape[0], _chunk_tokens(weight)
-        wants_gradient = any(ctx.needs_input_grad[:2])
         if wants_gradient:
             hidden_gradient = torch.empty_like(hidden)
             weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
@@ -77,7 +79,7 @@ class _CrossEntropy(torch.autograd.Function):
         scale = gradient / ctx.tokens
         hidden_gradient = hidden_gradient.mul_(scale)
         weight_gradient = weight_gradient.mul_(scale).to(ctx.weight_dtype)
-        return hidden_gradient, weight_gradient, None, None, None
+        return hidden_gradient, weight_gradient, None, None, None, None
 
 
 def _softmax(logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import loss as loss_module
 from model.loss import cross_entropy
@@ -79,9 +81,34 @@ def test_a_far_improbable_label_has_a_finite_loss():
     assert loss.item() == 400.0
 
 
-def test_without_gradients_nothing_is_kept():
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor any operation made, in bytes, within `with`."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.bytes = max(self.bytes, result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_is_larger_than_a_chunk_of_logits(monkeypatch, dtype):
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * ROWS * HIDDEN)
+    inputs = sample(dtype=dtype)
+    with LargestTensor() as largest:
+        ours(*inputs)
+    # Float32 logits of HIDDEN of the 50 tokens: just as large as the weight's float32 gradient.
+    assert largest.bytes == 4 * ROWS * HIDDEN
+
+
+def test_without_gradients_none_are_computed():
+    """Evaluation must not pay for the two products of the gradients."""
     hidden, weight, labels = sample()
-    with torch.no_grad():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         loss = cross_entropy(hidden, weight, labels, VOCAB, dist.group.WORLD)
-    assert not loss.requires_grad
+    assert counter.get_total_flops() == 2 * TOKENS * HIDDEN * ROWS  # the logits alone
     assert loss.item() == pytest.approx(reference(hidden, weight, labels)[0].item(), rel=1e-6)
