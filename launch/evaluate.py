@@ -11,7 +11,6 @@ WSC), `l2e` adds MMLU and BIG-bench Lite. Any other task name of the harness wor
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from launch.runtime import evaluation, scored, storage
 from launch.runtime.cli import run_verb
 from launch.runtime.harness import HarnessModel, Scored
+from launch.runtime.stored import STATE, StoredCheckpoint, open_checkpoint
 from launch.runtime.tasks import Selection, select
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,25 +38,21 @@ def main() -> None:
         raise ValueError(f"--shots {options.shots}: 0 or more")
     for step, _ in models:
         published(options, step)  # a wrong --reference should not wait for the scores
-    group = start_processes()
-    try:
+    with scored.single_process():
+        group = dist.group.WORLD if dist.get_world_size() > 1 else None
         for step, source in models:
             # Tasks keep what a model answered, so every model gets its own.
             selection = select(options.tasks.split(","), options.task_data)
-            model = load(source, options, torch.device(options.device))
+            model = load(source, options)
             output = output_file(options, step, several=len(models) > 1)
             score(model, selection, options, group, step, output)
-    finally:
-        if group is not None:
-            dist.barrier()
-            dist.destroy_process_group()
 
 
 def find_models(checkpoint: str, steps: str) -> list[tuple[int | None, str]]:
     """(step, folder or hub id) of every model to score, in the order of their steps."""
     folder = Path(checkpoint)
-    if (folder / storage.MANIFEST).is_file() and storage.STEP_FOLDER.match(folder.name):
-        return [(storage.step_of(folder), checkpoint)]
+    if (folder / STATE).is_file():
+        return [(StoredCheckpoint(folder).state["step"], checkpoint)]
     found = storage.checkpoints(folder / "checkpoints")
     if not found:
         if steps != "latest":
@@ -81,8 +77,11 @@ def find_models(checkpoint: str, steps: str) -> list[tuple[int | None, str]]:
     return [(step, by_step[step]) for step in wanted]
 
 
-def load(source: str, options: argparse.Namespace, device: torch.device) -> Scored:
-    return scored.from_huggingface(source, DTYPES[options.dtype], device, options.revision)
+def load(source: str, options: argparse.Namespace) -> Scored:
+    dtype, device = DTYPES[options.dtype], torch.device(options.device)
+    if (Path(source) / storage.MANIFEST).is_file():
+        return scored.from_checkpoint(open_checkpoint(source), dtype, device)
+    return scored.from_huggingface(source, dtype, device, options.revision)
 
 
 def score(
@@ -124,17 +123,6 @@ def output_file(options: argparse.Namespace, step: int | None, several: bool) ->
         return (run if run.is_dir() else Path()) / "results" / f"{name}.json"
     output = Path(options.output)
     return output.with_stem(f"{output.stem}_step_{step:07d}") if several else output
-
-
-def start_processes() -> dist.ProcessGroup | None:
-    """The processes that share the work, if a launcher started several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # Scores travel as Python objects, on the CPU, whatever the models run on.
-    dist.init_process_group("gloo")
-    return dist.group.WORLD
 
 
 def parser() -> argparse.ArgumentParser:

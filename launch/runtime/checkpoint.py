@@ -9,6 +9,7 @@ rank that loads reads its slices. What a folder `step_0000100` holds:
     l2e.safetensors                       statistics and thresholds of the inhibited layers
     random.safetensors                    each rank's random state
     state.json                            step, tokens, layout, loss scale, optimizer
+    tokenizer.json or tokenizer.model     the run's tokenizer
     config.json                           the run's configuration
     manifest.json                         size and SHA-256 of every file
 """
@@ -31,21 +32,23 @@ from launch.runtime import storage
 from launch.runtime.engine import Engine
 from launch.runtime.optimizer_state import MASTER, OptimizerState, local_shape
 from launch.runtime.storage import FileRecord
+from launch.runtime.stored import CONFIG, MODEL, STATE, StoredCheckpoint
 from launch.runtime.tensorfile import TensorFile, TensorSpec
 from launch.runtime.writing import WritingThread
 
-MODEL = "model"
 L2E = "l2e.safetensors"
 RANDOM = "random.safetensors"
-STATE = "state.json"
-CONFIG = "config.json"
 # Parameters whose first dimension is the vocabulary, which layouts pad.
 VOCABULARY = ("gpt_neox.embed_in.weight", "embed_out.weight")
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def save(engine: Engine, directory: Path, state: dict[str, Any]) -> Path:
+def save(
+    engine: Engine, directory: Path, state: dict[str, Any], tokenizer: Path | None = None
+) -> Path:
     """Write the checkpoint of `state["step"]` into `directory`; all ranks call it together.
+
+    `state` is given back by `load`; `tokenizer` is the run's tokenizer file.
 
     Then deletes old checkpoints as the configuration says. Returns the checkpoint's folder.
 
@@ -56,7 +59,7 @@ def save(engine: Engine, directory: Path, state: dict[str, Any]) -> Path:
     aside = final.with_name(final.name + ".tmp")
     agree(lambda: storage.begin(final) if dist.get_rank() == 0 else None)
     try:
-        records = agree(lambda: write_all(engine, aside, state))
+        records = agree(lambda: write_all(engine, aside, state, tokenizer))
         agree(lambda: finish(engine, aside, final, records) if dist.get_rank() == 0 else None)
     except ValueError:
         if dist.get_rank() == 0:
@@ -67,6 +70,7 @@ def save(engine: Engine, directory: Path, state: dict[str, Any]) -> Path:
 
 def finish(engine: Engine, aside: Path, final: Path, records: list[dict]) -> None:
     storage.commit(aside, final, {name: r for part in records for name, r in part.items()})
+    storage.point_latest(final)
     settings = engine.config.checkpoint
     storage.prune(final.parent, settings.keep_last, settings.keep_every)
 
@@ -92,7 +96,9 @@ def agree(work) -> list[Any]:
     return [one for one, _ in everyone]
 
 
-def write_all(engine: Engine, aside: Path, state: dict[str, Any]) -> dict[str, FileRecord]:
+def write_all(
+    engine: Engine, aside: Path, state: dict[str, Any], tokenizer: Path | None
+) -> dict[str, FileRecord]:
     """This rank's files of a checkpoint."""
     optimizer = OptimizerState(engine.optimizer)
     records = write_tensors(engine, optimizer, aside)
@@ -107,6 +113,9 @@ def write_all(engine: Engine, aside: Path, state: dict[str, Any]) -> dict[str, F
             records[name] = storage.write_text(aside / name, text + "\n")
         for name, tensors in ((L2E, l2e), (RANDOM, random)):
             records[name] = write_small(aside / name, tensors)
+        if tokenizer is not None:
+            name = "tokenizer" + Path(tokenizer).suffix
+            records[name] = storage.copy_file(Path(tokenizer), aside / name)
         storage.sync_folder(aside)
     return records
 
@@ -236,77 +245,67 @@ def gather_random() -> dict[str, Tensor]:
 # --- loading ---------------------------------------------------------------------------------
 
 
-def load(engine: Engine, folder: Path) -> dict[str, Any]:
+def load(engine: Engine, folder: Path, tokenizer: Path | None = None) -> dict[str, Any]:
     """Bring a fresh engine to the state of the checkpoint `folder`; all ranks call it together.
 
-    Any layout, ZeRO stage and dtype may load any other's. Returns what `save` was given.
+    Any layout, ZeRO stage and dtype may load any other's. `tokenizer` is the run's tokenizer file,
+    held against the checkpoint's. Returns what `save` was given.
 
     Raises:
         ValueError: the checkpoint is of another model, or a tensor is missing or left over; the
             engine's weights are then untouched.
     """
-    folder = Path(folder)
-    state = read_state(folder)
+    stored = StoredCheckpoint(folder)
+    state = stored.state
     optimizer = OptimizerState(engine.optimizer)
-    stored = StoredTensors(folder)
     moments = tuple(state["optimizer"]["moments"])
-    agree(lambda: check(engine, folder, state, stored, moments))
+    agree(lambda: check(engine, stored, moments, tokenizer))
     if moments:
         optimizer.create()
         agree(lambda: check_moments(engine, state, optimizer.moments, moments))
     for kind in (MASTER, *moments):
         for name, parameter in engine.named_parameters():
-            value = own_slice(engine, name, parameter, stored[MODEL if kind == MASTER else kind])
+            slices = stored.tensors[MODEL if kind == MASTER else kind]
+            value = own_slice(engine, parameter, slices[name])
             optimizer.write(parameter, kind, value.to(engine.device))
     if moments:
         optimizer.set_steps(state["optimizer"]["steps"])
-    load_l2e(engine, folder)
-    load_random(folder)
+    elif dist.get_rank() == 0 and state["step"]:
+        print(f"{folder} has no optimizer state: the optimizer starts afresh", flush=True)
+    load_l2e(engine, stored.folder)
+    load_random(stored.folder)
     for key, value in state["loss_scaler"].items():
         if hasattr(getattr(engine.optimizer, "loss_scaler", None), key):
             setattr(engine.optimizer.loss_scaler, key, value)
     return state
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / STATE).read_text())
-
-
-class StoredTensors:
-    """A checkpoint's tensors by kind, {"model": {name: slice}, "exp_avg": ...}, not read yet."""
-
-    def __init__(self, folder: Path):
-        self.kinds: dict[str, dict[str, Any]] = {}
-        for path in sorted(folder.glob("*-*-of-*.safetensors")):
-            kind = path.name.rsplit("-", 3)[0]
-            file = safe_open(path, framework="pt")
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            self.kinds.setdefault(kind, {}).update(slices)
-
-    def __getitem__(self, kind: str) -> dict[str, Any]:
-        return self.kinds.get(kind, {})
-
-
 def check(
-    engine: Engine,
-    folder: Path,
-    state: dict[str, Any],
-    stored: StoredTensors,
-    moments: tuple[str, ...],
+    engine: Engine, stored: StoredCheckpoint, moments: tuple[str, ...], tokenizer: Path | None
 ) -> None:
-    """The checkpoint is of this very model and complete, to the last tensor."""
-    theirs = json.loads((folder / CONFIG).read_text())["model"]
-    ours = engine.config.model.model_dump()
+    """The checkpoint is of this very model and tokenizer, and complete, to the last tensor."""
+    ours, theirs = engine.config.model.model_dump(), stored.config["model"]
     differ = [key for key in ours if key != "preset" and theirs.get(key) != ours[key]]
     if differ:
         raise ValueError(
-            f"{folder} is of another model: "
+            f"{stored.folder} is of another model: "
             + ", ".join(f"{key} is {theirs.get(key)} there and {ours[key]} here" for key in differ)
             + ". Resume with the configuration it was written with (its config.json)"
         )
+    kept = stored.tokenizer
+    if tokenizer is not None and kept is not None and Path(tokenizer).suffix == kept.suffix:
+        hashes = [storage.file_hash(Path(path)) for path in (tokenizer, kept)]
+        if hashes[0] != hashes[1]:
+            raise ValueError(
+                f"{stored.folder} was trained with another tokenizer than {tokenizer}: their "
+                f"contents differ. Set tokenizer.path to {kept}, and prepare the "
+                "corpus with it"
+            )
     expected = {name: spec for stage in all_specs(engine) for name, spec in stage.items()}
     for kind in (MODEL, *moments):
-        found = {name: tuple(part.get_shape()) for name, part in stored[kind].items()}
+        found = {
+            name: tuple(part.get_shape()) for name, part in stored.tensors.get(kind, {}).items()
+        }
         problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
         problems += [f"{name} is unknown to this model" for name in found.keys() - expected.keys()]
         problems += [
@@ -316,7 +315,7 @@ def check(
         ]
         if problems:
             raise ValueError(
-                f"{folder}, {kind}: {'; '.join(sorted(problems)[:5])}"
+                f"{stored.folder}, {kind}: {'; '.join(sorted(problems)[:5])}"
                 + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
                 + ". Nothing was loaded"
             )
@@ -334,9 +333,9 @@ def check_moments(
         )
 
 
-def own_slice(engine: Engine, name: str, parameter: Parameter, slices: dict[str, Any]) -> Tensor:
+def own_slice(engine: Engine, parameter: Parameter, stored: Any) -> Tensor:
     """This rank's part of a stored tensor; padded vocabulary rows are zeros."""
-    stored, shape = slices[name], local_shape(parameter)
+    shape = local_shape(parameter)
     if not is_sharded(parameter):
         value = stored[:]
     else:

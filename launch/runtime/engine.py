@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs import Config
+from configs.schema import Parallel
 from l2e import Controller, L2ELayer, Sharding
 from model.block import Block
 from model.gpt_neox import GPTNeoX
@@ -54,13 +55,13 @@ class Layout:
         )
 
 
-def initialise_layout(config: Config) -> Layout:
+def initialise_layout(parallel: Parallel) -> Layout:
     """Build megatron-core's process groups and read this rank's place off them."""
     from megatron.core import parallel_state as state
 
     state.initialize_model_parallel(
-        tensor_model_parallel_size=config.parallel.tensor,
-        pipeline_model_parallel_size=config.parallel.pipeline,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
         create_gloo_process_groups=False,
     )
     return Layout(
@@ -365,7 +366,7 @@ class PipelineEngine(Engine):
 
 def build(config: Config) -> Engine:
     """The engine of this rank's part of the run."""
-    layout = initialise_layout(config)
+    layout = initialise_layout(config.parallel)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     kind = PipelineEngine if layout.pipeline_size > 1 else WholeModelEngine

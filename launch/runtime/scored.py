@@ -1,5 +1,7 @@
 """Models on disk, ready to be scored: Hugging Face folders and our own checkpoints."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -7,11 +9,44 @@ import transformers
 from transformers import AutoConfig, GPTNeoXForCausalLM
 from transformers.utils import cached_file
 
+from configs.schema import Parallel
 from data.tokenizer import load_tokenizer
+from launch.runtime import processes
+from launch.runtime.engine import initialise_layout
 from launch.runtime.harness import Scored
+from launch.runtime.stored import TOKENIZER_FILES, StoredCheckpoint
 
-# A model's tokenizer lies beside its weights under one of these names.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """The processes a launcher started (or this one alone), each holding whole models."""
+    with processes.process_group(processes.find()):
+        initialise_layout(Parallel())
+        yield
+
+
+def from_checkpoint(source: StoredCheckpoint, dtype: torch.dtype, device: torch.device) -> Scored:
+    """One of our checkpoints; needs `single_process`.
+
+    Raises:
+        ValueError: it has no tokenizer.
+    """
+    if source.tokenizer is None:
+        raise ValueError(
+            f"{source.folder} has no tokenizer; put the run's tokenizer.json or tokenizer.model "
+            "into that folder"
+        )
+    tokenizer = load_tokenizer(source.tokenizer)
+    model = source.build_model().to(device, dtype)
+    return Scored(
+        # Our residual stream has the sequence first: [positions, batch, hidden].
+        hidden=lambda tokens: model.gpt_neox(tokens).transpose(0, 1),
+        head=lambda states: model.embed_out(states[:, None])[0],
+        tokenizer=tokenizer,
+        maximum_length=source.model_config.max_position_embeddings,
+        end_of_document=tokenizer.eod,
+        device=device,
+    )
 
 
 def from_huggingface(

@@ -21,7 +21,7 @@ LATEST = "latest"
 FORMAT = 1
 # A checkpoint, or one that a new save of the same step was about to replace when it was killed.
 STEP_FOLDER = re.compile(r"step_(\d+)(\.replaced)?$")
-HASH_CHUNK = 1 << 22
+CHUNK = 1 << 22
 
 
 def folder_name(step: int) -> str:
@@ -53,6 +53,19 @@ def write_text(path: Path, text: str) -> FileRecord:
     return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
+def copy_file(source: Path, target: Path) -> FileRecord:
+    """Copy a file to the disk, hashed on the way."""
+    digest, size = hashlib.sha256(), 0
+    with open(source, "rb", buffering=0) as old, open(target, "wb") as new:
+        while chunk := old.read(CHUNK):
+            new.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        new.flush()
+        os.fsync(new.fileno())
+    return FileRecord(size, digest.hexdigest())
+
+
 def commit(aside: Path, final: Path, records: Mapping[str, FileRecord]) -> None:
     """Make `aside` the checkpoint `final`. Every file in it must be on the disk already."""
     files = {name: asdict(record) for name, record in sorted(records.items())}
@@ -65,10 +78,10 @@ def commit(aside: Path, final: Path, records: Mapping[str, FileRecord]) -> None:
     aside.rename(final)
     sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    point_latest(final)
 
 
 def point_latest(final: Path) -> None:
+    """Let the file `latest` beside `final` name it."""
     pointer = final.with_name(LATEST + ".tmp")
     write_text(pointer, final.name + "\n")
     pointer.rename(final.with_name(LATEST))
@@ -140,7 +153,7 @@ def unlisted(folder: Path, records: Mapping[str, FileRecord]) -> str:
 def file_hash(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(HASH_CHUNK):
+        while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
 

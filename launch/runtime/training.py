@@ -47,7 +47,7 @@ def train(run: Run, data: Corpus, resume: Path | None) -> None:
     start = 0
     if resume is not None:
         data.refuse_changes(resume.parents[1])
-        start = checkpoint.load(engine, resume)["step"]
+        start = checkpoint.load(engine, resume, data.paths.tokenizer)["step"]
         run.say(f"resumed from {resume} at step {start}")
     told = data.describe()
     run.say(f"data order: sha256 {told['order_hash']} of the first {HASHED_SAMPLES} samples")
@@ -97,7 +97,7 @@ def fit(run: Run, engine: Engine, data: Corpus, start: int) -> None:
         if done == last or leaving or due(config.checkpoint.interval, done):
             recorder.flush()
             with recorder.paused():
-                save(run, engine, done)
+                save(run, engine, data, done)
         if leaving and done < last:
             run.say(
                 f"stopped by a signal after step {done}; the same command with --resume auto "
@@ -119,12 +119,13 @@ def validate(config: Config, engine: Engine, data: Corpus) -> Tensor:
     return engine.evaluate(batches, config.evaluate.batches)
 
 
-def save(run: Run, engine: Engine, step: int) -> None:
+def save(run: Run, engine: Engine, data: Corpus, step: int) -> None:
     """Write a checkpoint of the state after `step` steps."""
     config = run.config
     begin = time.monotonic()
     tokens = step * config.train.global_batch_size * config.data.sequence_length
-    folder = checkpoint.save(engine, run.folder / "checkpoints", {"step": step, "tokens": tokens})
+    state = {"step": step, "tokens": tokens}
+    folder = checkpoint.save(engine, run.folder / "checkpoints", state, data.paths.tokenizer)
     run.say(f"checkpoint {folder} written in {time.monotonic() - begin:.1f} s")
     if step == config.train.steps and run.process.is_first:
         (run.folder / "finished").touch()  # batch jobs look for it before they requeue

@@ -29,6 +29,7 @@ def save(folder: Path, step: int, value: float = 1.0, size: int = 1000) -> Path:
         records[name] = file.close()
     records["state.json"] = storage.write_text(aside / "state.json", json.dumps({"step": step}))
     storage.commit(aside, final, records)
+    storage.point_latest(final)
     return final
 
 

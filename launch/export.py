@@ -1,0 +1,113 @@
+"""Take a checkpoint to Hugging Face's form, from it, or to another layout.
+
+    python launch/export.py to-hf --checkpoint runs/demo --output demo_hf
+    python launch/export.py from-hf --model EleutherAI/pythia-70m --revision step13000 \\
+        --output pythia-70m
+    python launch/pretrain.py --config configs/70m.json --resume pythia-70m
+    python launch/export.py reshard --checkpoint runs/demo --tensor 2 --pipeline 1 --output demo_tp2
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from launch.runtime.cli import run_verb
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main() -> None:
+    options = parser().parse_args()
+    options.verb(options)
+
+
+def to_hf(options: argparse.Namespace) -> None:
+    from launch.runtime.exporting import to_huggingface
+    from launch.runtime.scored import single_process
+    from launch.runtime.stored import open_checkpoint
+
+    source = open_checkpoint(options.checkpoint)
+    with single_process():
+        difference = to_huggingface(source, options.output, DTYPES[options.dtype])
+    if source.tokenizer is None:
+        print(f"{source.folder} has no tokenizer: none was written")
+    print(
+        f"{options.output}: {source.folder.name}, {source.model_config.num_parameters:,} "
+        f"parameters in {options.dtype}; its logits on real text are the model's to "
+        f"{difference:.1e} of the largest"
+    )
+
+
+def from_hf(options: argparse.Namespace) -> None:
+    from launch.runtime.exporting import from_huggingface
+    from launch.runtime.stored import StoredCheckpoint
+
+    from_huggingface(options.model, options.output, options.revision)
+    config = StoredCheckpoint(options.output).model_config
+    print(
+        f"{options.output}: {config.num_parameters:,} parameters from {options.model}. Train on "
+        f"with a configuration whose model section is that of {options.output}/config.json and "
+        f"`--resume {options.output}`"
+    )
+
+
+def reshard(options: argparse.Namespace) -> None:
+    from launch.runtime.exporting import reshard as copy
+    from launch.runtime.stored import open_checkpoint
+
+    source = open_checkpoint(options.checkpoint)
+    copy(source, options.output, options.tensor, options.pipeline)
+    print(
+        f"{options.output}: {source.folder.name} for tensor {options.tensor}, pipeline "
+        f"{options.pipeline}. Tensors are stored whole, so `--resume` under another layout "
+        "also works without this"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs: Any = result.add_subparsers(required=True, metavar="to-hf | from-hf | reshard")
+
+    verb = verbs.add_parser("to-hf", help="write config, safetensors and tokenizer")
+    verb.set_defaults(verb=to_hf)
+    add_checkpoint(verb)
+    verb.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the written weights")
+
+    verb = verbs.add_parser("from-hf", help="make a checkpoint to resume from")
+    verb.set_defaults(verb=from_hf)
+    verb.add_argument(
+        "--model", required=True, metavar="DIR_OR_ID", help="folder or hub id of a GPT-NeoX model"
+    )
+    verb.add_argument("--revision", default="main", help="of a hub id, e.g. step13000")
+
+    verb = verbs.add_parser("reshard", help="copy a checkpoint for another layout")
+    verb.set_defaults(verb=reshard)
+    add_checkpoint(verb)
+    verb.add_argument(
+        "--tensor", type=int, required=True, metavar="N", help="tensor-parallel ranks"
+    )
+    verb.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline stages")
+
+    for verb in verbs.choices.values():
+        verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    return result
+
+
+def add_checkpoint(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a checkpoint's folder, or a run's for its newest",
+    )
+
+
+if __name__ == "__main__":
+    run_verb(main)
