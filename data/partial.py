@@ -33,7 +33,7 @@ class PartialCorpus:
         self.folder = folder
         self.units = self.position = self.text_bytes = self.documents = self.tokens = 0
         self.reasons: Counter[str] = Counter()
-        self.subsets: dict[str, list[int]] = {}  # name: [documents, tokens]
+        self.subsets: dict[str, list[int]] = {}  # name: [number, documents, tokens]
         self._job = job
         self._files: dict = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,10 +108,10 @@ class PartialCorpus:
         """Append documents, laid end to end in `tokens`, and the units that weren't any."""
         numbers = []
         for subset, length in zip(subsets, lengths, strict=True):
-            counts = self.subsets.setdefault(subset, [0, 0])
-            counts[0] += 1
-            counts[1] += length
-            numbers.append(list(self.subsets).index(subset))
+            counts = self.subsets.setdefault(subset, [len(self.subsets), 0, 0])
+            counts[1] += 1
+            counts[2] += length
+            numbers.append(counts[0])
         self._files[TOKENS].write(tokens)
         self._files[LENGTHS].write(np.array(lengths, np.int32))
         self._files[SUBSETS].write(np.array(numbers, np.int32))

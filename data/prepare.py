@@ -249,7 +249,7 @@ def _finish(what: Preparation, partial: PartialCorpus, job: dict, tokenizer) -> 
     lengths = np.memmap(folder / LENGTHS, np.int32, "r")
     write_index(folder / INDEX, np.dtype(tokenizer.dtype), lengths)
     sync(folder / INDEX)
-    counts = {name: {"documents": d, "tokens": t} for name, (d, t) in partial.subsets.items()}
+    counts = {name: {"documents": d, "tokens": t} for name, (_, d, t) in partial.subsets.items()}
     write_json(
         folder / MANIFEST,
         {

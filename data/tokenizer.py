@@ -1,6 +1,8 @@
 """Text to token ids and back: Hugging Face `tokenizer.json` files and sentencepiece models."""
 
 import hashlib
+import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +15,10 @@ from data.problem import Problem
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 # sentencepiece writes a space as this character, so the character itself goes byte by byte.
 SPACE_MARK = "\u2581"
+# Texts of more characters are tokenized in parts, cut before the space between two words or
+# after the line break between them, where GPT-2's splitting into words always cuts.
+LONG = 2**19
+CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=[^\W_]\n)(?=[^\W_])")
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer":
@@ -95,13 +101,46 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eod = self._find_eod({n: self._tokenizer.token_to_id(n) for n in END_OF_TEXT})
+        self._may_cut = _splits_like_gpt2(json.loads(path.read_text("utf-8")))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        whole = [text if self._is_short(text) else "" for text in texts]
+        encodings = self._tokenizer.encode_batch(whole, add_special_tokens=False)
+        return [
+            encoding.ids if self._is_short(text) else self._encode_long(text)
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _is_short(self, text: str) -> bool:
+        return len(text) <= LONG or not self._may_cut
+
+    def _encode_long(self, text: str) -> list[int]:
+        """The same ids in bounded memory: the library needs 160 bytes a character."""
+        ids: list[int] = []
+        start = 0
+        while start < len(text):
+            cut = CUT.search(text, start + LONG)
+            stop = cut.start() if cut else len(text)
+            ids += self._tokenizer.encode(text[start:stop], add_special_tokens=False).ids
+            start = stop
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def _splits_like_gpt2(file: dict) -> bool:
+    """Whether a tokenizer.json splits text into words as GPT-2 does, so that no token, merge or
+    normal form reaches over a place that `CUT` finds."""
+    splitter, normalizer = file.get("pre_tokenizer") or {}, file.get("normalizer") or {}
+    words = [token["content"] for token in file.get("added_tokens", [])]
+    return (
+        splitter.get("type") == "ByteLevel"
+        and splitter.get("use_regex", True)
+        and not splitter.get("add_prefix_space")
+        and normalizer.get("type", "NFC") == "NFC"
+        and not any(word.strip() and len(word.split()) > 1 for word in words)
+    )
 
 
 class SentencePieceTokenizer(Tokenizer):

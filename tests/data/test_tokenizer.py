@@ -1,15 +1,32 @@
 """Round trips, and what a broken tokenizer file says."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 
+from data import tokenizer as tokenizer_module
 from data.tokenizer import load_tokenizer, train_sentencepiece
 from tests.data.conftest import make_texts
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+# What a cut could tear: words, runs of spaces that are tokens, contractions, marks, end of text.
+PARTS = [
+    "word",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "I'll",
+    "e",
+    "\u0301",
+    "日本",
+    "x1",
+    "<|endoftext|>",
+    "\t",
+]
 AWKWARD = [
     " a",
     "  a  b\n",
@@ -68,8 +85,24 @@ def test_neox_is_pythias(neox):
 @given(text=ANY_TEXT)
 def test_neox_gives_its_normal_form_back(neox, text):
     """The file itself asks for NFC, so that form is what comes back."""
-    normalize = Tokenizer.from_file(str(neox.path)).normalizer.normalize_str
-    assert neox.decode(neox.encode(text)) == normalize(text)
+    normal_form = neox._tokenizer.normalizer.normalize_str(text)
+    assert neox.decode(neox.encode(text)) == normal_form
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.lists(st.one_of(st.sampled_from(PARTS), ANY_TEXT)).map("".join))
+def test_long_texts_are_cut_without_a_trace(neox, text):
+    """In parts of a few characters, for the sake of the test, the ids are the library's own."""
+    expected = neox._tokenizer.encode(text, add_special_tokens=False).ids
+    with mock.patch.object(tokenizer_module, "LONG", 5):
+        assert neox.encode(text) == expected
+
+
+def test_long_texts_are_cut_at_all(neox):
+    with mock.patch.object(tokenizer_module, "LONG", 5):
+        assert neox._may_cut
+        parts = tokenizer_module.CUT.split("some words are here\nand there")
+    assert parts == ["some", " words", " are", " here\n", "and", " there"]
 
 
 @pytest.mark.parametrize(
