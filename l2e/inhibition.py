@@ -123,27 +123,23 @@ def _(sums: Tensor, mlp_output: Tensor, residual: Tensor) -> None:
 
 def _as_rows(pre: Tensor, state: LayerState) -> Tensor:
     """[..., units] -> [samples, neurons], contiguous."""
-    if state.config.neuron_axes == "position":
-        _check_positions(pre, state)
-    elif pre.device != state.device:
-        state.to(pre.device)
-    return pre.detach().reshape(-1, state.neurons).contiguous()
-
-
-def _check_positions(pre: Tensor, state: LayerState) -> None:
-    if pre.dim() < 3:
+    by_position = state.config.neuron_axes == "position"
+    if by_position and pre.dim() < 3:
         raise ValueError(
             f"l2e layer {state.name}: neuron_axes = 'position' needs activations of shape "
             f"[batch, positions, units], found {list(pre.shape)}"
         )
+    units, positions = pre.shape[-1], pre.shape[-2] if by_position else 1
     if state.positions == 0:
-        state.allocate(positions=pre.shape[-2], device=pre.device)
-    state.to(pre.device)
-    if pre.shape[-2] != state.positions:
+        state.allocate(units, positions, pre.device)
+    if (units, positions) != (state.units, state.positions):
         raise ValueError(
-            f"l2e layer {state.name}: found {pre.shape[-2]} positions after {state.positions}; "
-            "neuron_axes = 'position' needs sequences of one length: pad them"
+            f"l2e layer {state.name}: found {positions} positions after {state.positions} and "
+            f"{units} units after {state.units}; pad sequences to one length for neuron_axes = "
+            "'position', and give every module a layer of its own"
         )
+    state.to(pre.device)
+    return pre.detach().reshape(-1, state.neurons).contiguous()
 
 
 def _start(state: LayerState, rows: Tensor) -> None:

@@ -50,7 +50,7 @@ def forward(pre: Tensor, rule: Rule, sums: Tensor | None) -> Tensor:
             log (z - mean)^2 are added to it. None in a recomputation: its samples were counted.
     """
     if sums is None and rule.method in ("none", "regularize"):
-        return activate(pre, rule.activation)
+        return pre.clone() if rule.activation is None else activate(pre, rule.activation)
     out = torch.empty_like(pre)
     for rows in slices(pre):
         z = activate(pre[rows], rule.activation)

@@ -13,7 +13,8 @@ class L2ELayer(nn.Module):
     In eval mode it is exactly the plain activation. It has no parameters and no buffers.
 
     Args:
-        neurons: hidden units of this process (its tensor-parallel shard).
+        neurons: hidden units of this process (its tensor-parallel shard); None to learn it from
+            the first activations.
         activation: "gelu" (erf), "gelu_tanh", or None for the identity.
         name: the layer's name in metrics and checkpoints.
         inhibited_layers: L_inh, inhibited layers of the whole model.
@@ -23,7 +24,7 @@ class L2ELayer(nn.Module):
 
     def __init__(
         self,
-        neurons: int,
+        neurons: int | None,
         config: L2EConfig,
         *,
         activation: str | None = "gelu",

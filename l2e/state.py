@@ -84,25 +84,26 @@ class LayerState:
     def __init__(
         self,
         name: str,
-        units: int,
+        units: int | None,
         config: L2EConfig,
         *,
         activation: str | None,
         inhibited_layers: int,
-        total_units: int,
+        total_units: int | None,
     ) -> None:
         self.name, self.config, self.activation = name, config, activation
-        self.units, self.total_units = units, total_units
+        self.units, self.total_units = units or 0, total_units or units or 0
         self.inhibited_layers = inhibited_layers
         self.phase = Phase()
         self.sharding = Sharding()
         self.positions = 0
         self.started = False
-        if config.neuron_axes == "unit":
-            self.allocate(positions=1, device=torch.device("cpu"))
+        if units is not None and config.neuron_axes == "unit":
+            self.allocate(units, 1, torch.device("cpu"))
 
-    def allocate(self, positions: int, device: torch.device) -> None:
-        """Make the state of `positions` x units neurons; `positions` is known from the data."""
+    def allocate(self, units: int, positions: int, device: torch.device) -> None:
+        """Make the state of `positions` x `units` neurons, where only data tells how many."""
+        self.units, self.total_units = units, self.total_units or units
         self.positions = positions
         self.statistics = Statistics.empty(self.neurons, device)
         self.share = torch.zeros(self.neurons, device=device)
@@ -226,8 +227,10 @@ class LayerState:
         missing = [name for name in names if name not in tensors]
         if missing:
             raise ValueError(f"l2e state of layer {self.name}: no entries {missing}")
-        positions = len(tensors["mean"]) if self.config.neuron_axes == "position" else 1
-        full = (positions, self.total_units) if positions > 1 else (self.total_units,)
+        by_position = self.config.neuron_axes == "position"
+        positions = len(tensors["mean"]) if by_position else 1
+        total = self.total_units or tensors["mean"].shape[-1]
+        full = (positions, total) if by_position else (total,)
         for name in ("mean", "mean_low", "var", "share"):
             if tensors[name].shape != full:
                 raise ValueError(
@@ -235,7 +238,7 @@ class LayerState:
                     f"{list(tensors[name].shape)}, this model needs {list(full)}"
                 )
         device = self.device if self.positions else torch.device("cpu")
-        self.allocate(positions, device)
+        self.allocate(total // self.sharding.tensor_size, positions, device)
         own = {
             name: (
                 self.sharding.own_neurons(tensors[name]).flatten()

@@ -137,7 +137,9 @@ def deepspeed_config(config: Config, layout: Layout) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32", **settings.get("data_types", {})},
     }
     if train.dtype == "bf16":
-        settings["bf16"] = {"enabled": True}
+        # Gradients join the fp32 sums as they arise. Otherwise a pipeline's last stage clears the
+        # output embedding's, which the loss function makes before the stage's backward begins.
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
     if train.dtype == "fp16":  # Pythia's dynamic loss scale
         scale = {"initial_scale_power": 12, "loss_scale_window": 1000, "hysteresis": 2}
         settings["fp16"] = scale | {"min_loss_scale": 1} | settings.get("fp16", {})

@@ -1,0 +1,356 @@
+"""The whole method through DeepSpeed, in every layout, against a plain float64 run.
+
+The reference is transformers' GPT-NeoX in float64 with the method written out around it; it uses
+no class of the project. Plain SGD, so that parameters show their gradients.
+
+pytest runs every (layout, ZeRO stage) once, with micro-batches and activation checkpointing taking
+turns; `python -m tests.distributed.test_l2e_layouts` runs all 162 combinations (20 minutes).
+"""
+
+import itertools
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from tests.distributed.processes import run_on_processes
+from tests.l2e.reference import Reference
+
+SHAPE = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 64}
+INHIBITED, SEQUENCES, LENGTH, STEPS = (1, 2), 16, 16, 10
+L2E = {"weight": 0.3, "late_start_step": 3, "forget_step": 5, "layers": list(INHIBITED)}
+RATE = 0.5
+WHOLE, STAGES = 1, 2
+# (micro-batches, activation checkpointing), in an order that parts neighbours.
+TURNS = [(1, False), (2, True), (4, False), (1, True), (2, False), (4, True)]
+OUTPUT = {"embed_out.weight": "lm_head.weight"}  # what transformers calls it today
+
+
+def configuration(tensor, pipeline, zero, micro_batch, checkpointing, dtype="fp32", **l2e):
+    return {
+        "model": {**SHAPE, "max_position_embeddings": LENGTH},
+        "l2e": L2E | l2e,
+        "data": {"sequence_length": LENGTH},
+        "optimizer": {
+            "type": "sgd",
+            "learning_rate": RATE,
+            "weight_decay": 0.0,
+            "gradient_clipping": 0.0,
+        },
+        "parallel": {
+            "tensor": tensor,
+            "pipeline": pipeline,
+            "activation_checkpointing": checkpointing,
+        },
+        "train": {"global_batch_size": SEQUENCES, "micro_batch_size": micro_batch, "dtype": dtype},
+        "deepspeed": {"zero_optimization": {"stage": zero}},
+    }
+
+
+def whole_matrix(processes):
+    """Every allowed (tensor, pipeline, ZeRO stage, micro-batch, checkpointing)."""
+    for tensor, pipeline, zero in grids(processes):
+        for pieces, checkpointing in TURNS:
+            yield (
+                tensor,
+                pipeline,
+                zero,
+                micro_batch(processes, tensor, pipeline, pieces),
+                checkpointing,
+            )
+
+
+def covering(processes):
+    """Every (tensor, pipeline, ZeRO stage) once, the rest taking turns."""
+    for (tensor, pipeline, zero), (pieces, checkpointing) in zip(
+        grids(processes), itertools.cycle(TURNS)
+    ):
+        yield (
+            tensor,
+            pipeline,
+            zero,
+            micro_batch(processes, tensor, pipeline, pieces),
+            checkpointing,
+        )
+
+
+def grids(processes):
+    for tensor, pipeline in itertools.product((1, 2, 4), (WHOLE, STAGES)):
+        if processes % (tensor * pipeline) == 0:
+            for zero in (0, 1, 2, 3) if pipeline == WHOLE else (1,):
+                yield tensor, pipeline, zero
+
+
+def micro_batch(processes, tensor, pipeline, pieces):
+    return SEQUENCES * tensor * pipeline // processes // pieces
+
+
+def global_batch(step):
+    generator = torch.Generator().manual_seed(1000 + step)
+    # Skewed, so that there is something to learn.
+    return (torch.rand(SEQUENCES, LENGTH + 1, generator=generator) ** 3 * 64).long()
+
+
+def train(settings, loss_scale=None):
+    """Losses, norms and the final state of one run in this process's group."""
+    from megatron.core import parallel_state
+
+    from configs import Config
+    from launch.runtime.engine import build
+
+    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())  # DeepSpeed insists
+    engine = build(Config.model_validate(settings))
+    if loss_scale is not None:  # as fp16's scaler sets it, where the CPU has no fp16
+        engine.optimizer.loss_scaler.cur_scale = loss_scale
+        assert engine.loss_scale == loss_scale
+    layout, micro_batch = engine.layout, settings["train"]["micro_batch_size"]
+    losses, norms, ms_losses = [], [], []
+    start = {name: whole(name, p, layout) for name, p in engine.named_parameters()}
+    for step in range(STEPS):
+        own = global_batch(step).chunk(layout.data_size)[layout.data_rank]
+        losses.append(float(engine.train_step(iter(own.split(micro_batch)), RATE)))
+        norms.append(float(engine.gradient_norm()))
+        ms_losses.append(float(engine.ms_loss()))
+    found = {
+        "losses": losses,
+        "norms": norms,
+        "ms_losses": ms_losses,
+        "state": engine.controller.state_dict(),
+        "metrics": engine.controller.metrics(),
+        "start": start,
+        "parameters": {name: whole(name, p, layout) for name, p in engine.named_parameters()},
+    }
+    engine.deepspeed.destroy()
+    parallel_state.destroy_model_parallel()
+    return found
+
+
+def whole(name, parameter, layout):
+    """A parameter with its tensor-parallel shards joined, in float32; None if it is ZeRO-3's."""
+    if hasattr(parameter, "ds_id"):
+        return None
+    value = parameter.detach().float().clone()
+    if getattr(parameter, "tensor_model_parallel", False) and layout.tensor_size > 1:
+        shards = [torch.empty_like(value) for _ in range(layout.tensor_size)]
+        torch.distributed.all_gather(shards, value.contiguous(), group=layout.tensor_group)
+        value = torch.cat(shards, dim=parameter.partition_dim)
+    return value[: SHAPE["vocab_size"]] if "embed" in name else value  # without padding rows
+
+
+def train_all(runs):
+    return [
+        train(configuration(*layout, **settings), **options) for layout, settings, options in runs
+    ]
+
+
+def plain_run(weights, weight, scale_invariant=False):
+    """The reference: transformers' model, float64, one process, one batch a step."""
+    config = GPTNeoXConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=128,
+        vocab_size=64,
+        max_position_embeddings=LENGTH,
+        attn_implementation="eager",
+    )
+    model = GPTNeoXForCausalLM(config).double()
+    model.load_state_dict({OUTPUT.get(n, n): value.double() for n, value in weights.items()})
+    references, activations = {}, {}
+    for number in INHIBITED:
+        references[number] = Reference(
+            late_start=3,
+            forget=5,
+            weight=weight,
+            inhibited_layers=len(INHIBITED),
+            scale_invariant=scale_invariant,
+        )
+        model.gpt_neox.layers[number].mlp.act.register_forward_hook(
+            lambda module, inputs, z, number=number: activations.update({number: z})
+        )
+    found = {"losses": [], "norms": [], "ms_losses": []}
+    for step in range(STEPS):
+        batch = global_batch(step)
+        logits = model(batch[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        z = {number: value.flatten(0, 1) for number, value in activations.items()}
+        values = {number: value.detach().numpy() for number, value in z.items()}
+        pull = sum(
+            (torch.from_numpy(references[n].loss_slope(values[n])) * z[n]).sum() for n in INHIBITED
+        )
+        model.zero_grad()
+        (loss + pull).backward()
+        squares = sum(p.grad.square().sum() for p in model.parameters())
+        found["losses"].append(loss.item())
+        found["norms"].append(math.sqrt(float(squares)))
+        found["ms_losses"].append(sum(references[n].loss(values[n]) for n in INHIBITED))
+        found["share"] = {n: references[n].selected(values[n]).mean() for n in INHIBITED}
+        for number in INHIBITED:
+            references[number].step(values[number])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= RATE * parameter.grad
+    found["parameters"] = dict(model.named_parameters())
+    for name, theirs in OUTPUT.items():
+        found["parameters"][name] = found["parameters"].pop(theirs)
+    found["layers"] = references
+    return found
+
+
+FORMS = {
+    "published": {},
+    "scale invariant": {"scale_invariant": True},
+    "weight 0": {"weight": 0.0},
+}
+ON_FOUR = [
+    ((2, WHOLE, 2, 4, True), {"dtype": "bf16"}, {}),
+    ((1, STAGES, 1, 4, False), {"dtype": "bf16"}, {}),
+    *((layout, {}, {}) for layout in covering(4)),
+    ((2, STAGES, 1, 4, True), FORMS["scale invariant"], {}),
+    ((2, WHOLE, 2, 4, False), FORMS["scale invariant"], {}),
+    ((1, STAGES, 1, 2, False), FORMS["weight 0"], {}),
+    ((2, WHOLE, 1, 4, False), {}, {"loss_scale": 1024.0}),
+    ((2, STAGES, 1, 4, False), {}, {"loss_scale": 1024.0}),
+]
+ON_TWO = [
+    ((1, WHOLE, 3, 2, False), {}, {}),
+    ((2, WHOLE, 2, 4, True), {}, {}),
+    ((1, STAGES, 1, 4, False), {}, {}),
+]
+
+
+@pytest.fixture(scope="module")
+def references(on_two):
+    """The plain runs, from the model's own initial weights."""
+    return all_references(on_two[-1])
+
+
+def all_references(ranks):
+    weights = initial_weights(ranks)
+    return {
+        name: plain_run(weights, **{"weight": L2E["weight"]} | form) for name, form in FORMS.items()
+    }
+
+
+def initial_weights(ranks):
+    """From one layout's ranks, whose pipeline stages hold different layers."""
+    return {name: value for rank in ranks for name, value in rank["start"].items()}
+
+
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory):
+    return by_run(run_on_processes(train_all, 4, tmp_path_factory.mktemp("four"), ON_FOUR))
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    return by_run(run_on_processes(train_all, 2, tmp_path_factory.mktemp("two"), ON_TWO))
+
+
+def by_run(ranks):
+    """[rank][run] -> [run][rank]."""
+    return [list(run) for run in zip(*ranks, strict=True)]
+
+
+def errors_of(ranks, reference):
+    """The largest relative error of each quantity, over all steps, layers and ranks."""
+    errors = {"ms_loss": distance(total_ms_losses(ranks), reference["ms_losses"])}
+    for rank in ranks:
+        found = {
+            "loss": distance(rank["losses"], reference["losses"]),
+            "norm": distance(rank["norms"], reference["norms"]),
+        }
+        for name, value in rank["parameters"].items():
+            if value is not None:
+                expected = reference["parameters"][name].detach().numpy()
+                found[name] = distance(value.numpy(), expected)
+        for number, expected in reference["layers"].items():
+            if f"{number}.mean" in rank["state"]:
+                for key in ("mean", "var", "tau", "share"):
+                    value = rank["state"][f"{number}.{key}"].numpy()
+                    found[f"{number}.{key}"] = distance(value, getattr(expected, key))
+                share = rank["metrics"][str(number)]["selected_fraction"]
+                found[f"{number}.selected"] = abs(share / reference["share"][number] - 1)
+                assert rank["state"][f"{number}.samples"] == expected.m
+        errors |= {key: max(value, errors.get(key, 0)) for key, value in found.items()}
+    return errors
+
+
+def total_ms_losses(ranks):
+    """L_MS of all pipeline stages: each layer's is held by all its data and tensor ranks."""
+    stages = {frozenset(rank["metrics"]): np.array(rank["ms_losses"]) for rank in ranks}
+    return sum(stages.values())
+
+
+def distance(found, expected):
+    """Relative error of arrays by their norm."""
+    found, expected = np.asarray(found, dtype=float), np.asarray(expected, dtype=float)
+    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30))
+
+
+def reference_of(settings):
+    return next(name for name, form in FORMS.items() if form == settings)
+
+
+def worst(errors):
+    name = max(errors, key=errors.get)
+    return f"{name}: {errors[name]:.1e}"
+
+
+@pytest.mark.parametrize("run", range(len(ON_TWO)))
+def test_two_processes_equal_one(run, on_two, references):
+    assert_close(on_two[run], references["published"], ON_TWO[run][0])
+
+
+@pytest.mark.parametrize("run", [i for i, r in enumerate(ON_FOUR) if "dtype" not in r[1]])
+def test_four_processes_equal_one(run, on_four, references):
+    layout, settings, _ = ON_FOUR[run]
+    assert_close(on_four[run], references[reference_of(settings)], layout)
+
+
+def assert_close(ranks, reference, layout):
+    errors = errors_of(ranks, reference)
+    assert max(errors.values()) < 1e-5, f"{layout}: {worst(errors)}"
+
+
+@pytest.mark.parametrize("run", [i for i, r in enumerate(ON_FOUR) if "dtype" in r[1]])
+def test_bf16_agrees_within_its_precision(run, on_four, references):
+    """Before rounding decides what is selected, the norm shows L_MS at its full size."""
+    step = L2E["late_start_step"]
+    norms = on_four[run][0]["norms"][: step + 1]
+    assert distance(norms, references["published"]["norms"][: step + 1]) < 0.03
+
+
+def test_a_loss_that_vanished_would_show(references):
+    """The control: without L_MS the runs are told apart by far more than any tolerance here."""
+    with_loss, without = references["published"], references["weight 0"]
+    start = L2E["late_start_step"]
+    assert with_loss["norms"][:start] == without["norms"][:start]
+    assert abs(with_loss["norms"][start] / without["norms"][start] - 1) > 0.3
+    assert distance(references["scale invariant"]["norms"], with_loss["norms"]) > 0.01
+
+
+def main():
+    """Run the whole matrix and print the worst error of each layout."""
+    reference = None
+    for processes in (1, 2, 4):
+        runs = [(layout, {}, {}) for layout in whole_matrix(processes)]
+        with tempfile.TemporaryDirectory() as folder:
+            results = by_run(run_on_processes(train_all, processes, Path(folder), runs))
+        reference = reference or plain_run(initial_weights(results[0]), L2E["weight"])
+        for (layout, _, _), ranks in zip(runs, results, strict=True):
+            tensor, pipeline, zero, micro_batch, checkpointing = layout
+            print(
+                f"TP{tensor} PP{pipeline} DP{processes // tensor // pipeline} ZeRO-{zero} "
+                f"micro-batch {micro_batch:2} checkpointing {checkpointing!s:5} "
+                f"worst {worst(errors_of(ranks, reference))}"
+            )
+
+
+if __name__ == "__main__":
+    main()
