@@ -10,7 +10,7 @@ from data.dataset import blend_shares, check_enough, split_documents
 from data.files import sha256
 from data.index import TokenFile, bin_path, idx_path
 from data.problem import Problem
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 
 # A .bin file up to this size is hashed and scanned whole; of a larger one, this much is scanned.
 LOOK_AT_BYTES = 2**28
@@ -36,15 +36,13 @@ def check(
     Returns an empty list where nothing is wrong.
     """
     problems: list[Problem] = []
-    tokenizer_hash = None
+    loaded = None
     if tokenizer is not None:
         try:
             loaded = load_tokenizer(tokenizer)
+            problems += _check_vocabulary(loaded, vocab_size)
         except Problem as problem:
             problems.append(problem)
-        else:
-            tokenizer_hash = loaded.sha256
-            problems += _check_vocabulary(loaded, vocab_size)
     try:
         prefixes = blend_shares(path)
     except Problem as problem:
@@ -53,8 +51,8 @@ def check(
         try:
             file = TokenFile(prefix)
             check_manifest(file)
-            if tokenizer_hash is not None:
-                _check_made_with(file, tokenizer, tokenizer_hash)
+            if loaded is not None:
+                _check_tokenizer(file, loaded)
             if vocab_size is not None:
                 _check_ids(file, vocab_size)
             documents = split_documents(len(file), split, part)
@@ -65,7 +63,7 @@ def check(
     return problems
 
 
-def _check_vocabulary(tokenizer, vocab_size: int | None) -> list[Problem]:
+def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int | None) -> list[Problem]:
     if vocab_size is None or tokenizer.vocab_size <= vocab_size:
         return []
     return [
@@ -99,17 +97,28 @@ def check_manifest(file: TokenFile, whole: bool = False) -> None:
             )
 
 
-def _check_made_with(file: TokenFile, tokenizer: str | Path, tokenizer_hash: str) -> None:
-    """The corpus was prepared with the run's tokenizer, where its manifest says with which."""
+def _check_tokenizer(file: TokenFile, tokenizer: Tokenizer) -> None:
+    """The corpus can be this tokenizer's, and is where its manifest says with which it was made."""
     made_with = manifest.recorded(file.prefix, "tokenizer_sha256")
-    if made_with not in (None, tokenizer_hash):
-        raise Problem(
-            "tokenizer.path",
-            tokenizer,
-            f"hash {tokenizer_hash[:12]}, but {file.prefix} was prepared with the tokenizer "
-            f"{str(made_with)[:12]}",
-            "name the tokenizer the corpus was prepared with, or prepare it anew",
+    largest = np.iinfo(file.dtype).max
+    if made_with not in (None, tokenizer.sha256):
+        reason = (
+            f"hash {tokenizer.sha256[:12]}, but {file.prefix} was prepared with the tokenizer "
+            f"{made_with[:12]}"
         )
+    elif made_with is None and tokenizer.vocab_size - 1 > largest:
+        reason = (
+            f"its ids go up to {tokenizer.vocab_size - 1}, but {file.prefix} stores {file.dtype}, "
+            f"up to {largest}, so it holds another tokenizer's"
+        )
+    else:
+        return
+    raise Problem(
+        "tokenizer.path",
+        tokenizer.path,
+        reason,
+        "name the tokenizer the corpus was prepared with, or prepare it anew",
+    )
 
 
 def _check_ids(file: TokenFile, vocab_size: int) -> None:

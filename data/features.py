@@ -153,12 +153,17 @@ def _labelled_files(what: FeatureSet) -> list[tuple[str, Path]]:
 
 def _write(output: Path, features: Mapping[str, list[dict]]) -> None:
     """All passages, feature by feature; the file appears whole or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
     lines = (
         json.dumps(row, ensure_ascii=False) + "\n" for rows in features.values() for row in rows
     )
     content = "".join(lines).encode()
     # No time stamp: the same input gives the same bytes.
-    partial.write_bytes(gzip.compress(content, mtime=0) if output.suffix == ".gz" else content)
-    partial.replace(output)
+    content = gzip.compress(content, mtime=0) if output.suffix == ".gz" else content
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(output)
+    except OSError as error:
+        reason = f"can't be written ({error})"
+        raise Problem("--output", output, reason, "free space, or choose another place") from error

@@ -36,8 +36,12 @@ class PartialCorpus:
         self.subsets: dict[str, list[int]] = {}  # name: [number, documents, tokens]
         self._job = job
         self._files: dict = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / "lock").open("w")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / "lock").open("w")
+        except OSError as error:
+            reason = f"can't be written ({error})"
+            raise Problem("output", folder, reason, "choose another --output") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

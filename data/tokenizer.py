@@ -193,10 +193,10 @@ def train_sentencepiece(
     from sentencepiece import SentencePieceTrainer
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     lines = (line for text in texts for line in text.splitlines(keepends=True) if line.strip())
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as model:
             SentencePieceTrainer.train(
                 sentence_iterator=lines,
@@ -218,7 +218,11 @@ def train_sentencepiece(
                 minloglevel=2,
             )
         partial.replace(path)
-    except (RuntimeError, OSError) as error:
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        reason = f"can't be written ({error})"
+        raise Problem("tokenizer", path, reason, "free space, or choose another place") from error
+    except RuntimeError as error:  # sentencepiece's word for everything
         partial.unlink(missing_ok=True)
         raise Problem(
             "--vocab-size",

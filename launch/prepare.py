@@ -22,7 +22,7 @@ from data import builtin
 from data.corpus import Fields, Record, Source, find_sources, parse, read_units
 from data.prepare import Preparation, prepare
 from data.tokenizer import train_sentencepiece
-from launch.runtime import feature_sets, looking
+from launch.runtime import feature_sets, hub, looking
 from launch.runtime.cli import run_verb
 
 
@@ -47,7 +47,7 @@ def build(options: argparse.Namespace) -> None:
         }
     else:
         outputs = {options.output: find_sources(options.input)}
-    tokenizer = options.tokenizer
+    tokenizer = _tokenizer_file(options.tokenizer)
     if options.train_tokenizer:
         tokenizer = tokenizer or Path(f"{options.output}.tokenizer.model")
         texts = _sample(outputs[options.output], fields, options.sample_mb)
@@ -57,6 +57,13 @@ def build(options: argparse.Namespace) -> None:
     for output, sources in outputs.items():
         what = Preparation(sources, tokenizer, output, fields, options.workers, options.max_rejects)
         _report(output, prepare(what))
+
+
+def _tokenizer_file(name: str | None) -> Path | None:
+    """The named file, fetched from the Hugging Face hub where that is meant."""
+    if name is None or not name.startswith(hub.PREFIX):
+        return None if name is None else Path(name)
+    return hub.fetch_tokenizer(name)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -112,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         "--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx, ..."
     )
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json or sentencepiece .model"
+        "--tokenizer",
+        metavar="FILE",
+        help="tokenizer.json, sentencepiece .model, or hf:owner/name",
     )
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes that tokenize (default 1)"

@@ -58,6 +58,14 @@ def test_another_tokenizer(corpus, tmp_path):
     assert str(manifest.recorded(corpus, "tokenizer_sha256"))[:12] in problem.reason
 
 
+def test_a_tokenizer_whose_ids_the_file_cannot_hold(tmp_path, tokenizer):
+    prefix = write_tokens(tmp_path / "x", random_documents(30, vocabulary=200), np.uint8)
+    [problem] = check(prefix, 32, 20, tokenizer=tokenizer.path)
+    assert problem.what == "tokenizer.path"
+    assert "its ids go up to 319" in problem.reason
+    assert "stores uint8, up to 255" in problem.reason
+
+
 def test_a_tokenizer_larger_than_the_model(corpus, tokenizer):
     [problem] = check(corpus, 32, 50, tokenizer=tokenizer.path, vocab_size=300)[:1]
     assert (problem.what, problem.where) == ("model.vocab_size", "300")

@@ -272,6 +272,12 @@ def test_a_full_disk_later_on_keeps_what_is_done(what, tmp_path, monkeypatch, sm
     assert contents(what) == contents(whole)
 
 
+def test_an_output_that_cannot_be_written_is_named(what, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output .* can't be written .* choose another"):
+        prepare(replace(what, output=str(tmp_path / "file" / "x")))
+
+
 def test_nothing_but_whole_ids_are_stored(what, tokenizer):
     prepare(what)
     tokens = TokenFile(what.output).tokens
