@@ -77,6 +77,13 @@ def initialise_layout(parallel: Parallel) -> Layout:
     )
 
 
+def release_layout() -> None:
+    """Forget megatron-core's process groups, so that others can be built."""
+    from megatron.core import parallel_state as state
+
+    state.destroy_model_parallel()
+
+
 class ModelParallelUnit:
     """What a DeepSpeed engine asks about the layout when it gets the whole model."""
 

@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 from configs.schema import Parallel
 from data.tokenizer import load_tokenizer
 from launch.runtime import processes
-from launch.runtime.engine import initialise_layout
+from launch.runtime.engine import initialise_layout, release_layout
 from launch.runtime.harness import Scored
 from launch.runtime.stored import TOKENIZER_FILES, StoredCheckpoint
 
@@ -22,7 +22,10 @@ def single_process() -> Iterator[None]:
     """The processes a launcher started (or this one alone), each holding whole models."""
     with processes.process_group(processes.find()):
         initialise_layout(Parallel())
-        yield
+        try:
+            yield
+        finally:
+            release_layout()
 
 
 def from_checkpoint(source: StoredCheckpoint, dtype: torch.dtype, device: torch.device) -> Scored:

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import random
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 import datasets
 import lm_eval.tasks
+from jinja2 import Environment, meta
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.config.group import GroupConfig
@@ -99,7 +101,7 @@ def select(names: Iterable[str], data: Path | None = None) -> Selection:
     Raises:
         ValueError: unknown task, missing or unreadable file, missing field.
     """
-    with harness_quiet():
+    with harness_apart():
         return _select(names, data)
 
 
@@ -130,16 +132,21 @@ def _select(names: Iterable[str], data: Path | None = None) -> Selection:
 
 
 @contextlib.contextmanager
-def harness_quiet():
-    """The harness without its chatter (our progress goes to `sys.__stderr__`) and processes."""
+def harness_apart():
+    """The harness without its chatter, its processes, and its hand on random states.
+
+    Our own progress goes to `sys.__stderr__`.
+    """
     logger, level = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     os.environ["DISABLE_MULTIPROC"] = "1"
+    python_state = random.getstate()
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
+        random.setstate(python_state)
         logger.setLevel(level)
 
 
@@ -284,26 +291,35 @@ def local_task(config: dict[str, Any], data: LocalData) -> Task:
     for role in ("training_split", "validation_split", "fewshot_split"):
         if config.get(role) not in splits:
             config[role] = None
+    check_fields(name, config, data.folder, splits[evaluated][0])
     config |= {"custom_dataset": in_memory(splits), "dataset_path": "json", "dataset_name": None}
-    task = ConfigurableTask(config={key: value for key, value in config.items() if key != "tag"})
-    check_renders(task, data.folder)
-    return task
+    return ConfigurableTask(config={key: value for key, value in config.items() if key != "tag"})
 
 
 def in_memory(splits: dict[str, list[dict]]) -> Callable[..., dict[str, datasets.Dataset]]:
     return lambda **_: {split: datasets.Dataset.from_list(items) for split, items in splits.items()}
 
 
-def check_renders(task: Task, folder: Path) -> None:
-    """Every field the task's templates use is there: all records have the first one's fields."""
-    first = next(iter(task.eval_docs))
-    try:
-        task.doc_to_text(first)
-        task.doc_to_target(first)
-        if task.OUTPUT_TYPE == "multiple_choice":
-            task.doc_to_choice(first)
-    except Exception as error:  # a template's, a dict's or the task's own code's complaint
+def check_fields(name: str, config: dict[str, Any], folder: Path, record: dict[str, Any]) -> None:
+    """Every field that the task's prompt, choices and target use is in the records."""
+    used: set[str] = set()
+    for key in ("doc_to_text", "doc_to_choice", "doc_to_target"):
+        template = config.get(key)
+        if callable(template):
+            used |= fields_read(template, record)
+        elif isinstance(template, str) and "{{" in template:
+            used |= meta.find_undeclared_variables(Environment().parse(template))
+    if missing := used - record.keys():
         raise ValueError(
-            f"{folder}: the records of task {task.task_name!r} lack what it needs ({error!s}); "
-            f"found the fields {', '.join(first)}"
-        ) from None
+            f"{folder}: the records of task {name!r} have no field {sorted(missing)[0]!r}; they "
+            f"have {', '.join(record)}. Take the file in the task's official form"
+        )
+
+
+def fields_read(template: Callable[[dict[str, Any]], Any], record: dict[str, Any]) -> set[str]:
+    """The fields a task's own function takes, as far as it comes."""
+    try:
+        template(record)
+    except KeyError as error:
+        return {str(error.args[0])}
+    return set()

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from configs import Config
 from configs.loading import validate
-from launch.runtime.engine import Engine, build
+from launch.runtime.engine import Engine, build, release_layout
 from launch.runtime.optimizer_state import MASTER, OptimizerState
 
 SEQUENCE = 16
@@ -65,7 +64,7 @@ def running(config: Config) -> Iterator[Engine]:
     try:
         yield build(config)
     finally:
-        parallel_state.destroy_model_parallel()
+        release_layout()
 
 
 def train(engine: Engine, first: int, steps: int) -> list[float]:
