@@ -33,8 +33,8 @@ class ModelShape(Protocol):
 class Layout:
     """How one optimizer step is spread: sizes in ranks, batches in sequences a data-parallel rank.
 
-    `accumulation` is the number of micro-batches a step, `logits_chunk` the tokens whose logits
-    are held at once, `inhibited_layers` the number of L2E layers.
+    `accumulation` is the number of micro-batches a step, `logits_bytes` what the fp32 logits held
+    at once take (model.loss.CHUNK_BYTES), `inhibited_layers` the number of L2E layers.
     """
 
     sequence_length: int = 2048
@@ -47,7 +47,7 @@ class Layout:
     zero_stage: int = 1
     dtype: str = "bf16"
     checkpointing: bool = False
-    logits_chunk: int = 2048
+    logits_bytes: int = 512 * 2**20
     inhibited_layers: int = 0
 
     @property
@@ -168,10 +168,15 @@ def activation_memory(model: ModelShape, layout: Layout, stage: int = 0) -> int:
 
 
 def logits_memory(model: ModelShape, layout: Layout) -> int:
-    """Bytes of the cross-entropy: one chunk's logits, their fp32 copy and its gradient."""
-    chunk = min(layout.logits_chunk, layout.micro_tokens)
+    """Bytes of the cross-entropy: a chunk of logits in fp32 and in the model's dtype, and the two
+    gradients it computes at once, the hidden states' and, in fp32, the output embedding's.
+    """
     columns = padded_vocabulary(model.vocab_size, layout.tensor) // layout.tensor
-    return chunk * columns * (BYTES[layout.dtype] + 2 * FP32)
+    element = BYTES[layout.dtype]
+    chunk = min(layout.logits_bytes, layout.micro_tokens * columns * FP32)
+    hidden_gradient = layout.micro_tokens * model.hidden_size * element
+    weight_gradient = columns * model.hidden_size * FP32
+    return chunk + chunk * element // FP32 + hidden_gradient + weight_gradient
 
 
 def l2e_memory(model: ModelShape, layout: Layout) -> int:

@@ -4,11 +4,17 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from l2e import L2EConfig
 from launch.runtime import cost
 from launch.runtime.cost import Layout
+from model.block import Block
+from model.config import ModelConfig
+from model.loss import CHUNK_BYTES
 
 
 @dataclass(frozen=True)
@@ -118,12 +124,49 @@ def test_checkpointing_keeps_block_inputs_only():
     assert cost.activation_memory(shape, kept) < cost.activation_memory(shape, whole) / 3
 
 
-def test_logits_are_held_a_chunk_at_a_time():
-    """70M at 32 x 2048: whole fp32 logits would be 13.2 GB, a chunk's are below 1.1."""
+def test_logits_are_never_held_whole_in_fp32():
+    """70M at 32 x 2048: whole fp32 logits would be 13.2 GB."""
     layout = Layout(micro_batch_size=32)
-    whole = layout.micro_tokens * 50304 * 4
-    assert whole > 13e9
-    assert cost.logits_memory(PYTHIA["70m"], layout) < 1.1e9
+    assert layout.micro_tokens * 50304 * 4 > 13e9
+    assert layout.logits_bytes == CHUNK_BYTES["cuda"]
+    assert cost.logits_memory(PYTHIA["70m"], layout) < 1e9
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """The process group of one rank that the model's linears ask for."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 0), ("bf16", 5e-3)])
+@pytest.mark.parametrize("l2e", [None, L2EConfig(layers="all")], ids=["plain", "l2e"])
+def test_a_block_keeps_the_activations_it_is_said_to(one_process, dtype, tolerance, l2e):
+    """Counted from what autograd saves. In bf16 a CPU keeps the LayerNorms' scalars in bf16."""
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    config = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=256)
+    block = Block(1, config, l2e, seed=0).to(torch_dtype).train()
+    constants = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *block.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in constants:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.randn(32, 3, 64, dtype=torch_dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = block(x)
+    layout = Layout(sequence_length=32, micro_batch_size=3, dtype=dtype)
+    expected = cost.block_activations(config, layout)
+    assert sum(kept.values()) == pytest.approx(expected, rel=tolerance, abs=0)
+    out.sum().backward()
 
 
 def test_peak_is_the_fullest_stage():
