@@ -1,58 +1,56 @@
-"""Training speed on this machine: our model against `transformers`, and L2E on against off.
+"""Training speed on this machine: our model against its peers, and L2E on against off.
 
-One process, one Pythia shape, the same tokens and the same torch AdamW for every contender;
-whole steps (forward, backward, update), taking turns so that drift hits all alike.
+One process, one Pythia shape; whole steps (forward, backward, update), taking turns so that drift
+hits all alike. A peer that cannot run here is named with its reason.
 
-    python bench/train_speed.py --dtype bf16 --rounds 15 --output train_speed.json
+    python bench/train_speed.py --preset 14m --dtype bf16 --rounds 15 --output speed.json
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import date
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-import torch.distributed as dist
-import transformers
-from megatron.core import parallel_state
 
+from bench.contenders import (
+    DTYPES,
+    TRITON_VARIANTS,
+    VARIANTS,
+    Step,
+    Workload,
+    megatron_step,
+    one_process,
+    our_steps,
+    transformers_step,
+)
+from bench.machine import default_device, describe_machine
 from bench.timing import added, estimate, interleave
-from l2e import Controller, L2EConfig, Sharding
-from l2e.layer import L2ELayer
+from launch.runtime.cost import flops_per_token
+from launch.runtime.hardware import measured_peak
 from model.config import ModelConfig
-from model.gpt_neox import GPTNeoX
-from model.huggingface import hugging_face_config
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Regularising from the second step on, so that every timed step does the whole work.
-L2E = {"method": "regularize", "late_start_step": 1}
-
-Step = Callable[[], object]
 
 
 def main() -> None:
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = ModelConfig(preset=arguments.preset)
-    with one_process(device), device:
-        steps = contenders(config, arguments, DTYPES[arguments.dtype])
-        taken = interleave(steps, arguments.rounds)
-    result = {
-        "arguments": vars(arguments),
-        "machine": {"device": device_name(device), "threads": torch.get_num_threads()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "date": date.today().isoformat(),
-    } | summary(taken, arguments.batch_size * arguments.sequence_length)
+    work = Workload(
+        config=ModelConfig(preset=arguments.preset),
+        batch_size=arguments.batch_size,
+        sequence_length=arguments.sequence_length,
+        dtype=arguments.dtype,
+        device=default_device(),
+    )
+    with one_process(work.device):
+        result = measure(work, arguments.rounds)
+    result = {"machine": describe_machine(work.device)} | result
     print_table(result)
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
@@ -74,103 +72,106 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@contextmanager
-def one_process(device: torch.device) -> Iterator[None]:
-    """The process group of one rank that the model's tensor-parallel layers ask for."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        try:
-            yield
-        finally:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
-
-
-def contenders(
-    config: ModelConfig, arguments: argparse.Namespace, dtype: torch.dtype
-) -> dict[str, Step]:
-    sample = torch.randint(config.vocab_size, (arguments.batch_size, arguments.sequence_length + 1))
+def measure(work: Workload, rounds: int) -> dict:
+    """Seconds a step of every contender that runs here, and what the goals speak of."""
+    steps, absent = contenders(work)
+    taken = interleave(steps, rounds)
+    steps.clear()
+    gc.collect()
     return {
-        "transformers": transformers_step(config, sample, dtype),
-        "ours": our_step(config, sample, dtype, None),
-        "ours + l2e mid2": our_step(config, sample, dtype, L2EConfig(layers="mid2", **L2E)),
-        "ours + l2e all": our_step(config, sample, dtype, L2EConfig(layers="all", **L2E)),
-    }
+        "preset": work.config.preset,
+        "dtype": work.dtype,
+        "batch_size": work.batch_size,
+        "sequence_length": work.sequence_length,
+        "rounds": rounds,
+        "absent": absent,
+    } | summary(taken, work)
 
 
-def transformers_step(config: ModelConfig, sample: torch.Tensor, dtype: torch.dtype) -> Step:
-    """One step of GPTNeoXForCausalLM with scaled-dot-product attention."""
-    form = transformers.GPTNeoXConfig.from_dict(hugging_face_config(config))
-    form._attn_implementation = "sdpa"
-    model = transformers.GPTNeoXForCausalLM(form).to(sample.device, dtype).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    tokens, labels = sample[:, :-1], sample[:, 1:].contiguous()
+def contenders(work: Workload) -> tuple[dict[str, Step], dict[str, str]]:
+    """Every step that runs on this machine, and why the others don't.
 
-    def step() -> None:
-        model(input_ids=tokens, labels=labels, shift_labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    On a GPU all are compiled where they can be, and the Triton kernels take part; on a CPU
+    nothing is, since a compiler need not be there.
+    """
+    gpu = work.device.type == "cuda"
+    steps: dict[str, Step] = {}
+    absent: dict[str, str] = {}
 
-    return step
+    def attempt(name: str, build: Callable[[], dict[str, Step]]) -> None:
+        try:
+            built = build()
+            for step in built.values():
+                step()
+        except Exception as error:  # a peer that fails must not end the bench
+            absent[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        else:
+            steps.update(built)
+
+    attempt("transformers", lambda: {"transformers": transformers_step(work)})
+    if gpu:
+        attempt(
+            "transformers, compiled",
+            lambda: {"transformers, compiled": transformers_step(work, compiled=True)},
+        )
+    attempt("megatron-core", lambda: {"megatron-core": megatron_step(work)})
+    attempt("ours", lambda: our_steps(work, VARIANTS | (TRITON_VARIANTS if gpu else {})))
+    if gpu:
+        compiled = {name: VARIANTS[name] for name in ("ours", "ours + l2e mid2")}
+        attempt(
+            "ours, compiled",
+            lambda: {
+                f"{name}, compiled": step
+                for name, step in our_steps(work, compiled, compiled=True).items()
+            },
+        )
+    return steps, absent
 
 
-def our_step(
-    config: ModelConfig, sample: torch.Tensor, dtype: torch.dtype, l2e: L2EConfig | None
-) -> Step:
-    model = GPTNeoX(config, l2e, seed=0).to(sample.device, dtype).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    layers = [module for module in model.modules() if isinstance(module, L2ELayer)]
-    controller = Controller(layers, l2e, Sharding()) if l2e else None
-    tokens, labels = sample[:, :-1], sample[:, 1:]
-
-    def step() -> None:
-        model(tokens, labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if controller:
-            controller.step()
-
-    return step
-
-
-def summary(taken: dict[str, list[float]], tokens: int) -> dict:
-    """Seconds a step, tokens/s, and the two ratios that the goals speak of, with intervals."""
+def summary(taken: dict[str, list[float]], work: Workload) -> dict:
+    """Seconds a step, tokens/s, share of the peak, and the ratios that the goals speak of."""
     seconds = {name: estimate(values).as_dict() for name, values in taken.items()}
-    rounds = zip(taken["transformers"], taken["ours"], strict=True)
-    ratios = [theirs / ours for theirs, ours in rounds]
+    size = 8192 if work.device.type == "cuda" else 1024
+    peak = measured_peak(work.device, DTYPES[work.dtype], size)
+    flops = flops_per_token(work.config, work.sequence_length) * work.tokens
+    peers = {name: value["median"] for name, value in seconds.items() if "ours" not in name}
+    fastest = min(peers, key=peers.__getitem__)
+    own = min(("ours", "ours, compiled"), key=lambda n: seconds.get(n, {"median": 1e9})["median"])
+    ratios = [peer / ours for peer, ours in zip(taken[fastest], taken[own], strict=True)]
     return {
         "seconds_a_step": seconds,
-        "tokens_per_second": {name: tokens / value["median"] for name, value in seconds.items()},
-        "ours_over_transformers": estimate(ratios).as_dict(),
-        "l2e_added_percent": {
-            name: added(taken, name, "ours").as_dict() for name in taken if "l2e" in name
+        "tokens_per_second": {n: work.tokens / value["median"] for n, value in seconds.items()},
+        "measured_peak_tflops": peak / 1e12,
+        "share_of_peak": {n: flops / value["median"] / peak for n, value in seconds.items()},
+        "fastest_peer": fastest,
+        "ours_over_fastest_peer": estimate(ratios).as_dict(),
+        "added_percent": {
+            name: added(taken, name, "ours, compiled" if "compiled" in name else "ours").as_dict()
+            for name in taken
+            if "ours +" in name
         },
     }
 
 
 def print_table(result: dict) -> None:
-    print(
-        f"{result['machine']['device']}, {result['machine']['threads']} threads, {result['date']}"
-    )
-    for name, tokens_per_second in result["tokens_per_second"].items():
+    """The result for a terminal."""
+    print(f"{result['machine']['name']}: {result['preset']}, {result['dtype']}")
+    for name, rate in result["tokens_per_second"].items():
         seconds = result["seconds_a_step"][name]["median"]
-        print(f"  {name:16} {seconds:8.3f} s a step {tokens_per_second:10.0f} tokens/s")
-    print(f"ours over transformers: {interval(result['ours_over_transformers'], ' x')}")
-    for name, value in result["l2e_added_percent"].items():
-        print(f"{name} adds {interval(value, ' %')}")
+        share = result["share_of_peak"][name]
+        print(f"  {name:28} {seconds:8.3f} s a step {rate:10,.0f} tokens/s {share:6.1%} of peak")
+    for name, reason in result["absent"].items():
+        print(f"  {name:28} not measured: {reason}")
+    print(
+        f"  ours over {result['fastest_peer']}: {interval(result['ours_over_fastest_peer'], ' x')}"
+    )
+    for name, value in result["added_percent"].items():
+        print(f"  {name} adds {interval(value, ' %')}")
 
 
 def interval(value: dict[str, float], unit: str) -> str:
+    """A median and its 95 % interval."""
     return f"{value['median']:.2f}{unit} ({value['low']:.2f} .. {value['high']:.2f})"
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
 
 
 if __name__ == "__main__":

@@ -19,5 +19,8 @@ def test_script_writes_its_result(tmp_path):
     for name, seconds in result["seconds_a_step"].items():
         assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"]
         assert result["tokens_per_second"][name] == pytest.approx(16 / seconds["median"])
-    assert set(result["l2e_added_percent"]) == {"ours + l2e mid2", "ours + l2e all"}
-    assert result["ours_over_transformers"]["median"] > 0
+        assert 0 < result["share_of_peak"][name] < 1.5
+    inhibited = {"ours + l2e mid2", "ours + l2e all", "ours + MEmeL top-k mid2"}
+    assert inhibited <= set(result["added_percent"])
+    assert result["ours_over_fastest_peer"]["median"] > 0
+    assert "megatron-core" in result["absent"].keys() | result["seconds_a_step"].keys()

@@ -1,0 +1,100 @@
+"""`make bench`: every measurement in one run, as JSON and as the tables of docs/benchmarks.md.
+
+On a GPU: Pythia 70M, 410M and 2.8B against their peers, the layer alone, loading (about 8
+minutes on one H200). On a CPU: the 14M shape, the layer, loading, and 1, 2 and 4 processes.
+
+    python bench/run.py
+    python bench/run.py --only train,layer --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from bench import layer_speed, loading_speed, scaling_speed, train_speed
+from bench.contenders import Workload, one_process
+from bench.machine import default_device, describe_machine
+from bench.report import write_report
+from model.config import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+# Preset, dtype, sequences a step, tokens a sequence.
+WORKLOADS = {
+    "cuda": [("70m", "bf16", 32, 2048), ("410m", "bf16", 16, 2048), ("2.8b", "bf16", 4, 2048)],
+    "cpu": [("14m", "fp32", 2, 1024), ("14m", "bf16", 2, 1024)],
+}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    device = default_device()
+    if device.type == "cpu":
+        torch.set_num_threads(arguments.threads)
+    sections: dict[str, Callable[[], object]] = {
+        "train": lambda: [train(work, arguments.rounds) for work in workloads(device)],
+        "layer": lambda: layer(device, arguments.rounds),
+        "loading": loading_speed.measure,
+        "scaling": lambda: scaling_speed.measure([1, 2, 4], steps=14),
+    }
+    chosen = arguments.only.split(",") if arguments.only else list(sections)
+    path = RESULTS / f"{device.type}.json"
+    results = json.loads(path.read_text()) if arguments.only and path.exists() else {}
+    results["machine"] = describe_machine(device)
+    results["command"] = " ".join(["python", "bench/run.py", *sys.argv[1:]])
+    for name in chosen:
+        begin = time.monotonic()
+        print(f"{name} ...", flush=True)
+        results[name] = sections[name]()
+        print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps(results, indent=2) + "\n")
+    write_report(RESULTS, ROOT / "docs" / "benchmarks.md")
+    print(f"{path} and docs/benchmarks.md written")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", help="sections, of train,layer,loading,scaling; default: all")
+    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each contender")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    return parser.parse_args()
+
+
+def workloads(device: torch.device) -> list[Workload]:
+    """The shapes that fit this kind of machine."""
+    return [
+        Workload(ModelConfig(preset=preset), batch, length, dtype, device)
+        for preset, dtype, batch, length in WORKLOADS[device.type]
+    ]
+
+
+def train(work: Workload, rounds: int) -> dict:
+    """`train_speed` of one shape, printed as it comes."""
+    with one_process(work.device):
+        result = train_speed.measure(work, rounds)
+    train_speed.print_table({"machine": describe_machine(work.device)} | result)
+    if work.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return result
+
+
+def layer(device: torch.device, rounds: int) -> list[dict]:
+    """`layer_speed` in the dtypes that count on this kind of machine."""
+    dtypes = ("bf16",) if device.type == "cuda" else ("fp32", "bf16")
+    return [row for dtype in dtypes for row in layer_speed.measure(dtype, rounds, device)]
+
+
+if __name__ == "__main__":
+    main()
