@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,7 +18,12 @@ DAMAGE = (zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 def decompress(path: Path, raw: BinaryIO) -> BinaryIO:
     """The plain bytes of an opened file, by the ending of its name."""
-    openers = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zstandard}
+    openers: dict[str, Callable] = {
+        ".gz": gzip.open,
+        ".xz": lzma.open,
+        ".bz2": bz2.open,
+        ".zst": _open_zstandard,
+    }
     return openers[path.suffix](raw) if path.suffix in openers else raw
 
 
@@ -30,7 +36,7 @@ class _ZstandardFile(io.RawIOBase):
 
     def __init__(self, file: BinaryIO):
         self._file = file
-        self._frame = None
+        self._frame: zstandard.ZstdDecompressionObj | None = None
         self._input = b""
         self._output = memoryview(b"")
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data import builtin
 from data.compression import COMPRESSIONS, DAMAGE, decompress
@@ -259,7 +259,7 @@ class _NoDocument(Exception):
 
 def _text_of(unit: Unit, fields: Fields) -> tuple[str, str]:
     """The text and the subset's name of a unit."""
-    content = unit.content
+    content: Any = unit.content
     if isinstance(content, bytes):
         try:
             content = content.decode()

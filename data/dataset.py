@@ -58,7 +58,7 @@ class Samples(ABC):
         """Hash of the tokens of the first `count` samples, as 64 hexadecimal digits."""
         digest = hashlib.sha256()
         for i in range(min(count, len(self))):
-            digest.update(self[i].astype("<u4"))
+            digest.update(self[i].astype("<u4").tobytes())
         return digest.hexdigest()
 
 

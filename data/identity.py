@@ -1,6 +1,7 @@
 """Whether a resumed run would go on with the data it began with."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from data.problem import Problem
 
@@ -34,7 +35,7 @@ def refuse_changes(before: dict, now: dict) -> None:
         )
 
 
-def _changes(before: object, now: object, name: str = "") -> Iterator[str]:
+def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
     """Descriptions of everything that differs, through nested dicts and lists of them."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
@@ -46,7 +47,7 @@ def _changes(before: object, now: object, name: str = "") -> Iterator[str]:
         yield f"{MEANINGS.get(name, name)} from {_short(before)} to {_short(now)}"
 
 
-def _is_parts(value: object) -> bool:
+def _is_parts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(part, dict) for part in value)
 
 

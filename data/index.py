@@ -138,11 +138,11 @@ def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
     with path.open("wb") as stream:
         stream.write(HEADER.pack(MAGIC, 1, code, count, count + 1))
         for chunk in chunks:
-            stream.write(np.ascontiguousarray(lengths[chunk], np.int32))
+            stream.write(np.asarray(lengths[chunk], np.int32).tobytes())
         end = 0
         for chunk in chunks:
             ends = end + np.cumsum(lengths[chunk], dtype=np.int64)
-            stream.write((ends - lengths[chunk]) * np.dtype(dtype).itemsize)
+            stream.write(((ends - lengths[chunk]) * np.dtype(dtype).itemsize).tobytes())
             end = int(ends[-1])
         for start in range(0, count + 1, CHUNK):
-            stream.write(np.arange(start, min(start + CHUNK, count + 1), dtype=np.int64))
+            stream.write(np.arange(start, min(start + CHUNK, count + 1), dtype=np.int64).tobytes())

@@ -20,7 +20,7 @@ from data.files import sha256, sync, write_json
 from data.index import bin_path, idx_path, write_index
 from data.partial import LENGTHS, MANIFEST, REJECTS, SUBSETS, TOKENS, PartialCorpus
 from data.progress import Progress
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 
 INDEX = "index"  # its name inside the partial folder
 BATCH_CHARACTERS = 2**19  # text handed to a worker at a time
@@ -211,12 +211,21 @@ def _encoded(what: Preparation, batches: Iterator[Batch]) -> Iterator[tuple[Batc
 def _start_worker(tokenizer_path: Path) -> None:
     """Make `_encode` ready in this process; a worker ends with its parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    parent = parent_process()
-    if parent is not None:
+    if parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    global _tokenizer  # a worker's own, loaded once
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    global _tokenizer
     _tokenizer = load_tokenizer(tokenizer_path)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+_tokenizer: Tokenizer  # a worker's own, loaded once
 
 
 def _encode(texts: list[str]) -> Encoded:
@@ -242,7 +251,7 @@ def _check_rejects(what: Preparation, partial: PartialCorpus, at_end: bool = Fal
     )
 
 
-def _finish(what: Preparation, partial: PartialCorpus, job: dict, tokenizer) -> None:
+def _finish(what: Preparation, partial: PartialCorpus, job: dict, tokenizer: Tokenizer) -> None:
     """Write the index and the manifest, still inside the partial folder."""
     partial.commit()
     folder = partial.folder
@@ -288,4 +297,6 @@ def _move_into_place(output: str, partial: PartialCorpus) -> dict:
             (folder / name).replace(target)
     sync(manifest.path(output).parent)
     partial.remove()
-    return manifest.read(output)
+    written = manifest.read(output)
+    assert written is not None
+    return written

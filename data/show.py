@@ -30,7 +30,7 @@ def describe_step(
     first = step * global_batch_size
     digest = hashlib.sha256()
     for i in range(first, first + global_batch_size):
-        digest.update(dataset[i].astype("<u4"))
+        digest.update(dataset[i].astype("<u4").tobytes())
     yield (
         f"step {step}: samples {first:,} to {first + global_batch_size - 1:,}, "
         f"{global_batch_size} x {dataset.sequence_length + 1} tokens, sha256 {digest.hexdigest()}"

@@ -62,7 +62,7 @@ def _duplicates(file: TokenFile) -> str:
     """Documents whose tokens all occur, in the same order, in an earlier document."""
     hashes = np.empty(len(file), np.uint64)
     for document in range(len(file)):
-        digest = hashlib.blake2b(file.read(document), digest_size=8)
+        digest = hashlib.blake2b(file.read(document).tobytes(), digest_size=8)
         hashes[document] = int.from_bytes(digest.digest(), "little")
     _, first = np.unique(hashes, return_index=True)
     again = len(file) - len(first)

@@ -69,7 +69,7 @@ class Tokenizer(ABC):
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
 
     def _find_eod(self, ids: dict[str, int | None]) -> int:
-        found = [ids[name] for name in END_OF_TEXT if ids[name] is not None]
+        found = [i for name in END_OF_TEXT if (i := ids[name]) is not None]
         if not found:
             raise Problem(
                 "tokenizer",
@@ -171,7 +171,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; sentencepiece drops control tokens, so the document ends are put in."""
-        parts, part = [], []
+        parts: list[str] = []
+        part: list[int] = []
         for i in map(int, ids):
             if i == self.eod:
                 parts += [self._model.decode(part), self._model.id_to_piece(i)]

@@ -54,6 +54,7 @@ def build(options: argparse.Namespace) -> None:
         size = options.vocab_size
         trained = train_sentencepiece(texts, tokenizer, size, options.tokenizer_model)
         print(f"{tokenizer}: trained, {trained.vocab_size:,} pieces")
+    assert tokenizer is not None
     for output, sources in outputs.items():
         what = Preparation(sources, tokenizer, output, fields, options.workers, options.max_rejects)
         _report(output, prepare(what))
