@@ -1,0 +1,202 @@
+"""How fast the analyses are on a model of Pythia-70M's shape with random weights.
+
+    OMP_NUM_THREADS=2 python bench/analysis_speed.py --output docs/results
+
+NeuroMFA per network against a plain triple loop, a series of checkpoints on disk, ablation of 100
+neurons over 12 features, and the monitor's share of a training step. Prints what it finds and
+writes analysis_speed.json.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from l2e.analysis.ablation import Settings as AblationSettings
+from l2e.analysis.ablation import analyze_ablation
+from l2e.analysis.features import make_features
+from l2e.analysis.interaction import draw_samples, node_counts, open_checkpoint, sampled_network
+from l2e.analysis.monitor import Monitor
+from l2e.analysis.multifractal import MIN_KEPT, MOMENTS, spectrum
+from l2e.analysis.networks import Network
+from l2e.analysis.neuromfa import Settings, analyze_neuromfa
+from l2e.analysis.results import provenance
+
+SERIES = 27
+PASSAGES, FEATURES, TOKENS = 600, 12, 64
+NEURONS = 100
+
+
+class RandomTokens:
+    """Stands in for a tokenizer: every text is TOKENS random ids."""
+
+    def __init__(self, vocabulary: int):
+        self.random = np.random.default_rng(0)
+        self.vocabulary = vocabulary
+
+    def encode(self, text: str) -> list[int]:
+        return self.random.integers(1, self.vocabulary, TOKENS).tolist()
+
+    def __call__(self, texts: list[str], **_) -> dict:
+        return {"input_ids": [self.encode(text) for text in texts]}
+
+
+def model_of_70m() -> GPTNeoXForCausalLM:
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=50304,
+        hidden_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        intermediate_size=2048,
+        max_position_embeddings=2048,
+    )
+    return GPTNeoXForCausalLM(config).eval()
+
+
+def timed(call: Callable[[], object]) -> tuple[float, float]:
+    """Wall-clock and CPU seconds of one call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def triple_loop(counts: np.ndarray) -> list[float]:
+    """tau(q) with plain loops over moments, radii and nodes."""
+    nodes = [row for row in counts.tolist() if sum(row) > MIN_KEPT]
+    radii = [r for r in range(counts.shape[1]) if any(row[r] for row in nodes)]
+    shares = []
+    for row in nodes:
+        reached, total = 1, 1 + sum(row)
+        node = []
+        for r in radii:
+            reached += row[r]
+            node.append(reached / total)
+        shares.append(node)
+    x = np.log(np.array(radii) / radii[-1])
+    tau = []
+    for q in MOMENTS.tolist():
+        logs = []
+        for at in range(len(radii)):
+            z = 0.0
+            for node in shares:
+                z += node[at] ** q
+            logs.append(np.log(z))
+        tau.append(float(np.polyfit(x, logs, 1)[0]))
+    return tau
+
+
+def neuromfa_speed(model: GPTNeoXForCausalLM, folder: Path) -> dict:
+    model.save_pretrained(folder / "step0")
+    checkpoint = open_checkpoint(str(folder / "step0"))
+    samples = draw_samples(checkpoint.architecture, 64, 0)
+    counts = node_counts(sampled_network(checkpoint, samples, "per_head"), 150)
+
+    def one_network() -> None:
+        spectrum(node_counts(sampled_network(checkpoint, samples, "per_head"), 150))
+
+    one_network()
+    fast = np.median([timed(one_network)[1] for _ in range(20)])
+    vectorised = np.median([timed(lambda: spectrum(counts))[1] for _ in range(20)])
+    slow_tau: list[float] = []
+    slow = timed(lambda: slow_tau.extend(triple_loop(counts)))[1]
+    difference = np.abs(np.array(slow_tau) - spectrum(counts).tau).max()
+    for step in range(1, SERIES):
+        (folder / f"step{step}").symlink_to(folder / "step0")
+    series = [open_checkpoint(str(folder / f"step{step}")) for step in range(SERIES)]
+    wall, cpu = timed(lambda: analyze_neuromfa(series, Settings(), progress=False))
+    return {
+        "seconds_per_network": float(fast),
+        "triple_loop_seconds": slow,
+        "vectorised_seconds": float(vectorised),
+        "times_faster_than_triple_loop": slow / float(vectorised),
+        "largest_difference_of_tau": float(difference),
+        "series_of_27_with_all_controls_seconds": {"wall": wall, "cpu": cpu},
+    }
+
+
+def ablation_speed(model: GPTNeoXForCausalLM, neurons: int, precision: str) -> dict:
+    """Ablation of `neurons` spread evenly over the layers, scaled to 100."""
+    network = Network(model, RandomTokens(50304), "70m")  # type: ignore[arg-type]
+    texts = [str(i) for i in range(PASSAGES)]
+    features = make_features("x", texts, [f"f{i % FEATURES}" for i in range(PASSAGES)])
+    chosen = [(i % 6, 7 * i) for i in range(neurons)]
+    settings = AblationSettings(max_tokens=TOKENS, precision=precision)  # type: ignore[arg-type]
+    wall, cpu = timed(
+        lambda: analyze_ablation(network, features, chosen, 0, settings, progress=False)
+    )
+    return {
+        "neurons": neurons,
+        "tokens": PASSAGES * TOKENS,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "seconds": {"wall": wall, "cpu": cpu},
+        "seconds_for_100_neurons": {
+            "wall": wall * NEURONS / neurons,
+            "cpu": cpu * NEURONS / neurons,
+        },
+    }
+
+
+def monitor_speed(model: GPTNeoXForCausalLM) -> dict:
+    """The monitor's seconds at its default interval over those of the training steps between."""
+    texts = [str(i) for i in range(8 * FEATURES)]
+    features = make_features("x", texts, [f"f{i % FEATURES}" for i in range(len(texts))])
+    monitor = Monitor(features, RandomTokens(50304), batch_size=8, max_tokens=TOKENS)
+    optimizer = torch.optim.AdamW(model.parameters())
+    tokens = torch.randint(0, 50304, (4, 512))
+
+    def step() -> None:
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    layers = {str(i): block.mlp.act for i, block in enumerate(model.gpt_neox.layers)}
+    step()
+    steps = [timed(step) for _ in range(3)]
+    runs = [timed(lambda: monitor.run(lambda t: model(t), layers)) for _ in range(3)]
+    interval = monitor.interval(tokens.numel())
+    share = min(cpu for _, cpu in runs) / (interval * min(cpu for _, cpu in steps))
+    return {
+        "tokens_per_step": tokens.numel(),
+        "monitor_tokens": monitor.tokens.numel(),
+        "interval_steps": interval,
+        "step_cpu_seconds": min(cpu for _, cpu in steps),
+        "run_cpu_seconds": min(cpu for _, cpu in runs),
+        "share_of_training_time": share,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("."))
+    parser.add_argument(
+        "--neurons", type=int, default=NEURONS, help="ablate fewer and scale up (default: 100)"
+    )
+    options = parser.parse_args()
+    model = model_of_70m()
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict = {"neuromfa": neuromfa_speed(model, Path(folder))}
+    print(json.dumps(found["neuromfa"], indent=1))
+    found["ablation"] = [
+        ablation_speed(model, options.neurons, precision) for precision in ("bfloat16", "float32")
+    ]
+    print(json.dumps(found["ablation"], indent=1))
+    found["monitor"] = monitor_speed(model)
+    print(json.dumps(found["monitor"], indent=1))
+    found["provenance"] = provenance()
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "analysis_speed.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
