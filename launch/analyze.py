@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch.runtime.cli import run_verb
+from launch.runtime.subjects import in_hugging_face_form
 
 if TYPE_CHECKING:
     from l2e.analysis.activations import Activations
@@ -175,6 +176,7 @@ def _network(options: argparse.Namespace, source: str) -> Network:
 
     from l2e.analysis.networks import open_network
 
+    source = in_hugging_face_form(source, options.output / "exported")
     return open_network(source, device=options.devices[0], dtype=getattr(torch, options.dtype))
 
 
@@ -255,7 +257,9 @@ def _neuromfa(options: argparse.Namespace) -> dict:
     from l2e.analysis.interaction import open_checkpoint
     from l2e.analysis.neuromfa import analyze_neuromfa
 
-    checkpoints = [open_checkpoint(source) for source in options.checkpoints]
+    exported = options.output / "exported"
+    sources = [in_hugging_face_form(source, exported) for source in options.checkpoints]
+    checkpoints = [open_checkpoint(source) for source in sources]
     checkpoints.sort(key=lambda one: -1 if one.step is None else one.step)
     return analyze_neuromfa(checkpoints, _interaction_settings(options))
 
@@ -290,7 +294,9 @@ def _trajectory(options: argparse.Namespace) -> dict:
     if "neuromfa" in options.measures:
         for run in dict.fromkeys(run_of(point["name"]) for point in points):
             own = [point for point in points if run_of(point["name"]) == run]
-            series = [open_checkpoint(point["name"]) for point in own]
+            exported = options.output / "exported"
+            sources = [in_hugging_face_form(point["name"], exported) for point in own]
+            series = [open_checkpoint(source) for source in sources]
             found = neuromfa_points(series, _interaction_settings(options))
             for point, measures in zip(own, found, strict=True):
                 point["measures"] |= measures

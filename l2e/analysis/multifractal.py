@@ -11,7 +11,7 @@ import numpy as np
 MOMENT_STEP = 0.1
 MOMENTS = np.round(np.arange(-30, 31) * MOMENT_STEP, 10)
 MIN_KEPT = 10
-NODES_AT_ONCE = 256
+NODES_AT_ONCE = 512
 
 
 @dataclass(frozen=True)

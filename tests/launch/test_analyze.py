@@ -115,6 +115,24 @@ def test_a_users_mistake_ends_with_status_2_and_its_message_alone(place):
     assert "Traceback" not in ended.stderr
 
 
+def test_a_checkpoint_of_the_trainer_gives_what_its_hugging_face_form_gives(place):
+    from launch.runtime.exporting import from_huggingface
+
+    checkpoint = place / "run" / "checkpoints" / "step_0000007"
+    checkpoint.parent.mkdir(parents=True)
+    from_huggingface(str(place / "step5"), checkpoint)
+    output = place / "ours"
+    command = ["--features", str(place / "letters.jsonl.gz"), "--output", str(output)]
+    analyze.main(["fkr", "--model", str(checkpoint), *command])
+    ours = json.loads((output / "fkr.json").read_text())
+    assert ours["curve"] == run(place, "fkr")["curve"]
+    checkpoints = ["--checkpoints", str(place / "step0"), str(checkpoint)]
+    analyze.main(["neuromfa", *checkpoints, "--output", str(output)])
+    rows = json.loads((output / "neuromfa.json").read_text())["checkpoints"]
+    assert [row["step"] for row in rows] == [0, 7]
+    assert rows[1]["E"] > 0
+
+
 def test_too_few_passages_are_named(place, tmp_path):
     path = tmp_path / "few.jsonl"
     rows = [{"text": letters(f, i), "feature": f"f{f}"} for i in range(4) for f in range(2)]
