@@ -7,6 +7,7 @@ into a `Record`, or into a `Reject` that says why not. Nothing is dropped in sil
 import glob
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,9 @@ def find_sources(inputs: list[str]) -> list[Source]:
             sources += [Source(str(p), _format_of(p)) for p in found]
     if not sources:
         raise ValueError(f"input {' '.join(inputs)}: holds no files")
+    twice = [source.name for source, count in Counter(sources).items() if count > 1]
+    if twice:
+        raise ValueError(f"input {twice[0]}: is named twice; name each file once")
     return sources
 
 

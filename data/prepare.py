@@ -73,7 +73,7 @@ def prepare(what: Preparation) -> dict:
         "fields": asdict(what.fields),
     }
     folder = Path(f"{what.output}.partial")
-    done = None if folder.exists() else _already_done(what.output, job)
+    done = None if (folder / MANIFEST).exists() else _already_done(what.output, job)
     if done is not None:
         print(f"{what.output}: already prepared from these sources", flush=True)
         return done
@@ -144,9 +144,8 @@ def _tokenize(what: Preparation, partial: PartialCorpus) -> None:
             f"output {what.output}: a worker died, out of memory perhaps; run the same command "
             "with fewer --workers to go on"
         ) from error
-    except KeyboardInterrupt:
-        partial.commit()
-        print("stopped; the same command goes on from here", flush=True)
+    except KeyboardInterrupt:  # it may come at any point, so only what is committed counts
+        print("stopped; the same command goes on from the last commit", flush=True)
         raise
     finally:
         progress.close()

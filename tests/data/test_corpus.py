@@ -191,6 +191,12 @@ def test_missing_inputs_are_an_error(tmp_path, name):
         find_sources([str(tmp_path / name)])
 
 
+def test_overlapping_inputs_are_an_error(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", TEXTS)
+    with pytest.raises(ValueError, match="is named twice"):
+        find_sources([str(path), str(tmp_path / "*.jsonl")])
+
+
 def test_an_empty_folder_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="holds no files"):
         find_sources([str(tmp_path)])

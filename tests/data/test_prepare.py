@@ -61,22 +61,23 @@ def test_workers_and_batches_change_no_byte(what, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("after", [1, 4, 9])
+@pytest.mark.parametrize("cut", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_preparation_goes_on(
-    what, tmp_path, monkeypatch, small_batches, after, capsys
+    what, tmp_path, monkeypatch, small_batches, after, cut, capsys
 ):
-    """Cut off after some batches, as by a crash: the rest is added, and every byte is the same."""
+    """Cut off inside a batch, some of it written: it is added anew, and every byte is the same."""
     whole = replace(what, output=str(tmp_path / "whole" / "x"))
     prepare(whole)
     add, calls = PartialCorpus.add, []
 
     def add_some(self, *arguments):
         calls.append(arguments)
-        if len(calls) > after:
-            raise RuntimeError("power cut")
         add(self, *arguments)
+        if len(calls) > after:
+            raise cut
 
     monkeypatch.setattr(PartialCorpus, "add", add_some)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with pytest.raises(cut):
         prepare(what)
     assert contents(what) == {}
     calls.clear()
@@ -85,6 +86,18 @@ def test_an_interrupted_preparation_goes_on(
     assert contents(what) == contents(whole)
     assert len(calls) == 16 - after  # 301 units in batches of 20
     assert "continuing after" in capsys.readouterr().out
+
+
+def test_remains_dont_hide_a_finished_output(what, tmp_path):
+    """An empty folder of a process that died early, beside the output of another job."""
+    prepare(what)
+    before = contents(what)
+    Path(f"{what.output}.partial").mkdir()
+    write_jsonl(tmp_path / "in" / "c.jsonl", ["more"])
+    more = replace(what, sources=find_sources([str(tmp_path / "in" / "*.jsonl")]))
+    with pytest.raises(ValueError, match="token files of other sources"):
+        prepare(more)
+    assert contents(what) == before
 
 
 KILLED = """
