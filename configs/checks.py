@@ -138,9 +138,11 @@ def check_data(config: Config) -> Iterator[Problem]:
     if data.path is None or any(is_hub(name) for name in (data.path, config.tokenizer.path)):
         return  # not on this machine yet: checked once it has been fetched
     train = config.train
-    for part, path, samples in (
-        ("path", data.path, train.steps * train.global_batch_size),
-        ("validation_path", data.validation_path, 1),
+    held_out = data.validation_fraction if data.validation_path is None else None
+    validation_samples = config.evaluate.batches * train.global_batch_size
+    for part, path, samples, split in (
+        ("path", data.path, train.steps * train.global_batch_size, held_out),
+        ("validation_path", data.validation_path, validation_samples, None),
     ):
         if path is not None:
             for found in data_check(
@@ -148,6 +150,8 @@ def check_data(config: Config) -> Iterator[Problem]:
                 data.sequence_length,
                 samples,
                 order=data.order if part == "path" else "neox",
+                split=split,
+                validation_samples=validation_samples,
                 tokenizer=config.tokenizer.path,
                 vocab_size=config.model.vocab_size,
             ):

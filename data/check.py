@@ -23,13 +23,15 @@ def check(
     samples: int,
     order: str = "neox",
     split: float | None = None,
-    part: str = "train",
+    validation_samples: int = 0,
     tokenizer: str | Path | None = None,
     vocab_size: int | None = None,
 ) -> list[Problem]:
     """Everything wrong with a training or a validation set, as `open_dataset` would open it.
 
     Args:
+        split: share held out for validation, where one is: both sides must then give samples.
+        validation_samples: how many the held-out side must give.
         tokenizer: file of the run's tokenizer, held against the one the corpus was made with.
         vocab_size: rows of the model's embedding, which every id must be below.
 
@@ -55,9 +57,11 @@ def check(
                 _check_tokenizer(file, loaded)
             if vocab_size is not None:
                 _check_ids(file, vocab_size)
-            documents = split_documents(len(file), split, part)
-            wanted = samples if len(prefixes) == 1 else 0
-            check_enough(file, documents, sequence_length, wanted, order)
+            wanted = {"train": samples, "validation": validation_samples}
+            for part in ("train",) if split is None else ("train", "validation"):
+                documents = split_documents(len(file), split, part)
+                alone = len(prefixes) == 1  # of a blend each file gives a share only
+                check_enough(file, documents, sequence_length, wanted[part] * alone, order)
         except Problem as problem:
             problems.append(problem)
     return problems

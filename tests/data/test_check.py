@@ -32,7 +32,20 @@ def copy(corpus: str, tmp_path: Path) -> str:
 
 def test_nothing_is_wrong_with_a_good_corpus(corpus, tokenizer):
     assert not check(corpus, 32, 50, tokenizer=tokenizer.path, vocab_size=tokenizer.vocab_size)
-    assert not check({corpus: 0.5}, 32, 50, split=0.1, part="validation")
+    assert not check({corpus: 0.5}, 32, 50, split=0.1)
+
+
+def test_both_sides_of_a_split_must_give_samples(corpus):
+    [problem] = check(corpus, 32, 50, split=0.0)
+    assert "0 tokens in 0 documents are fewer than one sample" in problem.reason
+    assert check(corpus, 32, 50, split=0.9999)
+
+
+def test_a_split_of_rows_must_hold_what_validation_reads(tmp_path):
+    prefix = write_tokens(tmp_path / "x", [np.arange(33)] * 20)
+    assert not check(prefix, 32, 16, "preshuffled", split=0.2, validation_samples=4)
+    [problem] = check(prefix, 32, 16, "preshuffled", split=0.2, validation_samples=5)
+    assert "4 rows are fewer than the 5 samples" in problem.reason
 
 
 def test_every_problem_is_told_at_once(corpus, tokenizer, tmp_path):

@@ -97,6 +97,7 @@ CONFIG = {
     "model": {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 384},
     "data": {"sequence_length": 32},
     "train": {"steps": 5, "global_batch_size": 4, "seed": 7},
+    "evaluate": {"batches": 1},
 }
 
 
@@ -117,10 +118,19 @@ def test_show_prints_a_steps_sequences(corpus, tokenizer, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(CONFIG))
     done = prepare(
         *("show", "--config", tmp_path / "c.json", "--set", f"data.path={corpus}"),
-        *("--set", "data.validation_fraction=0", "--step", 3, "--rows", 4, "--run", tmp_path / "r"),
+        *(
+            "--set",
+            "data.validation_fraction=0.2",
+            "--step",
+            3,
+            "--rows",
+            4,
+            "--run",
+            tmp_path / "r",
+        ),
     )
     assert done.returncode == 0, done.stderr
-    expected = open_dataset(str(corpus), 32, 7, 20, split=0.0)
+    expected = open_dataset(str(corpus), 32, 7, 20, split=0.2)
     head, *samples = done.stdout.split("\n\nsample ")
     assert head.startswith("step 3: samples 12 to 15, 4 x 33 tokens, sha256 ")
     for number, text in zip(range(12, 16), samples, strict=True):
@@ -138,12 +148,12 @@ def test_show_prints_a_steps_sequences(corpus, tokenizer, tmp_path):
 
 def test_show_answers_for_preshuffled_files(tmp_path, tokenizer):
     """Which batch was step k: rows [4k, 4(k+1)) of the file, whoever wrote it."""
-    rows = [tokenizer.encode(f"row {i:02d} " + "the a " * 40)[:33] for i in range(20)]
+    rows = [tokenizer.encode(f"row {i:02d} " + "the a " * 40)[:33] for i in range(25)]
     write_tokens(tmp_path / "x", rows)
     (tmp_path / "c.json").write_text(json.dumps(CONFIG))
     done = prepare(
         *("show", "--config", tmp_path / "c.json", "--set", f"data.path={tmp_path / 'x'}"),
-        *("--set", "data.order=preshuffled", "--set", "data.validation_fraction=0"),
+        *("--set", "data.order=preshuffled", "--set", "data.validation_fraction=0.2"),
         *("--set", f"tokenizer.path={tokenizer.path}", "--step", 2, "--run", tmp_path / "r"),
     )
     assert done.returncode == 0, done.stderr
