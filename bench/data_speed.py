@@ -27,9 +27,10 @@ import numpy as np
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data import batches, load_tokenizer, open_dataset
-from data.corpus import Fields, Record, find_sources, parse, read_units
+from data.corpus import Fields, find_sources, read_units
 from data.index import bin_path, idx_path, write_index
 from data.prepare import Preparation, prepare
+from data.records import Record, parse
 from launch.runtime.cli import run_verb
 
 WAYS = ("ours", "bare", "one_by_one")

@@ -1,17 +1,16 @@
 """Corpora as streams: every source yields its records in order, holding a few at a time.
 
-A *unit* is what a source gives for one record (a line, a table row, a file); `parse` turns it
-into a `Record`, or into a `Reject` that says why not. Nothing is dropped in silence.
+A *unit* is what a source gives for one record (a line, a table row, a file); `data.records` makes
+documents of them.
 """
 
 import glob
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from data import builtin
 from data.compression import COMPRESSIONS, DAMAGE, decompress
@@ -19,24 +18,6 @@ from data.files import sha256
 
 MAX_DOCUMENT_BYTES = 2**31 - 1  # an index stores a document's length as int32
 HUGGING_FACE = "hf:"
-
-
-class Record(NamedTuple):
-    """One document; `line` counts from 1 within its source."""
-
-    text: str
-    subset: str
-    source: str
-    line: int
-
-
-class Reject(NamedTuple):
-    """A unit that isn't a document, with the reason and the unit itself."""
-
-    reason: str
-    source: str
-    line: int
-    content: str
 
 
 class Unit(NamedTuple):
@@ -242,74 +223,3 @@ def _hugging_face_rows(source: Source, fields: Fields) -> Contents:
     except Exception as error:  # network, authentication, unknown name: the library has many
         raise ValueError(f"input {source.name}: cannot be opened ({error})") from error
     yield from ((row, 0) for row in rows)
-
-
-def parse(unit: Unit, fields: Fields) -> Record | Reject:
-    """The document of a unit, or why it isn't one."""
-    content, source, line, _ = unit
-    if content is None:
-        return Reject(f"longer than {MAX_DOCUMENT_BYTES} bytes", source.name, line, "")
-    try:
-        text, subset = _text_of(unit, fields)
-        _check_text(text)
-    except _NoDocument as reason:
-        return Reject(str(reason), source.name, line, _printable(content))
-    return Record(text, subset, source.name, line)
-
-
-class _NoDocument(Exception):
-    """Why a unit can't be a document."""
-
-
-def _text_of(unit: Unit, fields: Fields) -> tuple[str, str]:
-    """The text and the subset's name of a unit."""
-    content: Any = unit.content
-    if isinstance(content, bytes):
-        try:
-            content = content.decode()
-        except UnicodeDecodeError as error:
-            raise _NoDocument(f"invalid UTF-8 at byte {error.start}") from error
-        if unit.source.format == "text":
-            return content, Path(unit.source.name).parent.name
-        try:
-            content = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise _NoDocument(f"broken JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise _NoDocument(f"no JSON object but {type(content).__name__}")
-    text = _inside(content, fields.text)
-    if not isinstance(text, str):
-        is_bytes = isinstance(text, bytes)
-        found = "nothing" if text is None else "invalid UTF-8" if is_bytes else type(text).__name__
-        raise _NoDocument(f"field {fields.text!r}: expected text, found {found}")
-    subset = _inside(content, fields.subset)
-    return text, subset if isinstance(subset, str) else ""
-
-
-def _inside(row: dict, field: str) -> object:
-    """`meta.pile_set_name` of {"meta": {"pile_set_name": "Wikipedia"}}; None if absent."""
-    value: object = row
-    for name in field.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
-
-
-def _check_text(text: str) -> None:
-    if not text.strip():
-        raise _NoDocument("empty document")
-    if "\0" in text:
-        raise _NoDocument("NUL byte")
-    if len(text) * 4 > MAX_DOCUMENT_BYTES or not text.isascii():
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError as error:
-            raise _NoDocument(f"lone surrogate at character {error.start}") from error
-        if size > MAX_DOCUMENT_BYTES:
-            raise _NoDocument(f"longer than {MAX_DOCUMENT_BYTES} bytes")
-
-
-def _printable(content: bytes | dict, limit: int = 2**20) -> str:
-    """The unit as text for the rejects file, undecodable bytes as \\x.., at most 1 MiB of it."""
-    if isinstance(content, dict):
-        content = json.dumps(content, default=repr).encode()
-    return content[:limit].decode("utf-8", "backslashreplace")

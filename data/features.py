@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from data.corpus import Fields, Record, Source, find_sources, parse, read_units
+from data.corpus import Fields, Source, find_sources, read_units
 from data.problem import Problem
+from data.records import Record, parse
 
 TRAIN_SHARE = 0.7
 

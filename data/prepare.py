@@ -15,11 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from data import manifest
-from data.corpus import Fields, Reject, Source, parse, read_units
+from data.corpus import Fields, Source, read_units
 from data.files import sha256, sync, write_json
 from data.index import bin_path, idx_path, write_index
 from data.partial import LENGTHS, MANIFEST, REJECTS, SUBSETS, TOKENS, PartialCorpus
 from data.progress import Progress
+from data.records import Reject, parse
 from data.tokenizer import Tokenizer, load_tokenizer
 
 INDEX = "index"  # its name inside the partial folder

@@ -19,8 +19,9 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data import builtin
-from data.corpus import Fields, Record, Source, find_sources, parse, read_units
+from data.corpus import Fields, Source, find_sources, read_units
 from data.prepare import Preparation, prepare
+from data.records import Record, parse
 from data.tokenizer import train_sentencepiece
 from launch.runtime import feature_sets, hub, looking
 from launch.runtime.cli import run_verb

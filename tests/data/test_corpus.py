@@ -11,7 +11,8 @@ import pytest
 import zstandard
 
 from data import corpus
-from data.corpus import Fields, Record, Reject, find_sources, parse, read_units
+from data.corpus import Fields, find_sources, read_units
+from data.records import Record, Reject, parse
 from tests.data.conftest import make_texts, write_jsonl
 
 TEXTS = make_texts(150)

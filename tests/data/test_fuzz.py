@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from data.check import check
-from data.corpus import Fields, Record, find_sources, parse, read_units
+from data.corpus import Fields, find_sources, read_units
 from data.dataset import open_dataset
 from data.prepare import Preparation, prepare
 from data.problem import Problem
+from data.records import Record, parse
 from tests.data.conftest import make_texts, random_documents, write_jsonl, write_tokens
 
 VARIANTS = 400
