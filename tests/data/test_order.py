@@ -113,3 +113,35 @@ def test_preshuffled_is_the_files_own_order(tmp_path):
 def test_epochs_are_the_fewest_that_do(tokens, samples):
     epochs = count_epochs(tokens, 32, samples)
     assert (epochs * tokens - 1) // 32 >= samples > ((epochs - 1) * tokens - 1) // 32
+
+
+def test_a_megatron_blend_is_megatrons(tmp_path):
+    """The whole of megatron-core's builder, as its trainers call it."""
+    gpt = pytest.importorskip("megatron.core.datasets.gpt_dataset")
+    from megatron.core.datasets import blended_megatron_dataset_builder as builder
+
+    prefixes = [
+        write_tokens(tmp_path / str(i), random_documents(40 + 30 * i, seed=i)) for i in range(3)
+    ]
+    weights = [0.55, 0.3, 0.15]
+
+    class Tokenizer:
+        vocab_size, eod, unique_identifiers = 500, 0, {}
+
+    config = gpt.GPTDatasetConfig(
+        random_seed=SEED,
+        sequence_length=32,
+        blend=(prefixes, weights),
+        split="1,0,0",
+        tokenizer=Tokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    [theirs, *_] = builder.BlendedMegatronDatasetBuilder(
+        gpt.GPTDataset, [200, 0, 0], lambda: True, config
+    ).build()
+    ours = open_dataset(dict(zip(prefixes, weights, strict=True)), 32, SEED, 200, "megatron")
+    for i in range(200):
+        np.testing.assert_array_equal(ours[i][:-1], theirs[i]["tokens"])
