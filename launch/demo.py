@@ -23,7 +23,7 @@ sys.path[0] = str(ROOT)
 from launch.runtime.cli import run_verb
 
 CONFIG = "configs/demo.json"
-CONTEXT_WORDS, ENDING_WORDS, CHOICES = 24, 12, 4
+PASSAGE_WORDS, LONGEST_DOCUMENT = 30, 600
 
 
 def main() -> None:
@@ -43,8 +43,8 @@ def main() -> None:
     if not exported.exists():
         step("launch/export.py", "to-hf", "--checkpoint", run, "--output", exported)
     tasks = write_task(run / "results" / "tasks")
-    scores = run / "results" / "hellaswag.json"
-    step("launch/evaluate.py", "--checkpoint", exported, "--tasks", "hellaswag",
+    scores = run / "results" / "lambada.json"
+    step("launch/evaluate.py", "--checkpoint", exported, "--tasks", "lambada_openai",
          "--task-data", tasks, "--output", scores)  # fmt: skip
     print(table(run, scores))
     print(f"\nall of this took {time.monotonic() - began:.0f} s")
@@ -60,7 +60,8 @@ def deepspeed() -> list[str]:
         port = listener.getsockname()[1]
     processes = 1 if torch.cuda.is_available() else 2
     program = Path(sys.executable).with_name("deepspeed")
-    return [str(program), "--num_gpus", str(processes), "--master_port", str(port)]
+    words = ["--num_gpus", str(processes), "--master_port", str(port), "--log_level", "error"]
+    return [str(program), *words]
 
 
 def step(*words: str | Path, launcher: list[str] | None = None) -> None:
@@ -72,46 +73,24 @@ def step(*words: str | Path, launcher: list[str] | None = None) -> None:
 
 
 def write_task(folder: Path) -> Path:
-    """A multiple-choice task from held-out docstrings, in HellaSwag's fields.
-
-    The right ending is the one that follows in the text, the wrong ones follow other contexts:
-    a model that learnt nothing scores 25 %.
-    """
-    pairs = list(contexts_and_endings())
-    items = []
-    for number, (context, ending) in enumerate(pairs):
-        others = [pairs[(number + 7 * k) % len(pairs)][1] for k in range(1, CHOICES)]
-        label = number % CHOICES
-        endings = [*others[:label], ending, *others[label:]]
-        items.append({
-            "ind": number,
-            "activity_label": "Python",
-            "ctx_a": context,
-            "ctx_b": "",
-            "endings": endings,
-            "label": str(label),
-            "source_id": str(number),
-            "split": "val",
-            "split_type": "indomain",
-        })  # fmt: skip
+    """LAMBADA's task, to say the last word of a passage, on docstrings the model has not seen."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(item) + "\n" for item in items]
-    (folder / "hellaswag_validation.jsonl").write_text("".join(lines), encoding="utf-8")
+    lines = [json.dumps({"text": passage}) + "\n" for passage in passages()]
+    (folder / "lambada_openai_test.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
 
 
-def contexts_and_endings() -> Iterator[tuple[str, str]]:
-    """Neighbouring stretches of words of the docstrings that the model has not seen."""
+def passages() -> Iterator[str]:
+    """Stretches of the held-out docstrings that end in a plain word."""
     from data import builtin
 
-    length = CONTEXT_WORDS + ENDING_WORDS
     for document in builtin.documents(builtin.VALIDATION):
         if document["meta"]["pile_set_name"] != "docstrings":
             continue
         words = document["text"].split()
-        for start in range(0, min(len(words), 10 * length) - length, length):
-            passage = words[start : start + length]
-            yield " ".join(passage[:CONTEXT_WORDS]), " ".join(passage[CONTEXT_WORDS:])
+        for end in range(PASSAGE_WORDS, min(len(words), LONGEST_DOCUMENT), PASSAGE_WORDS):
+            if words[end - 1].isalpha():
+                yield " ".join(words[end - PASSAGE_WORDS : end])
 
 
 def table(run: Path, scores: Path) -> str:
@@ -129,9 +108,9 @@ def table(run: Path, scores: Path) -> str:
     measured = [line for line in lines if line["l2e"]][-1]
     for block, figures in measured["l2e"].items():
         rows.append((f"block {block}: {describe(figures)}", ""))
-    result: dict[str, Any] = json.loads(scores.read_text())["results"]["hellaswag"]
-    accuracy, error = result["acc_norm"], result["acc_norm_stderr"]
-    rows.append(("held-out docstrings, 4 choices", f"{accuracy:.1%} +- {error:.1%} (chance 25 %)"))
+    result: dict[str, Any] = json.loads(scores.read_text())["results"]["lambada_openai"]
+    accuracy, error = result["acc"], result["acc_stderr"]
+    rows.append(("last word of unseen docstrings", f"{accuracy:.1%} +- {error:.1%} right"))
     width = max(len(name) for name, value in rows if value)
     body = [f"  {name:<{width}}  {value}".rstrip() for name, value in rows]
     return "\n".join(["", "what came out", *body])

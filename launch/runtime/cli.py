@@ -1,13 +1,7 @@
 """How a verb ends: a user's mistake is a message and exit status 2, a bug is a traceback."""
 
 import sys
-import warnings
 from collections.abc import Callable
-
-# megatron-core says on import what it runs without; nothing here uses either.
-warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-# DeepSpeed calls collectives by their old names.
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def run_verb(main: Callable[[], int | None]) -> None:

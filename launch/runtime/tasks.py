@@ -302,6 +302,15 @@ def in_memory(splits: dict[str, list[dict]]) -> Callable[..., dict[str, datasets
 
 def check_fields(name: str, config: dict[str, Any], folder: Path, record: dict[str, Any]) -> None:
     """Every field that the task's prompt, choices and target use is in the records."""
+    official = record
+    if config.get("process_docs") is not None:  # the task makes its own fields of the official ones
+        try:
+            record = config["process_docs"](datasets.Dataset.from_list([record]))[0]
+        except KeyError as error:
+            raise ValueError(
+                f"{folder}: the records of task {name!r} have no field {error}; they have "
+                f"{', '.join(official)}. Take the file in the task's official form"
+            ) from None
     used: set[str] = set()
     for key in ("doc_to_text", "doc_to_choice", "doc_to_target"):
         template = config.get(key)
