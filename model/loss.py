@@ -57,7 +57,7 @@ class _CrossEntropy(torch.autograd.Function):
             used = slice(0, chunk.stop - start)
             torch.mm(hidden[chunk], weight.t(), out=product[used])
             logits[used].copy_(product[used])
-            logits[used, padding] = -torch.inf
+            logits[used, padding] = torch.finfo(logits.dtype).min
             losses, gradient = _softmax(logits[used], labels[chunk] - first_row, group)
             total += losses.sum()
             if wants_gradient:
@@ -87,25 +87,28 @@ def _softmax(logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> tuple
 
     targets: [tokens], the label's row in this shard, outside [0, rows) where another rank has it.
     """
-    rows = logits.shape[-1]
-    mine = (targets >= 0) & (targets < rows)
+    mine = (targets >= 0) & (targets < logits.shape[-1])
     targets = torch.where(mine, targets, 0).unsqueeze(-1)
-    peak = _all_reduce(logits.amax(-1, keepdim=True), dist.ReduceOp.MAX, group)
-    shifted = logits.sub_(peak)
-    target = torch.where(mine, shifted.gather(-1, targets).squeeze(-1), 0.0)
-    exponentials = shifted.exp_()
-    normaliser, target = _all_reduce(
-        torch.stack((exponentials.sum(-1), target)), dist.ReduceOp.SUM, group
-    )
-    gradient = exponentials.div_(normaliser.unsqueeze(-1))
-    gradient.scatter_add_(-1, targets, -mine.float().unsqueeze(-1))
-    return normaliser.log() - target, gradient
-
-
-def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType, group) -> Tensor:
+    target = torch.where(mine, logits.gather(-1, targets).squeeze(-1), 0.0)
+    peak = logits.amax(-1)
+    softmax = torch.softmax(logits, -1, out=logits)
+    # log sum exp(logits): the largest entry's logit less its log-probability.
+    normaliser = peak - softmax.amax(-1).log()
     if dist.get_world_size(group) > 1:
-        dist.all_reduce(tensor, operation, group)
-    return tensor
+        shard = normaliser
+        normaliser, target = _join(shard, target, group)
+        softmax.mul_((shard - normaliser).exp_().unsqueeze(-1))
+    gradient = softmax.scatter_add_(-1, targets, -mine.float().unsqueeze(-1))
+    return normaliser - target, gradient
+
+
+def _join(normaliser: Tensor, target: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """From every shard's log sum of exponentials and target logit (or 0), the whole row's."""
+    peak = normaliser.clone()
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group)
+    sums = torch.stack(((normaliser - peak).exp_(), target))
+    dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+    return peak + sums[0].log(), sums[1]
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
