@@ -23,6 +23,8 @@ EXAMPLES = """examples:
       --features languages.jsonl --output results
   python launch/analyze.py ablate --model EleutherAI/pythia-70m --features languages.jsonl.gz \\
       --neurons L3.N609,L4.N482 --output results
+  python launch/analyze.py decrease --model EleutherAI/pythia-70m --features languages.jsonl.gz \\
+      --layers mid2 --output results
   python launch/analyze.py neuromfa --checkpoints runs/demo/checkpoints/step_* --output results
   python launch/analyze.py report --model M --features A.jsonl B.jsonl --output results
 
@@ -65,6 +67,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             )
         if name in ("ablate", "report"):
             _add_ablation_options(verb, name)
+        if name == "decrease":
+            _add_decrease_options(verb)
     return parser.parse_args(arguments)
 
 
@@ -73,6 +77,7 @@ VERBS = {
     "fkr": "False Killing Rate over the inhibition level k and by layer",
     "probe": "sparse probing: which neurons tell a feature, with permutation control",
     "ablate": "rise of the loss on each feature without one neuron, random neurons as control",
+    "decrease": "what one step of SGD does to the most monosemantic activations, by method",
     "proxies": "b*||w||, feature decorrelation, kurtosis and sparsity beside MS",
     "neuromfa": "self-organisation over checkpoints: alpha_0, w, E and their controls",
     "trajectory": "measures over steps and model sizes, seeds as bands",
@@ -153,6 +158,20 @@ def _add_ablation_options(verb: argparse.ArgumentParser, name: str) -> None:
     )
 
 
+def _add_decrease_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--layers",
+        default="mid2",
+        help="inhibited blocks: mid2, mid_third, top_bottom, all, or numbers such as 2,3 "
+        "(default: mid2)",
+    )
+    verb.add_argument("--topk", type=int, default=10, help="selected of each token (default: 10)")
+    verb.add_argument(
+        "--learning-rate", type=float, default=0.01, help="of the one step (default: 0.01)"
+    )
+    verb.add_argument("--batches", type=int, default=8, help="measured batches (default: 8)")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the verb, write its JSON and figures, and print where they are."""
     options = parse(arguments)
@@ -165,6 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
         "neuromfa": _neuromfa,
         "trajectory": _trajectory,
         "ablate": _ablate,
+        "decrease": _decrease,
     }.get(options.verb, _from_activations)(options)
     path = write_result(options.output, options.verb, result)
     drawn = getattr(figures, f"draw_{options.verb}")(result, options.output)
@@ -251,6 +271,22 @@ def _ablate_neurons(
     )
     result = analyze_ablation(network, features, neurons, options.random, settings)
     return {"model": network.name, "passages": features.counts()} | result
+
+
+def _decrease(options: argparse.Namespace) -> dict:
+    from l2e.analysis.decrease import Settings, analyze_decrease
+    from l2e.analysis.features import read_features
+
+    network = _network(options, options.model)
+    features = read_features(options.features)
+    if options.passages:
+        features = features.sample(options.passages)
+    layers = options.layers
+    if layers[0].isdigit():
+        layers = [int(number) for number in layers.split(",")]
+    tokens = min(options.max_tokens, network.max_positions)
+    settings = Settings(layers, options.topk, options.learning_rate, options.batches, tokens)
+    return {"model": network.name} | analyze_decrease(network, features, settings)
 
 
 def _neuromfa(options: argparse.Namespace) -> dict:

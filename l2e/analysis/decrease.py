@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from l2e.analysis.activations import tokenize
 from l2e.analysis.features import FeatureSet
 from l2e.analysis.networks import Network
 from l2e.attach import Handle
@@ -36,7 +35,7 @@ class Settings:
     again have given the statistics. max_tokens, rows: a batch's size."""
 
     layers: LayerChoice | list[int] = "mid2"
-    topk: int = 1
+    topk: int = 10
     learning_rate: float = 0.01
     batches: int = 8
     max_tokens: int = 128
@@ -94,7 +93,7 @@ def analyze_decrease(
 
 def _batches(network: Network, features: FeatureSet, settings: Settings) -> list[Tensor]:
     """Passages joined and cut into token batches [rows, max_tokens], without padding."""
-    tokens = [token for ids in tokenize(network, features.texts, 10**6) for token in ids]
+    tokens = [token for ids in network.tokenizer(features.texts)["input_ids"] for token in ids]
     size = settings.rows * settings.max_tokens
     wanted = 2 * settings.batches
     if len(tokens) < size * wanted:
@@ -192,8 +191,10 @@ def _ratios(
 
 
 def _summary(pairs: Tensor) -> dict[str, float]:
-    """[batches, 2] -> percent, with the standard error over batches."""
-    mean, error = 100 * pairs.mean(0), 100 * pairs.std(0) / len(pairs) ** 0.5
+    """[batches, 2] -> percent, with the standard error over batches (of one batch, NaN)."""
+    mean = 100 * pairs.mean(0)
+    spread = (100 * pairs - mean).square().sum(0) / (len(pairs) - 1)
+    error = (spread / len(pairs)).sqrt()
     return {
         "decrease_ratio_percent": float(mean[0]),
         "decrease_ratio_error": float(error[0]),

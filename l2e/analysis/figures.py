@@ -211,6 +211,20 @@ def draw_ablate(result: dict, folder: Path) -> list[Path]:
     return [save(folder / "ablate.png", heat, width=10, height=2.5 + 0.3 * count)]
 
 
+def draw_decrease(result: dict, folder: Path) -> list[Path]:
+    """Decrease ratio of each method, with two standard errors over batches."""
+    arms = result["arms"]
+
+    def bars(axes: Axes) -> None:
+        means = [arm["decrease_ratio_percent"] for arm in arms.values()]
+        errors = [2 * arm["decrease_ratio_error"] for arm in arms.values()]
+        axes.bar(list(arms), means, yerr=errors, capsize=5, width=0.6)
+        axes.axhline(0, color="black", linewidth=1)
+        axes.set_ylabel("mean decrease of MS after one step (%)")
+
+    return [save(folder / "decrease.png", bars)]
+
+
 def draw_proxies(result: dict, folder: Path) -> list[Path]:
     """Rank correlations between the measures of a neuron."""
     names = list(result["rank_correlations"])

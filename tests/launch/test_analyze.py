@@ -140,3 +140,10 @@ def test_too_few_passages_are_named(place, tmp_path):
     command = ["probe", "--model", str(place / "step5"), "--features", str(path)]
     with pytest.raises(ValueError, match="at least 10 passages"):
         analyze.main([*command, "--output", str(tmp_path)])
+
+
+def test_decrease_writes_its_contract(place):
+    result = run(place, "decrease", "--layers", "0,1", "--batches", "1", "--max-tokens", "4")
+    assert result["layers"] == ["0", "1"]
+    assert list(result["arms"]) == ["original", "naive a", "naive b", "reversed"]
+    assert (place / "out" / "decrease.png").is_file()
