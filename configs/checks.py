@@ -28,7 +28,29 @@ def cross_check(config: Config, processes: int | None = None) -> Iterator[Proble
     yield from check_model(config)
     yield from check_deepspeed(config)
     yield from check_layout(config, processes or config.parallel.processes or 1)
+    yield from check_compile(config)
     yield from check_data(config)
+
+
+def check_compile(config: Config) -> Iterator[Problem]:
+    """What splits a block's graph in parts."""
+    if not config.train.compile:
+        return
+    for name, size in (("tensor", config.parallel.tensor), ("pipeline", config.parallel.pipeline)):
+        if size > 1:
+            yield Problem(
+                "train.compile",
+                True,
+                f"not with parallel.{name} = {size}, whose exchanges split a block's graph",
+                f"set train.compile false or parallel.{name} 1",
+            )
+    if config.zero_stage > 2:
+        yield Problem(
+            "train.compile",
+            True,
+            f"not with ZeRO-{config.zero_stage}, which gathers weights between a block's parts",
+            "set train.compile false or deepspeed.zero_optimization.stage at most 2",
+        )
 
 
 def check_model(config: Config) -> Iterator[Problem]:

@@ -90,7 +90,7 @@ class Handle:
         self.inject = inject
         self._terms: list[list[tuple[Tensor, int]]] = [[] for _ in modules]
         self._hooks = [
-            module.register_forward_hook(_hook(layer.handle, None if inject else terms, neuron_dim))
+            module.register_forward_hook(_hook(layer, None if inject else terms, neuron_dim))
             for module, layer, terms in zip(modules.values(), self.layers, self._terms, strict=True)
         ]
 
@@ -160,14 +160,14 @@ class Handle:
         return StepCallback()
 
 
-def _hook(handle: int, terms: list[tuple[Tensor, int]] | None, neuron_dim: int) -> Any:
+def _hook(layer: L2ELayer, terms: list[tuple[Tensor, int]] | None, neuron_dim: int) -> Any:
     """A forward hook that puts a module's inhibited output in the place of its output."""
 
     def inhibit(module: nn.Module, args: Any, output: Any) -> Any:
         if not module.training:
             return None
         z = output[0] if isinstance(output, tuple) else output
-        inhibited, logs, _ = inhibition.inhibit(z.movedim(neuron_dim, -1), handle)
+        inhibited, logs, _ = layer.operate(z.movedim(neuron_dim, -1))
         recomputing = not torch.compiler.is_compiling() and inhibition.in_backward()
         if terms is not None and torch.is_grad_enabled() and not recomputing:
             terms.append((logs, z.numel()))

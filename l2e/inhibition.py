@@ -1,8 +1,9 @@
 """The layer's operation: observe the activations, and do to the selected ones what is configured.
 
 `inhibit` is one opaque operator for autograd and torch.compile. Its backward pass keeps nothing
-but the pre-activations. A layer's state is reached by an integer handle, so that what changes
-from step to step (thresholds, loss scale) never recompiles a graph.
+but the pre-activations. A layer's state is reached by a handle, a number in a tensor, so that
+neither another layer nor what changes from step to step (thresholds, loss scale) recompiles a
+graph.
 """
 
 import itertools
@@ -18,11 +19,11 @@ _states: WeakValueDictionary[int, LayerState] = WeakValueDictionary()
 _handles = itertools.count()
 
 
-def register(state: LayerState) -> int:
+def register(state: LayerState) -> Tensor:
     """A handle for the operators below, valid while the state lives."""
     handle = next(_handles)
     _states[handle] = state
-    return handle
+    return torch.tensor(handle)
 
 
 def in_backward() -> bool:
@@ -31,19 +32,20 @@ def in_backward() -> bool:
 
 
 @torch.library.custom_op("l2e::inhibit", mutates_args=())
-def inhibit(pre: Tensor, handle: int) -> tuple[Tensor, Tensor, Tensor]:
+def inhibit(pre: Tensor, handle: Tensor, keep_mask: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Apply a layer in training mode.
 
     Args:
         pre: [..., units], the values before the non-linearity.
         handle: of the layer's state, whose sums this call adds to.
+        keep_mask: whether the layer selects by top k.
 
     Returns:
         The inhibited activations [..., units]; the sum over selected entries of log (z - mean)^2
         as a float32 scalar (of log of the MS if scale-invariant), whose gradient reaches `pre`;
         and the mask of what was selected (empty where the backward pass computes it again).
     """
-    state = _states[handle]
+    state = _states[int(handle)]
     recomputing = in_backward()
     rows = _as_rows(pre, state)
     if state.phase.step == 0 and not recomputing:
@@ -61,21 +63,18 @@ def inhibit(pre: Tensor, handle: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @inhibit.register_fake
-def _(pre: Tensor, handle: int) -> tuple[Tensor, Tensor, Tensor]:
-    state = _states[int(handle)]
+def _(pre: Tensor, handle: Tensor, keep_mask: bool) -> tuple[Tensor, Tensor, Tensor]:
     loss = torch.empty((), device=pre.device)
-    mask = torch.empty(
-        pre.shape if state.config.selection == "topk" else 0, dtype=torch.bool, device=pre.device
-    )
+    mask = torch.empty(pre.shape if keep_mask else 0, dtype=torch.bool, device=pre.device)
     return torch.empty_like(pre), loss, mask
 
 
 @torch.library.custom_op("l2e::inhibit_backward", mutates_args=())
 def inhibit_backward(
-    grad: Tensor, loss_grad: Tensor | None, pre: Tensor, mask: Tensor, handle: int
+    grad: Tensor, loss_grad: Tensor | None, pre: Tensor, mask: Tensor, handle: Tensor
 ) -> Tensor:
     """Gradient to `pre`. Without a gradient to the loss, L_MS injects its own."""
-    state = _states[handle]
+    state = _states[int(handle)]
     rows = _as_rows(pre, state)
     limit = None
     if state.phase.selecting:
@@ -88,36 +87,39 @@ def inhibit_backward(
 
 
 @inhibit_backward.register_fake
-def _(grad: Tensor, loss_grad: Tensor | None, pre: Tensor, mask: Tensor, handle: int) -> Tensor:
+def _(grad: Tensor, loss_grad: Tensor | None, pre: Tensor, mask: Tensor, handle: Tensor) -> Tensor:
     return torch.empty_like(pre)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    pre, ctx.handle = inputs
-    ctx.save_for_backward(pre, output[2])
+    pre, handle, _ = inputs
+    ctx.save_for_backward(pre, output[2], handle)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, loss_grad, _):
-    pre, mask = ctx.saved_tensors
+    pre, mask, handle = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(pre)
-    return inhibit_backward(grad, loss_grad, pre, mask, ctx.handle), None
+    return inhibit_backward(grad, loss_grad, pre, mask, handle), None, None
 
 
 inhibit.register_autograd(_backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op("l2e::observe_output", mutates_args=("sums",))
-def observe_output(sums: Tensor, mlp_output: Tensor, residual: Tensor) -> None:
-    """Add the sums of squares of a block's MLP output and residual stream to `sums` [2]."""
-    if not in_backward():
+def observe_output(sums: Tensor, mlp_output: Tensor, residual: Tensor, handle: Tensor) -> None:
+    """Add the sums of squares of a block's MLP output and residual stream to `sums` [2].
+
+    On measured steps alone; asked here, so that a compiled graph serves all steps.
+    """
+    if _states[int(handle)].phase.measuring and not in_backward():
         sums[0] += mlp_output.float().square().sum()
         sums[1] += residual.float().square().sum()
 
 
 @observe_output.register_fake
-def _(sums: Tensor, mlp_output: Tensor, residual: Tensor) -> None:
+def _(sums: Tensor, mlp_output: Tensor, residual: Tensor, handle: Tensor) -> None:
     return None
 
 

@@ -1,5 +1,6 @@
 """The inhibited non-linearity, as a module that stands where GELU stood."""
 
+import torch
 from torch import Tensor, nn
 
 from l2e import inhibition, kernels
@@ -58,16 +59,22 @@ class L2ELayer(nn.Module):
         if not self.training:
             return kernels.activate(pre, self.activation)
         if self.transposed:
-            out = inhibition.inhibit(pre.transpose(0, 1), self.handle)[0].transpose(0, 1)
-        else:
-            out = inhibition.inhibit(pre, self.handle)[0]
+            pre = pre.transpose(0, 1)
+        out = self.operate(pre)[0]
+        if self.transposed:
+            out = out.transpose(0, 1)
         return out if self.config.site == "post" else kernels.activate(out, self.activation)
+
+    def operate(self, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`inhibition.inhibit` with this layer's state."""
+        return inhibition.inhibit(pre, self.handle, self.config.selection == "topk")
 
     def observe_output(self, mlp_output: Tensor, residual: Tensor) -> None:
         """Compare the MLP's output with the residual stream it is added to (measured steps)."""
-        if self.training and self.state.phase.measuring:
+        # A compiled graph must not depend on the step; elsewhere a call that does nothing is saved.
+        if self.training and (torch.compiler.is_compiling() or self.state.phase.measuring):
             inhibition.observe_output(
-                self.state.measured_squares, mlp_output.detach(), residual.detach()
+                self.state.measured_squares, mlp_output.detach(), residual.detach(), self.handle
             )
 
     def extra_repr(self) -> str:

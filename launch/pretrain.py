@@ -49,6 +49,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "where there is none; PATH: from that checkpoint (default: none)",
     )
     parser.add_argument(
+        "--profile",
+        metavar="STEPS",
+        help="write a torch.profiler trace of these steps, e.g. 5 or 5-7, to the run's folder",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="check everything on one process, print the resolved plan, and stop",
@@ -90,27 +95,30 @@ def main(arguments: list[str] | None = None) -> None:
         time.sleep(5)
         sys.exit(2)
     folder = Path(options.run or Path("runs") / Path(options.config).stem)
-    start(config, folder, options.resume, process)
+    start(config, folder, options, process)
 
 
-def start(config: Config, folder: Path, resume: str, process: Process) -> None:
+def start(config: Config, folder: Path, options: argparse.Namespace, process: Process) -> None:
     """Find the checkpoint and the data, join the other ranks, and train."""
+    resume = options.resume
     if resume == "none" and (folder / "metrics.jsonl").exists():
         raise ValueError(
             f"--run {folder}: holds a run already; go on with it by --resume auto, or give "
             "another folder"
         )
     from launch.runtime import checkpoint, corpus, hardware
+    from launch.runtime.meters import Profiler, parse_steps
     from launch.runtime.processes import process_group
     from launch.runtime.training import Run, train
 
     hardware.refuse_unsupported(config)
+    profiler = Profiler(parse_steps(options.profile), folder / "profile", process.rank)
     found = None if resume == "none" else checkpoint.find_resumable(folder, resume)
     paths = corpus.fetch(config, folder) if process.local_rank == 0 else None
     with process_group(process):  # the other ranks wait here for the first one's data
         paths = paths or corpus.fetch(config, folder)
         data = corpus.open_corpus(config, folder, paths)
-        train(Run(config, folder, process), data, found)
+        train(Run(config, folder, process, profiler), data, found)
 
 
 if __name__ == "__main__":

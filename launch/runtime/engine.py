@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from configs import Config
 from configs.schema import Parallel
 from l2e import Controller, L2ELayer, Sharding
+from launch.runtime.compiling import compile_blocks
+from launch.runtime.meters import Stopwatch
 from model.block import Block
 from model.gpt_neox import GPTNeoX
 from model.linears import reduce_sequence_parallel_gradients
@@ -185,6 +187,8 @@ class Engine:
         self.device = device
         self.accumulation = accumulation_steps(config, layout)
         self.controller = self.build_controller()
+        self.stopwatch = Stopwatch(device)
+        self.compiled = "not compiled: train.compile is false"
         reduce_sequence_parallel_gradients(model)
 
     def build_controller(self) -> Controller | None:
@@ -254,6 +258,8 @@ class Engine:
 
     def split(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and labels, each [micro_batch, sequence_length], on the device."""
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()  # else the copy would wait for the queue before it
         batch = batch.to(self.device, non_blocking=True)
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
@@ -286,6 +292,8 @@ class WholeModelEngine(Engine):
             activation_checkpointing=config.parallel.activation_checkpointing,
         ).to(device)
         super().__init__(config, layout, model, device)
+        if config.train.compile:
+            self.compiled = compile_blocks(model.gpt_neox.layers, device)
         self.initialise(mpu=ModelParallelUnit(layout))
         # Plain torch optimizers (fp32 at ZeRO-0) keep no gradient norm; it is taken here.
         self.takes_norm = isinstance(self.optimizer, torch.optim.Optimizer)
@@ -295,12 +303,17 @@ class WholeModelEngine(Engine):
         self.deepspeed.train()
         total = torch.zeros((), device=self.device)
         for _ in range(self.accumulation):
-            loss = self.deepspeed(*self.split(next(batches)))
-            self.deepspeed.backward(loss)
+            with self.stopwatch.part("data"):
+                tokens, labels = self.split(next(batches))
+            with self.stopwatch.part("forward"):
+                loss = self.deepspeed(tokens, labels)
+            with self.stopwatch.part("backward"):
+                self.deepspeed.backward(loss)
             total += loss.detach().float()
-            if self.takes_norm and self.deepspeed.is_gradient_accumulation_boundary():
-                self.norm = self.norm_of_gradients()
-            self.deepspeed.step()
+            with self.stopwatch.part("update"):
+                if self.takes_norm and self.deepspeed.is_gradient_accumulation_boundary():
+                    self.norm = self.norm_of_gradients()
+                self.deepspeed.step()
         return self.mean_over_data(total / self.accumulation)
 
     def mean_over_data(self, value: Tensor) -> Tensor:
@@ -360,7 +373,8 @@ class PipelineEngine(Engine):
         self.initialise()
 
     def forward_backward_step(self, batches: Iterator[Tensor]) -> Tensor:
-        return self.deepspeed.train_batch(data_iter=map(self.split, batches))
+        with self.stopwatch.part("whole step"):  # DeepSpeed's schedule interleaves its parts
+            return self.deepspeed.train_batch(data_iter=map(self.split, batches))
 
     def evaluate(self, batches: Iterator[Tensor], count: int) -> Tensor:
         return self.deepspeed.eval_batch(

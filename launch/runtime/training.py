@@ -21,6 +21,7 @@ from launch.runtime.corpus import HASHED_SAMPLES, Corpus
 from launch.runtime.cost import flops_per_token
 from launch.runtime.engine import Engine, build
 from launch.runtime.logs import MetricsFile, Progress, TensorBoard
+from launch.runtime.meters import Profiler, peak_memory
 from launch.runtime.processes import Process
 from launch.runtime.schedule import learning_rate
 
@@ -32,6 +33,7 @@ class Run:
     config: Config
     folder: Path
     process: Process
+    profiler: Profiler
 
     def say(self, message: str) -> None:
         """A line of the run's first rank."""
@@ -66,6 +68,7 @@ def describe(run: Run, engine: Engine) -> None:
     dtype = hardware.TORCH_DTYPES[config.train.dtype]
     kernels = choose_kernels(config.l2e_settings, engine.device, dtype)
     run.say(f"l2e: {kernels}")
+    run.say(f"blocks: {engine.compiled}")
     if run.process.is_first:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
@@ -86,7 +89,8 @@ def fit(run: Run, engine: Engine, data: Corpus, start: int) -> None:
         measured = done % config.logging.interval == 0 or done in (1, last)
         engine.measure(measured)
         rate = learning_rate(config, step)
-        loss = engine.train_step(batches, rate)
+        with run.profiler.step(done):
+            loss = engine.train_step(batches, rate)
         recorder.add(done, loss, rate)
         if done in (1, last) or due(config.evaluate.interval, done):
             with recorder.paused():
@@ -223,12 +227,15 @@ class Recorder:
         l2e, histograms = self.engine.l2e_metrics(), self.engine.l2e_histograms()
         now = time.monotonic()
         seconds = (now - self.since) / len(records)
+        parts = {name: spent / len(records) for name, spent in self.engine.stopwatch.take().items()}
         self.since = now
         for record in records:
             record["loss"] = record["lm_loss"] + record["ms_loss"]
             record["tokens_per_second"] = self.step_tokens / seconds
             record["mfu"] = self.step_flops / seconds / self.peak
             record["step_seconds"] = seconds
+            record["seconds"] = parts
+            record["peak_memory_bytes"] = peak_memory(self.engine.device)
             record["l2e"] = None
         records[-1]["l2e"] = l2e
         self.write(records)

@@ -1,0 +1,79 @@
+"""Compiled blocks: whole graphs, one for plain and one for inhibited blocks, the same numbers."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from l2e import Controller, L2EConfig
+from launch.runtime import compiling
+from model.block import Block
+from model.config import ModelConfig
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(num_layers=5, hidden_size=32, num_attention_heads=2, vocab_size=256)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """The process group of one rank that the model's linears ask for."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    parallel_state.initialize_model_parallel()
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def train(backend=None) -> list[torch.Tensor]:
+    """Outputs and gradients of five blocks, three of them inhibited, over steps of every kind."""
+    l2e = L2EConfig(layers=[1, 2, 3], late_start_step=2, weight=1.0, inhibit_fraction=0.1)
+    blocks = [Block(number, CONFIG, l2e, seed=0).train() for number in range(5)]
+    inhibitors = [block.mlp.inhibitor for block in blocks if block.mlp.inhibitor is not None]
+    controller = Controller(inhibitors, l2e)
+    if backend is not None:
+        assert compiling.compile_blocks(blocks, CPU, backend).startswith("compiled")
+    optimizer = torch.optim.SGD([p for block in blocks for p in block.parameters()], lr=0.1)
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for step in range(6):
+        controller.measure = step % 2 == 1
+        for _ in range(2):
+            x = torch.randn(8, 2, 32, generator=generator).requires_grad_()
+            out = x
+            for block in blocks:
+                out = block(out)
+            out.square().mean().backward()
+            results += [out.detach(), x.grad]
+        optimizer.step()
+        optimizer.zero_grad()
+        controller.step()
+        if controller.measure:
+            ratios = [layer["mlp_to_residual"] for layer in controller.metrics().values()]
+            results.append(torch.tensor(ratios))
+    return results
+
+
+def test_two_graphs_serve_all_blocks_and_steps(one_process):
+    """`fullgraph` makes any graph break an error."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = train(counter)
+    assert counter.frame_count <= 3  # the probe, plain blocks, inhibited blocks
+    for found, wanted in zip(compiled, train(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_without_a_compiler_the_blocks_stay_as_they_are():
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler found\nand much more")
+
+    block = torch.nn.Linear(4, 4)
+    said = compiling.compile_blocks([block], CPU, broken)
+    assert said.startswith("not compiled: ")
+    assert "no C++ compiler found" in said
+    assert "\n" not in said
+    assert block._compiled_call_impl is None
