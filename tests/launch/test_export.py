@@ -1,0 +1,165 @@
+"""Checkpoints to Hugging Face's form and back, and the verb's refusals."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launch.export import main
+from launch.runtime import exporting
+from launch.runtime.stored import StoredCheckpoint
+from tests.launch.models import huggingface_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def export(*arguments: object) -> None:
+    old, sys.argv = sys.argv, ["export.py", *map(str, arguments)]
+    try:
+        main()
+    finally:
+        sys.argv = old
+
+
+def refusal(*arguments: object) -> str:
+    with pytest.raises(ValueError) as caught:
+        export(*arguments)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A model in Hugging Face's form, the checkpoint from it, and the export of that."""
+    root = tmp_path_factory.mktemp("export")
+    found = {name: root / name for name in ("original", "checkpoint", "exported", "again")}
+    huggingface_model(found["original"])
+    export("from-hf", "--model", found["original"], "--output", found["checkpoint"])
+    export("to-hf", "--checkpoint", found["checkpoint"], "--output", found["exported"])
+    export("from-hf", "--model", found["exported"], "--output", found["again"])
+    return found
+
+
+def test_export_is_the_original_to_the_bit(folders):
+    original = AutoModelForCausalLM.from_pretrained(folders["original"])
+    exported = AutoModelForCausalLM.from_pretrained(folders["exported"])
+    expected, found = original.state_dict(), exported.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    text = "Real text: naïve, 123 — done."
+    tokenizer = AutoTokenizer.from_pretrained(folders["exported"])
+    tokens = tokenizer(text, return_tensors="pt").input_ids
+    assert tokens[0].tolist() == list(
+        AutoTokenizer.from_pretrained(folders["original"]).encode(text)
+    )
+    assert tokenizer.decode(tokens[0]) == text
+    assert torch.equal(exported(tokens).logits, original(tokens).logits)
+
+
+def test_round_trip_is_hash_equal(folders):
+    def hashes(folder: Path) -> dict[str, str]:
+        files = sorted(folder.glob("model-*.safetensors"))
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+    assert hashes(folders["checkpoint"])
+    assert hashes(folders["again"]) == hashes(folders["checkpoint"])
+
+
+def test_large_models_are_written_in_shards(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "SHARD_BYTES", 50_000)
+    export("to-hf", "--checkpoint", folders["checkpoint"], "--output", tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 1
+    sharded = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded").state_dict()
+    whole = AutoModelForCausalLM.from_pretrained(folders["original"]).state_dict()
+    assert all(torch.equal(sharded[name], whole[name]) for name in whole)
+    export("from-hf", "--model", tmp_path / "sharded", "--output", tmp_path / "back")
+    stored = StoredCheckpoint(tmp_path / "back")
+    assert len(list((tmp_path / "back").glob("model-*-of-*.safetensors"))) > 1
+    for name in stored.tensors["model"]:
+        theirs = whole["lm_head.weight" if name == "embed_out.weight" else name]
+        assert torch.equal(stored.read(name), theirs)
+
+
+def test_low_precision_export(folders, tmp_path):
+    export(
+        "to-hf",
+        "--checkpoint",
+        folders["checkpoint"],
+        "--output",
+        tmp_path / "h",
+        "--dtype",
+        "fp16",
+    )
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "h", dtype="auto").dtype == torch.float16
+
+
+def test_wrong_logits_stop_the_export(folders, tmp_path, monkeypatch):
+    """The comparison is there to fail: an exporter that mixes up two matrices must not pass."""
+    write = exporting.write_hugging_face
+
+    def mixed_up(folder, config, read, **options):
+        swap = {"gpt_neox.layers.0.mlp.dense_h_to_4h.weight": 1, "x": 0}
+        names = {name: name.replace("layers.0", "layers.1") for name in swap}
+        return write(folder, config, lambda name: read(names.get(name, name)), **options)
+
+    monkeypatch.setattr(exporting, "write_hugging_face", mixed_up)
+    output = tmp_path / "wrong"
+    assert "logits differ" in refusal(
+        "to-hf", "--checkpoint", folders["checkpoint"], "--output", output
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_reshard_copies_every_tensor_for_another_layout(folders, tmp_path):
+    output = tmp_path / "tp2"
+    export(
+        *("reshard", "--checkpoint", folders["checkpoint"], "--output", output),
+        *("--tensor", 2, "--pipeline", 2),
+    )
+    source, copy = StoredCheckpoint(folders["checkpoint"]), StoredCheckpoint(output)
+    assert copy.config["parallel"] == {"tensor": 2, "pipeline": 2}
+    assert copy.config["model"] == source.config["model"]
+    for name in source.tensors["model"]:
+        assert torch.equal(copy.read(name), source.read(name))
+
+
+def test_mistakes_are_messages(folders, tmp_path):
+    checkpoint, output = folders["checkpoint"], tmp_path / "output"
+    given = ("--checkpoint", checkpoint, "--output", output)
+    assert "4 attention heads" in refusal("reshard", *given, "--tensor", 3)
+    assert "2 layers" in refusal("reshard", *given, "--tensor", 1, "--pipeline", 3)
+    assert "neither a checkpoint" in refusal("to-hf", "--checkpoint", tmp_path, "--output", output)
+    assert "exists already" in refusal("to-hf", "--checkpoint", checkpoint, "--output", tmp_path)
+    assert "neither a folder nor a hub id" in refusal(
+        "from-hf", "--model", "no-such-folder", "--output", output
+    )
+    llama = tmp_path / "llama"
+    llama.mkdir()
+    (llama / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert "only 'gpt_neox'" in refusal("from-hf", "--model", llama, "--output", output)
+    assert not output.exists()
+
+
+def test_a_damaged_checkpoint_is_not_exported(folders, tmp_path):
+    export(
+        *("reshard", "--checkpoint", folders["checkpoint"], "--output", tmp_path / "copy"),
+        *("--tensor", 1),
+    )
+    file = next((tmp_path / "copy").glob("model-*"))
+    file.rename(tmp_path / "copy" / "model-00001-of-00002.safetensors")
+    told = refusal("to-hf", "--checkpoint", tmp_path / "copy", "--output", tmp_path / "output")
+    assert f"{file.name} is missing" in told
+    assert "model-00001-of-00002.safetensors" in told
+
+
+def test_verb_ends_with_status_2_and_the_message_alone(tmp_path):
+    command = [sys.executable, str(ROOT / "launch" / "export.py"), "to-hf"]
+    command += ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "neither a checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
