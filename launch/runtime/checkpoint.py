@@ -99,11 +99,14 @@ def agree(work) -> list[Any]:
 def write_all(
     engine: Engine, aside: Path, state: dict[str, Any], tokenizer: Path | None
 ) -> dict[str, FileRecord]:
-    """This rank's files of a checkpoint."""
+    """This rank's files of a checkpoint.
+
+    All exchanges come before the first thing that a disk can fail, or are kept up while it fails.
+    """
     optimizer = OptimizerState(engine.optimizer)
-    records = write_tensors(engine, optimizer, aside)
     l2e = gather_l2e(engine)
     random = gather_random()
+    records = write_tensors(engine, optimizer, aside)
     if dist.get_rank() == 0:
         texts = {
             STATE: json.dumps(state | describe(engine, optimizer), indent=1),
@@ -259,7 +262,8 @@ def load(engine: Engine, folder: Path, tokenizer: Path | None = None) -> dict[st
     state = stored.state
     optimizer = OptimizerState(engine.optimizer)
     moments = tuple(state["optimizer"]["moments"])
-    agree(lambda: check(engine, stored, moments, tokenizer))
+    expected = {name: spec for stage in all_specs(engine) for name, spec in stage.items()}
+    agree(lambda: check(engine, stored, expected, moments, tokenizer))
     if moments:
         optimizer.create()
         agree(lambda: check_moments(engine, state, optimizer.moments, moments))
@@ -281,7 +285,11 @@ def load(engine: Engine, folder: Path, tokenizer: Path | None = None) -> dict[st
 
 
 def check(
-    engine: Engine, stored: StoredCheckpoint, moments: tuple[str, ...], tokenizer: Path | None
+    engine: Engine,
+    stored: StoredCheckpoint,
+    expected: dict[str, TensorSpec],
+    moments: tuple[str, ...],
+    tokenizer: Path | None,
 ) -> None:
     """The checkpoint is of this very model and tokenizer, and complete, to the last tensor."""
     ours, theirs = engine.config.model.model_dump(), stored.config["model"]
@@ -301,7 +309,6 @@ def check(
                 f"contents differ. Set tokenizer.path to {kept}, and prepare the "
                 "corpus with it"
             )
-    expected = {name: spec for stage in all_specs(engine) for name, spec in stage.items()}
     for kind in (MODEL, *moments):
         found = {
             name: tuple(part.get_shape()) for name, part in stored.tensors.get(kind, {}).items()
