@@ -1,0 +1,82 @@
+"""Hold two or more runs side by side: losses, monosemanticity, scores; or check their equality.
+
+    python launch/compare.py runs/baseline runs/l2e --output runs/comparison
+    python launch/compare.py runs/one_gpu runs/eight_gpus --equal
+    python launch/compare.py runs/base_* runs/l2e_* --arms 3
+
+Reads `metrics.jsonl`, `results/*.json` and, for --equal, the newest checkpoint both have. Writes
+comparison.json and PNG figures. With --arms N the first N runs are seeds of one arm, the others of
+the second, in the same order: differences are then also paired over seeds.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.runtime import comparison
+from launch.runtime.cli import run_verb
+
+
+def main() -> int:
+    options = parser().parse_args()
+    runs = [comparison.read_run(folder) for folder in options.runs]
+    if len(runs) < 2:
+        raise ValueError(f"{options.runs[0]}: name at least two runs to compare")
+    if options.equal:
+        return tell_differences(runs, options.tolerance)
+    if options.arms is not None and options.arms * 2 != len(runs):
+        raise ValueError(
+            f"--arms {options.arms}: {len(runs)} runs were named; give {options.arms} of each arm"
+        )
+    output = options.output or runs[0].folder / "results" / "comparison"
+    output.mkdir(parents=True, exist_ok=True)
+    report = comparison.compare(runs, options.arms)
+    (output / "comparison.json").write_text(json.dumps(report, indent=1) + "\n")
+    from launch.runtime.figures import draw
+
+    print(comparison.table(report))
+    for figure in draw(runs, output):
+        print(figure)
+    print(output / "comparison.json")
+    return 0
+
+
+def tell_differences(runs: list[comparison.Run], tolerance: float) -> int:
+    """Exit status 1 if any run leaves the first one's tolerance."""
+    status = 0
+    for other in runs[1:]:
+        told = comparison.first_difference(runs[0], other, tolerance)
+        print(f"{runs[0].folder} and {other.folder}: {told or 'equal'} (tolerance {tolerance:g})")
+        status = status or int(told is not None)
+    return status
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    result.add_argument(
+        "--output", type=Path, metavar="DIR", help="default: RUN/results/comparison"
+    )
+    result.add_argument("--arms", type=int, metavar="N", help="seeds in each of two arms")
+    result.add_argument(
+        "--equal",
+        action="store_true",
+        help="name the first step and tensor that differ by more than the tolerance; exit status 1",
+    )
+    result.add_argument(
+        "--tolerance",
+        type=float,
+        default=comparison.TOLERANCE,
+        metavar="R",
+        help="largest relative difference of equal runs (default %(default)s: fp32, any layout)",
+    )
+    return result
+
+
+if __name__ == "__main__":
+    run_verb(main)

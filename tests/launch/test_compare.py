@@ -1,0 +1,141 @@
+"""Comparing runs whose differences are known."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from launch.compare import main
+from launch.runtime import comparison, storage
+from launch.runtime.tensorfile import TensorFile, TensorSpec
+
+
+def make_run(
+    folder: Path, *, shift: float = 0.0, noise: int | None = None, accuracy: float = 0.5, steps=50
+) -> Path:
+    """A run whose loss falls by the same noisy curve, `shift` higher, with 400 scored items."""
+    folder.mkdir(parents=True)
+    common = np.random.default_rng(0).normal(0, 0.3, steps)
+    own = np.random.default_rng(noise).normal(0, 0.01, steps) if noise is not None else 0 * common
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            loss = 4 + 10 / step + common[step - 1] + own[step - 1] + shift
+            layer = {"mean_ms": 1.0, "kurtosis": 3.0, "std": 0.2, "mlp_to_residual": 0.5}
+            row = {"step": step, "lm_loss": loss, "ms_loss": 0.0, "grad_norm": 1.0, "lr": 1e-3}
+            row |= {"l2e": {"2": layer, "3": layer} if step % 10 == 0 else None}
+            row |= {"validation_loss": loss - 0.1} if step % 10 == 0 else {}
+            file.write(json.dumps(row) + "\n")
+    right = np.random.default_rng(1).random(400) < accuracy
+    report = {
+        "results": {"sciq": {"acc": right.mean(), "acc_stderr": 0.025}},
+        "items": {"sciq": {"hash": "h", "count": 400, "acc": right.astype(float).tolist()}},
+        "shots": {"sciq": 0},
+        "step": steps,
+    }
+    (folder / "results").mkdir()
+    (folder / "results" / "evaluate.json").write_text(json.dumps(report))
+    return folder
+
+
+def compare(*arguments: object) -> int:
+    old, sys.argv = sys.argv, ["compare.py", *map(str, arguments)]
+    try:
+        return main()
+    finally:
+        sys.argv = old
+
+
+def test_interval_is_the_paired_one():
+    """A difference far below the steps' common noise is found, with its exact standard error."""
+    differences = np.random.default_rng(3).normal(0.02, 0.1, 1000)
+    found = comparison.interval(differences)
+    exact = differences.std(ddof=1) / np.sqrt(1000)
+    assert found["mean"] == pytest.approx(differences.mean())
+    assert found["error"] == pytest.approx(exact, rel=0.1)
+    assert found["low"] == pytest.approx(found["mean"] - 1.96 * exact, abs=0.2 * exact)
+    assert found["high"] == pytest.approx(found["mean"] + 1.96 * exact, abs=0.2 * exact)
+
+
+def test_report_figures_and_table(tmp_path, capsys):
+    one = make_run(tmp_path / "base", noise=1)
+    two = make_run(tmp_path / "l2e", noise=2, shift=-0.02, accuracy=0.6)
+    assert compare(one, two, "--output", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    (change,) = report["differences"]
+    assert change["lm_loss"]["mean"] == pytest.approx(-0.02, abs=0.006)
+    assert change["lm_loss"]["high"] < 0  # the common noise of 0.3 has gone
+    assert change["validation_loss"]["count"] == 5
+    score = change["scores"]["sciq 0-shot"]
+    assert score["count"] == 400
+    assert score["low"] > 0  # 40 items became right, none wrong
+    said = capsys.readouterr().out
+    assert "validation loss" in said
+    assert "points over 400 items" in said
+    for name in ("losses.png", "layers.png", "scores.png"):
+        assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_seeds_pair_up(tmp_path):
+    base = [make_run(tmp_path / f"base{n}", noise=n) for n in range(3)]
+    l2e = [make_run(tmp_path / f"l2e{n}", noise=10 + n, shift=-0.1) for n in range(3)]
+    assert compare(*base, *l2e, "--arms", 3, "--output", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    seeds = report["over_seeds"]["lm_loss"]
+    assert seeds["count"] == 3
+    assert seeds["mean"] == pytest.approx(-0.1, abs=0.01)
+    assert len(report["differences"]) == 3
+    with pytest.raises(ValueError, match="--arms 2"):
+        compare(*base, *l2e, "--arms", 2)
+
+
+def test_other_items_are_not_paired(tmp_path):
+    one, two = (make_run(tmp_path / name) for name in ("a", "b"))
+    path = two / "results" / "evaluate.json"
+    path.write_text(path.read_text().replace('"hash": "h"', '"hash": "other"'))
+    change = comparison.difference(comparison.read_run(one), comparison.read_run(two))
+    assert change["scores"] == {}
+
+
+def test_equal_runs_and_the_first_step_that_differs(tmp_path, capsys):
+    one, two = (make_run(tmp_path / name) for name in ("a", "b"))
+    assert compare(one, two, "--equal") == 0
+    assert "equal" in capsys.readouterr().out
+    lines = (two / "metrics.jsonl").read_text().splitlines()
+    for step in (7, 30):
+        row = json.loads(lines[step - 1])
+        row["lm_loss"] *= 1 + 3e-5
+        lines[step - 1] = json.dumps(row)
+    (two / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert compare(one, two, "--equal") == 1
+    assert "lm_loss differs first at step 7" in capsys.readouterr().out
+    assert compare(one, two, "--equal", "--tolerance", 1e-4) == 0
+
+
+def test_equal_losses_but_another_tensor(tmp_path, capsys):
+    for name, value in (("a", 1.0), ("b", 1.001)):
+        run = make_run(tmp_path / name)
+        final = run / "checkpoints" / storage.folder_name(50)
+        aside = storage.begin(final)
+        file = TensorFile(
+            aside / "model-00001-of-00001.safetensors",
+            {n: TensorSpec((4,), torch.float32) for n in ("first", "second")},
+        )
+        file.write("first", torch.ones(4))
+        file.write("second", torch.full((4,), value))
+        storage.commit(aside, final, {"model-00001-of-00001.safetensors": file.close()})
+    assert compare(tmp_path / "a", tmp_path / "b", "--equal") == 1
+    assert "step_0000050 model second differs" in capsys.readouterr().out
+
+
+def test_mistakes_are_messages(tmp_path):
+    with pytest.raises(ValueError, match=r"metrics.jsonl is missing"):
+        compare(tmp_path, tmp_path)
+    run = make_run(tmp_path / "a")
+    with pytest.raises(ValueError, match="at least two runs"):
+        compare(run)
+    (run / "metrics.jsonl").write_text('{"step": 1}\nnot json\n')
+    with pytest.raises(ValueError, match="line 2"):
+        compare(run, run)
