@@ -44,17 +44,21 @@ def main() -> None:
         "train": lambda: [train(work, arguments.rounds) for work in workloads(device)],
         "layer": lambda: layer(device, arguments.rounds),
         "loading": loading_speed.measure,
-        "scaling": lambda: scaling_speed.measure([1, 2, 4], steps=14),
+        "scaling": lambda: scaling_speed.measure(process_counts(device), steps=14),
     }
     chosen = arguments.only.split(",") if arguments.only else list(sections)
     path = RESULTS / f"{device.type}.json"
     results = json.loads(path.read_text()) if arguments.only and path.exists() else {}
     results["machine"] = describe_machine(device)
+    results["machine"]["note"] = arguments.note
     results["command"] = " ".join(["python", "bench/run.py", *sys.argv[1:]])
     for name in chosen:
         begin = time.monotonic()
         print(f"{name} ...", flush=True)
-        results[name] = sections[name]()
+        try:
+            results[name] = sections[name]()
+        except Exception as error:  # the other sections are still worth having
+            print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
         RESULTS.mkdir(exist_ok=True)
         path.write_text(json.dumps(results, indent=2) + "\n")
@@ -69,7 +73,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", help="sections, of train,layer,loading,scaling; default: all")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each contender")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--note", default="", help="what readers should know about the machine")
     return parser.parse_args()
+
+
+def process_counts(device: torch.device) -> list[int]:
+    """1, 2 and 4 processes, as far as there are GPUs for them."""
+    most = torch.cuda.device_count() if device.type == "cuda" else 4
+    return [count for count in (1, 2, 4) if count <= most]
 
 
 def workloads(device: torch.device) -> list[Workload]:
