@@ -17,10 +17,10 @@ from transformers.utils import cached_file
 
 from data.tokenizer import load_tokenizer
 from launch.runtime import storage
-from launch.runtime.checkpoint import L2E, RANDOM, file_name, write_small
 from launch.runtime.optimizer_state import MASTER
+from launch.runtime.saving import file_name, write_small
 from launch.runtime.storage import FileRecord
-from launch.runtime.stored import CONFIG, STATE, TOKENIZER_FILES, StoredCheckpoint
+from launch.runtime.stored import CONFIG, L2E, RANDOM, STATE, TOKENIZER_FILES, StoredCheckpoint
 from launch.runtime.tensorfile import TensorFile, TensorSpec
 from launch.runtime.tokenizer_files import write_tokenizer
 from model.config import ModelConfig

@@ -16,6 +16,8 @@ from model.gpt_neox import GPTNeoX
 MODEL = "model"
 STATE = "state.json"
 CONFIG = "config.json"
+L2E = "l2e.safetensors"
+RANDOM = "random.safetensors"
 # The tokenizer lies beside the weights, here and in Hugging Face's form, under one of these names.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 

@@ -10,7 +10,8 @@ import pytest
 from safetensors import safe_open
 
 from launch.runtime import checkpoint
-from launch.runtime.stored import StoredCheckpoint
+from launch.runtime.saving import gather_l2e
+from launch.runtime.stored import RANDOM, StoredCheckpoint
 from tests.distributed.checkpointing import folder_of, make_config, running, train
 from tests.distributed.processes import run_on_processes
 
@@ -32,7 +33,7 @@ SOURCE = "tensor 2, data 2, ZeRO-1"
 
 
 def l2e_state(engine) -> dict:
-    return {name: tensor.tolist() for name, tensor in checkpoint.gather_l2e(engine).items()}
+    return {name: tensor.tolist() for name, tensor in gather_l2e(engine).items()}
 
 
 def save_and_train(folder: str, keys: dict, source: Path | None) -> dict:
@@ -72,7 +73,7 @@ def tensors(folder: Path) -> dict[str, bytes]:
     """Every tensor of a checkpoint but the random states, as bytes."""
     found = {}
     for path in folder.glob("*.safetensors"):
-        if path.name != checkpoint.RANDOM:
+        if path.name != RANDOM:
             with safe_open(path, framework="pt") as file:
                 kind = path.name.split("-")[0]
                 for name in file.keys():  # noqa: SIM118

@@ -1,0 +1,171 @@
+"""Write a checkpoint: every rank its share of the whole tensors, the first rank the rest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launch.runtime import storage
+from launch.runtime.canonical import agree, all_specs, whole
+from launch.runtime.engine import Engine
+from launch.runtime.optimizer_state import MASTER, OptimizerState
+from launch.runtime.storage import FileRecord
+from launch.runtime.stored import CONFIG, L2E, MODEL, RANDOM, STATE
+from launch.runtime.tensorfile import TensorFile, TensorSpec
+from launch.runtime.writing import WritingThread
+
+# What of the dynamic loss scale's state a checkpoint keeps.
+LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def save(
+    engine: Engine, directory: Path, state: dict[str, Any], tokenizer: Path | None = None
+) -> Path:
+    """Write the checkpoint of `state["step"]` into `directory`; all ranks call it together.
+
+    `state` is given back by `load`; `tokenizer` is the run's tokenizer file.
+
+    Then deletes old checkpoints as the configuration says. Returns the checkpoint's folder.
+
+    Raises:
+        ValueError: on every rank, if any rank could not write; earlier checkpoints stay.
+    """
+    final = Path(directory) / storage.folder_name(state["step"])
+    aside = final.with_name(final.name + ".tmp")
+    agree(lambda: storage.begin(final) if dist.get_rank() == 0 else None)
+    try:
+        records = agree(lambda: write_all(engine, aside, state, tokenizer))
+        agree(lambda: finish(engine, aside, final, records) if dist.get_rank() == 0 else None)
+    except ValueError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return final
+
+
+def finish(engine: Engine, aside: Path, final: Path, records: list[dict]) -> None:
+    storage.commit(aside, final, {name: r for part in records for name, r in part.items()})
+    storage.point_latest(final)
+    settings = engine.config.checkpoint
+    storage.prune(final.parent, settings.keep_last, settings.keep_every)
+
+
+def write_all(
+    engine: Engine, aside: Path, state: dict[str, Any], tokenizer: Path | None
+) -> dict[str, FileRecord]:
+    """This rank's files of a checkpoint.
+
+    All exchanges come before the first thing that a disk can fail, or are kept up while it fails.
+    """
+    optimizer = OptimizerState(engine.optimizer)
+    l2e = gather_l2e(engine)
+    random = gather_random()
+    records = write_tensors(engine, optimizer, aside)
+    if dist.get_rank() == 0:
+        texts = {
+            STATE: json.dumps(state | describe(engine, optimizer), indent=1),
+            CONFIG: engine.config.model_dump_json(indent=1),
+        }
+        for name, text in texts.items():
+            records[name] = storage.write_text(aside / name, text + "\n")
+        for name, tensors in ((L2E, l2e), (RANDOM, random)):
+            records[name] = write_small(aside / name, tensors)
+        if tokenizer is not None:
+            name = "tokenizer" + Path(tokenizer).suffix
+            records[name] = storage.copy_file(Path(tokenizer), aside / name)
+        storage.sync_folder(aside)
+    return records
+
+
+def describe(engine: Engine, optimizer: OptimizerState) -> dict[str, Any]:
+    """The part of state.json that is the engine's."""
+    layout = engine.layout
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return {
+        "dtype": engine.config.train.dtype,
+        "zero_stage": engine.config.zero_stage,
+        "layout": {
+            "tensor": layout.tensor_size,
+            "pipeline": layout.pipeline_size,
+            "data": layout.data_size,
+        },
+        "optimizer": {
+            "type": engine.config.optimizer.type,
+            "moments": list(optimizer.moments),
+            "steps": optimizer.steps,
+        },
+        "loss_scaler": {key: getattr(scaler, key) for key in LOSS_SCALER if hasattr(scaler, key)},
+    }
+
+
+def spread(specs: dict[str, TensorSpec], writers: int) -> list[list[str]]:
+    """The names each of a stage's ranks writes: about the same number of bytes each."""
+    shares: list[list[str]] = [[] for _ in range(writers)]
+    load = [0] * writers
+    for name in sorted(specs, key=lambda name: (-specs[name].bytes, name)):
+        lightest = load.index(min(load))
+        shares[lightest].append(name)
+        load[lightest] += specs[name].bytes
+    order = {name: place for place, name in enumerate(specs)}
+    return [sorted(share, key=order.__getitem__) for share in shares if share]
+
+
+def write_tensors(engine: Engine, optimizer: OptimizerState, aside: Path) -> dict[str, FileRecord]:
+    """Master weights and moments: each tensor is whole on its ranks for a moment, one writes it."""
+    layout = engine.layout
+    stages = all_specs(engine)
+    shares = [spread(specs, layout.tensor_size * layout.data_size) for specs in stages]
+    before = sum(len(stage) for stage in shares[: layout.pipeline_rank])
+    total = sum(len(stage) for stage in shares)
+    writer = layout.data_rank * layout.tensor_size + layout.tensor_rank
+    mine = shares[layout.pipeline_rank][writer : writer + 1]
+    own = {name: stages[layout.pipeline_rank][name] for share in mine for name in share}
+    names = (MASTER, *optimizer.moments)
+    files = {file_name(kind, before + writer + 1, total): own for kind in names if own}
+    thread = WritingThread(aside, files)
+    try:
+        for kind in names:
+            for name, parameter in engine.named_parameters():
+                tensor = whole(engine, name, parameter, optimizer.read(parameter, kind))
+                if name in own:
+                    thread.put(tensor)
+    finally:
+        records = thread.finish()
+    return records
+
+
+def file_name(kind: str, number: int, total: int) -> str:
+    prefix = MODEL if kind == MASTER else kind
+    return f"{prefix}-{number:05d}-of-{total:05d}.safetensors"
+
+
+def write_small(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
+    file = TensorFile(
+        path, {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    )
+    for name, tensor in tensors.items():
+        file.write(name, tensor)
+    return file.close()
+
+
+def gather_l2e(engine: Engine) -> dict[str, Tensor]:
+    """The inhibited layers' state, of all pipeline stages."""
+    own = {} if engine.controller is None else engine.controller.state_dict()
+    stages: list[dict[str, Tensor]] = [{}] * engine.layout.pipeline_size
+    dist.all_gather_object(stages, own, group=engine.layout.pipeline_group)
+    return {name: tensor for stage in stages for name, tensor in stage.items()}
+
+
+def gather_random() -> dict[str, Tensor]:
+    own = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        own["cuda"] = torch.cuda.get_rng_state()
+    ranks: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    return {f"{rank}.{name}": t for rank, state in enumerate(ranks) for name, t in state.items()}
