@@ -115,15 +115,19 @@ def test_epochs_are_the_fewest_that_do(tokens, samples):
     assert (epochs * tokens - 1) // 32 >= samples > ((epochs - 1) * tokens - 1) // 32
 
 
-def test_a_megatron_blend_is_megatrons(tmp_path):
+# 3,201 tokens are 100 samples of 32 + 1 and not one more: half a percent on top is an epoch more.
+HUNDRED_SAMPLES = [*np.split(np.random.RandomState(5).randint(0, 500, 3200), 100), np.array([7])]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_megatron_blend_is_megatrons(tmp_path, exact):
     """The whole of megatron-core's builder, as its trainers call it."""
     gpt = pytest.importorskip("megatron.core.datasets.gpt_dataset")
     from megatron.core.datasets import blended_megatron_dataset_builder as builder
 
-    prefixes = [
-        write_tokens(tmp_path / str(i), random_documents(40 + 30 * i, seed=i)) for i in range(3)
-    ]
-    weights = [0.55, 0.3, 0.15]
+    corpora = [HUNDRED_SAMPLES if exact else random_documents(40 + 30 * i, i) for i in range(3)]
+    prefixes = [write_tokens(tmp_path / str(i), corpus) for i, corpus in enumerate(corpora)]
+    weights = [0.5, 0.3, 0.2]
 
     class Tokenizer:
         vocab_size, eod, unique_identifiers = 500, 0, {}
