@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from l2e.attach import Handle
 from l2e.config import L2EConfig, LayerChoice, select_layers
 from l2e.sharding import Sharding
 
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "original": {"method": "none"},
     "naive a": {"method": "deactivate", "delta": 0.0},
     "naive b": {"method": "deactivate", "delta": -1.0},
