@@ -92,7 +92,10 @@ def test_activation_checkpointing_changes_no_bit():
     gradients = []
     for activation_checkpointing in (False, True):
         model = GPTNeoX(config, seed=5, activation_checkpointing=activation_checkpointing)
+        calls = []
+        model.gpt_neox.layers[1].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         model(sample[:, :-1], sample[:, 1:]).backward()
+        assert len(calls) == (2 if activation_checkpointing else 1)  # the second in the backward
         gradients.append([p.grad for p in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
