@@ -1,0 +1,116 @@
+"""A run that a batch system stops, damages or starts again, as its user sees it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench.random_tokens import write_random_tokens
+from tests.launch.running import ENVIRONMENT, ROOT, python
+
+VERB = "launch/pretrain.py"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    prefix = write_random_tokens(folder / "tokens", 2**16, vocab_size=256)
+    path = folder / "tiny.json"
+    path.write_text(
+        json.dumps(
+            {
+                "model": {
+                    "num_layers": 2,
+                    "hidden_size": 32,
+                    "num_attention_heads": 4,
+                    "vocab_size": 256,
+                },
+                "l2e": {"late_start_step": 4, "forget_step": 4},
+                "data": {"path": str(prefix), "sequence_length": 32},
+                "optimizer": {"learning_rate": 1e-2},
+                "schedule": {"warmup_steps": 2},
+                "train": {
+                    "steps": 2000,
+                    "global_batch_size": 4,
+                    "micro_batch_size": 4,
+                    "dtype": "fp32",
+                },
+                "evaluate": {"interval": 0, "batches": 1},
+                "logging": {"interval": 1},
+                "checkpoint": {"interval": 5, "keep_last": 4},
+            }
+        )
+    )
+    return path
+
+
+def losses(run: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["lm_loss"] for row in rows}
+
+
+def start(config: Path, run: Path, *words: str) -> subprocess.Popen:
+    command = [sys.executable, VERB, "--config", str(config), "--run", str(run), *words]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    """Until the run has written `step`; fails if it ends before."""
+    path = run / "metrics.jsonl"
+    while process.poll() is None:
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)  # polling a file that another process writes
+    pytest.fail(f"the run ended: {process.communicate()[0]}")
+
+
+def test_stopped_by_signals_damaged_and_resumed(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for number, first in ((signal.SIGTERM, 7), (signal.SIGUSR1, 60)):
+        words = ["--resume", "auto"] if (run / "metrics.jsonl").exists() else []
+        process = start(config, run, *words)
+        try:
+            wait_for_step(process, run, first)
+            process.send_signal(number)
+            begin = time.monotonic()
+            said, _ = process.communicate(timeout=30)
+        finally:
+            process.kill()
+        assert process.returncode == 0, said
+        assert time.monotonic() - begin < 30
+        assert "--resume auto" in said
+        stopped = max(losses(run))
+        newest = (run / "checkpoints" / "latest").read_text().strip()
+        assert newest == f"step_{stopped:07d}"  # nothing that was trained is lost
+
+    # A byte of the newest checkpoint goes wrong: the run goes on from the one before.
+    damaged = next((run / "checkpoints" / newest).glob("exp_avg-*"))
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    end = stopped + 3
+    last = python(
+        VERB, "--config", config, "--run", run, "--resume", "auto",
+        "--set", f"train.stop_after={end}",
+    )  # fmt: skip
+    assert last.returncode == 0, last.stdout + last.stderr
+    assert f"{newest} is damaged and passed over" in last.stdout
+    assert damaged.name in last.stdout
+
+    # All of it together is the run that nobody touched, bit for bit.
+    whole = tmp_path / "whole"
+    done = python(VERB, "--config", config, "--run", whole, "--set", f"train.stop_after={end}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(run) == losses(whole)
+    assert max(losses(run)) == end
