@@ -1,6 +1,8 @@
 """The files that install the project: they name what exists, and agree with each other."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -82,3 +84,21 @@ def test_kubernetes_job_parses() -> None:
         for part in yaml.safe_load_all((ROOT / "launch/cluster/pretrain.yaml").read_text())
     ]
     assert kinds == ["Service", "Job"]
+
+
+def test_pip_install_gives_l2e_with_torch_alone(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--target", str(tmp_path), str(ROOT)]
+    installed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert installed.returncode == 0, installed.stderr
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} >= {"l2e"}
+    assert not (tmp_path / "launch").exists()
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import l2e; print(l2e.__file__);"
+        "print(sorted({'pydantic', 'megatron', 'deepspeed', 'transformers'} & set(sys.modules)))"
+    )
+    imported = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert imported.returncode == 0, imported.stderr
+    assert imported.stdout.splitlines() == [str(tmp_path / "l2e" / "__init__.py"), "[]"]
