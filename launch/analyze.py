@@ -348,29 +348,30 @@ def _report(options: argparse.Namespace) -> None:
     from l2e.analysis.results import read_result, write_result
     from l2e.analysis.scale import analyze_scale
 
-    network = _network(options, options.model)
     sections = []
+
+    def keep(folder: Path, verb: str, result: dict) -> None:
+        """At once, so that what was measured outlives an interruption."""
+        write_result(folder, verb, result)
+        images = getattr(figures, f"draw_{verb}")(result, folder)
+        sections.append((folder.name, verb, read_result(folder, verb), images))
+
+    network = _network(options, options.model)
     for file in options.features:
         folder = options.output / Path(file).name.split(".")[0]
         activations = _activations(options, network, file)
+        for verb in ("fkr", "proxies"):
+            keep(folder, verb, _analyze(verb, network, activations, "post_max"))
         probe = _analyze("probe", network, activations, PROBED_KIND)
+        keep(folder, "probe", probe)
         monosemantic = [Probe(**row) for row in probe["neurons"]]
         scale = analyze_scale(activations, "post_max", monosemantic)
-        results = {"scale": _subject(network, activations) | scale, "probe": probe}
-        for verb in ("fkr", "proxies"):
-            results[verb] = _analyze(verb, network, activations, "post_max")
-        neurons = [parse_neuron(name) for name in top_neurons(results["probe"], ABLATED_BY_DEFAULT)]
-        results["ablate"] = _ablate_neurons(options, network, file, neurons)
-        sections.append((folder, results))
+        keep(folder, "scale", _subject(network, activations) | scale)
+        neurons = [parse_neuron(name) for name in top_neurons(probe, ABLATED_BY_DEFAULT)]
+        keep(folder, "ablate", _ablate_neurons(options, network, file, neurons))
     if options.checkpoints:
-        sections.append((options.output, {"neuromfa": _neuromfa(options)}))
-    drawn = []
-    for folder, results in sections:
-        for verb, result in results.items():
-            write_result(folder, verb, result)
-            images = getattr(figures, f"draw_{verb}")(result, folder)
-            drawn.append((folder.name, verb, read_result(folder, verb), images))
-    print(f"wrote {write_report(options.output / 'report.html', network.name, drawn)}")
+        keep(options.output, "neuromfa", _neuromfa(options))
+    print(f"wrote {write_report(options.output / 'report.html', network.name, sections)}")
 
 
 if __name__ == "__main__":
