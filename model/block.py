@@ -37,6 +37,10 @@ class Block(nn.Module):
         self.mlp = MLP(
             f"{name}.mlp", config, inhibitor, seed=seed, sequence_parallel=sequence_parallel
         )
+        if inhibitor is not None and inhibitor.config.method == "silence":
+            # The control of a switched-off MLP stays off in evaluation and in an export: these
+            # weights get no gradient while their input is 0.
+            nn.init.zeros_(self.mlp.dense_4h_to_h.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[sequence, batch, hidden] -> the same shape."""
