@@ -189,7 +189,8 @@ def memory(model: ModelShape, layout: Layout, stage: int = 0) -> dict[str, int]:
 
     ZeRO partitions over data-parallel ranks: the optimizer's states from stage 1 on, gradients
     from 2, weights from 3. Adam keeps two fp32 moments, and an fp32 master copy wherever the
-    weights are 16 bit or ZeRO partitions them; gradients accumulate in fp32.
+    weights are 16 bit or ZeRO partitions them; gradients accumulate in fp32, and 16-bit ones are
+    freed as they are added.
     """
     count = stage_parameters(model, layout, stage)
     data, zero = layout.data, layout.zero_stage
@@ -197,9 +198,7 @@ def memory(model: ModelShape, layout: Layout, stage: int = 0) -> dict[str, int]:
     states = (3 if half or zero >= 1 else 2) * FP32
     return {
         "weights": count * BYTES[layout.dtype] // (data if zero >= 3 else 1),
-        "gradients": count
-        * (FP32 + (BYTES[layout.dtype] if half else 0))
-        // (data if zero >= 2 else 1),
+        "gradients": count * FP32 // (data if zero >= 2 else 1),
         "optimizer": count * states // (data if zero >= 1 else 1),
         "activations": activation_memory(model, layout, stage),
         "logits": logits_memory(model, layout) if stage == layout.pipeline - 1 else 0,
