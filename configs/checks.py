@@ -27,6 +27,7 @@ def cross_check(config: Config, processes: int | None = None) -> Iterator[Proble
     """Every broken rule of `config` for a run of `processes` ranks."""
     yield from check_model(config)
     yield from check_deepspeed(config)
+    yield from check_tasks(config)
     yield from check_layout(config, processes or config.parallel.processes or 1)
     yield from check_compile(config)
     yield from check_data(config)
@@ -120,6 +121,20 @@ def check_deepspeed(config: Config) -> Iterator[Problem]:
     elif config.train.dtype == "fp16" and stage == 0:
         reason = "fp16 at ZeRO-0 unscales gradients of a loss that was never scaled"
         yield Problem(name, stage, reason, "set it to 1, or train.dtype to bf16")
+
+
+def check_tasks(config: Config) -> Iterator[Problem]:
+    """Tasks are scored on the model in training, which each process must be able to run alone."""
+    if not config.evaluate.tasks:
+        return
+    reason = None
+    if config.parallel.pipeline > 1 or config.parallel.sequence:
+        reason = "scores during training need whole layers: no pipeline or sequence parallelism"
+    elif config.deepspeed.get("zero_optimization", {}).get("stage", 1) == 3:
+        reason = "scores during training need whole parameters: ZeRO-2 or lower"
+    if reason:
+        fix = "set it to [] and score the checkpoints by launch/evaluate.py --steps all"
+        yield Problem("evaluate.tasks", config.evaluate.tasks, reason, fix)
 
 
 def check_layout(config: Config, processes: int) -> Iterator[Problem]:

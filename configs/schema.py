@@ -158,10 +158,20 @@ class Checkpoint(Section):
 
 
 class Evaluate(Section):
-    """Validation during training."""
+    """Validation and downstream scores during training."""
 
     interval: int = key(1000, "steps between validation losses; 0: at the end only", "steps", ge=0)
     batches: int = key(10, "global batches of the validation loss", "batches", ge=1)
+    tasks: list[str] = key(
+        [],
+        "lm-evaluation-harness tasks or suites (pythia, l2e) that are scored during training",
+    )
+    task_interval: int = key(0, "steps between these scores; 0: at the end only", "steps", ge=0)
+    task_data: str | None = key(
+        None, "folder of the tasks' TASK_SPLIT.jsonl(.gz) files; default: the Hugging Face hub"
+    )
+    task_limit: int | None = key(None, "items of each task; default: all", "items", ge=1)
+    shots: int = key(0, "examples before each item", ge=0)
 
 
 class Logging(Section):

@@ -62,6 +62,10 @@ class TensorBoard:
                 for layer, values in (value or {}).items():
                     for key, number in values.items():
                         self.scalar(f"l2e_{key}/layer_{layer}", number, step)
+            elif name == "scores":
+                for task, metrics in (value or {}).items():
+                    for key, number in metrics.items():
+                        self.scalar(f"scores/{task}_{key}", number, step)
             elif name != "step":
                 self.scalar(f"train/{name}", value, step)
 

@@ -15,6 +15,7 @@ from launch.runtime import processes
 from launch.runtime.engine import initialise_layout, release_layout
 from launch.runtime.harness import Scored
 from launch.runtime.stored import TOKENIZER_FILES, StoredCheckpoint
+from model.gpt_neox import GPTNeoX
 
 
 @contextmanager
@@ -39,14 +40,19 @@ def from_checkpoint(source: StoredCheckpoint, dtype: torch.dtype, device: torch.
             f"{source.folder} has no tokenizer; put the run's tokenizer.json or tokenizer.model "
             "into that folder"
         )
-    tokenizer = load_tokenizer(source.tokenizer)
     model = source.build_model().to(device, dtype)
+    return from_model(model, source.tokenizer, device)
+
+
+def from_model(model: GPTNeoX, tokenizer_file: Path, device: torch.device) -> Scored:
+    """Our own model; tensor-parallel ranks must score the same batches."""
+    tokenizer = load_tokenizer(tokenizer_file)
     return Scored(
         # Our residual stream has the sequence first: [positions, batch, hidden].
         hidden=lambda tokens: model.gpt_neox(tokens).transpose(0, 1),
         head=lambda states: model.embed_out(states[:, None])[0],
         tokenizer=tokenizer,
-        maximum_length=source.model_config.max_position_embeddings,
+        maximum_length=model.config.max_position_embeddings,
         end_of_document=tokenizer.eod,
         device=device,
     )

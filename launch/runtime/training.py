@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ class Run:
 def train(run: Run, data: Corpus, resume: Path | None) -> None:
     """Train from the checkpoint `resume`, or from the start, to the configuration's last step."""
     config = run.config
+    check_tasks(config, data)
     engine = build(config)
     describe(run, engine)
     start = 0
@@ -95,6 +97,9 @@ def fit(run: Run, engine: Engine, data: Corpus, start: int) -> None:
         if done in (1, last) or due(config.evaluate.interval, done):
             with recorder.paused():
                 recorder.add_validation(validate(config, engine, data))
+        if config.evaluate.tasks and (done == last or due(config.evaluate.task_interval, done)):
+            with recorder.paused():
+                recorder.add_scores(score_tasks(run, engine, data, done))
         if measured:
             recorder.flush()
         leaving = stop.agreed()
@@ -121,6 +126,44 @@ def validate(config: Config, engine: Engine, data: Corpus) -> Tensor:
     """The loss on the same held-out batches each time (nats/token)."""
     batches = data.validation_batches(engine.layout)
     return engine.evaluate(batches, config.evaluate.batches)
+
+
+def check_tasks(config: Config, data: Corpus) -> None:
+    """A task that cannot be scored is told now, not after a day of training."""
+    if not config.evaluate.tasks:
+        return
+    if data.paths.tokenizer is None:
+        raise ValueError("evaluate.tasks: the corpus names no tokenizer; set tokenizer.path")
+    from launch.runtime.tasks import select
+
+    select(config.evaluate.tasks, task_folder(config))
+
+
+def task_folder(config: Config) -> Path | None:
+    return Path(config.evaluate.task_data) if config.evaluate.task_data else None
+
+
+def score_tasks(run: Run, engine: Engine, data: Corpus, step: int) -> dict[str, dict[str, float]]:
+    """{task: {metric: value}} of the model as it is; its data-parallel ranks share the items.
+
+    The report, item by item, goes into the run's results, where `compare.py` finds it.
+    """
+    from launch.runtime import evaluation, harness, scored, tasks  # the harness takes seconds
+
+    wanted = run.config.evaluate
+    assert data.paths.tokenizer is not None, "check_tasks has seen to it"
+    engine.deepspeed.eval()
+    model = scored.from_model(engine.model, data.paths.tokenizer, engine.device)
+    asked = harness.HarnessModel(model, group=engine.layout.data_group)
+    selection = tasks.select(wanted.tasks, task_folder(run.config))
+    report = evaluation.evaluate(asked, selection, wanted.shots, wanted.task_limit)
+    if run.process.is_first:
+        folder = run.folder / "results"
+        folder.mkdir(exist_ok=True)
+        name = f"evaluate_{wanted.shots}shot_step_{step:07d}.json"
+        (folder / name).write_text(json.dumps(report | {"step": step}, indent=1) + "\n")
+        print(f"scores after step {step}\n{evaluation.table(report)}", flush=True)
+    return report["results"]
 
 
 def save(run: Run, engine: Engine, data: Corpus, step: int) -> None:
@@ -216,6 +259,10 @@ class Recorder:
     def add_validation(self, loss: Tensor) -> None:
         """The validation loss after the newest step."""
         self.pending[-1]["validation_loss"] = loss
+
+    def add_scores(self, scores: dict[str, dict[str, float]]) -> None:
+        """The downstream scores after the newest step."""
+        self.pending[-1]["scores"] = scores
 
     def flush(self) -> None:
         """Fetch, check and write what has been remembered."""

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from bench.random_tokens import write_random_tokens
-from tests.launch.running import ENVIRONMENT, ROOT, python
+from tests.launch.models import byte_tokenizer, write_sciq
+from tests.launch.running import ENVIRONMENT, ROOT, python, torchrun
 
 VERB = "launch/pretrain.py"
 
@@ -114,3 +115,38 @@ def test_stopped_by_signals_damaged_and_resumed(config: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(run) == losses(whole)
     assert max(losses(run)) == end
+
+
+def test_scores_in_training_are_those_of_the_checkpoint(config: Path, tmp_path: Path) -> None:
+    """Two data-parallel ranks share the items; evaluate.py on what they saved says the same."""
+    run, data = tmp_path / "run", write_sciq(tmp_path / "tasks").parent
+    settings = {
+        "model.vocab_size": 300,
+        "model.max_position_embeddings": 256,
+        "tokenizer.path": byte_tokenizer(tmp_path),
+        "train.micro_batch_size": 2,
+        "train.stop_after": 6,
+        "evaluate.tasks": '["sciq"]',
+        "evaluate.task_data": data,
+        "evaluate.task_interval": 3,
+    }
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    trained = torchrun(2, VERB, "--config", config, "--run", run, *words)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = {row["step"]: row["scores"]["sciq"] for row in rows if row.get("scores")}
+    assert sorted(scores) == [3, 6]
+    output = tmp_path / "scores.json"
+    asked = python(
+        "launch/evaluate.py", "--checkpoint", run, "--tasks", "sciq", "--task-data", data,
+        "--output", output,
+    )  # fmt: skip
+    assert asked.returncode == 0, asked.stderr
+    assert json.loads(output.read_text())["results"]["sciq"] == pytest.approx(scores[6])
+    shown = json.loads((run / "results" / "evaluate_0shot_step_0000006.json").read_text())
+    assert shown["items"]["sciq"]["count"] == 12
+    settings["evaluate.tasks"] = '["sciqq"]'
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    refused = python(VERB, "--config", config, "--run", tmp_path / "other", *words)
+    assert refused.returncode == 2
+    assert "did you mean sciq" in refused.stderr
