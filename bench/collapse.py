@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--weight", type=float, default=Settings.weight, help="of L_MS")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -198,7 +199,7 @@ def main() -> None:
     print(f"{'arm':22} seed  valid. loss      std  kurtosis  MLP/residual  std before activation")
     for seed in options.seeds:
         settings = Settings(weight=options.weight, steps=options.steps, seed=seed)
-        for arm in ARMS:
+        for arm in options.arms:
             row = run(arm, data, settings, progress=sys.stderr.isatty())
             rows.append({"arm": arm, "seed": seed} | row)
             print(
