@@ -1,11 +1,14 @@
 """Compiled blocks: whole graphs, one for plain and one for inhibited blocks, the same numbers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import configs
 from l2e import Controller, L2EConfig
 from launch.runtime import compiling
 from model.block import Block
@@ -77,3 +80,17 @@ def test_without_a_compiler_the_blocks_stay_as_they_are():
     assert "no C++ compiler found" in said
     assert "\n" not in said
     assert block._compiled_call_impl is None
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("parallel.tensor=2", "parallel.tensor = 2"),
+        ("parallel.pipeline=2", "parallel.pipeline = 2"),
+        ("deepspeed.zero_optimization.stage=3", "ZeRO-3"),
+    ],
+)
+def test_layouts_that_split_a_blocks_graph_are_refused(override, reason):
+    demo = Path(configs.__file__).parent / "demo.json"
+    with pytest.raises(ValueError, match=rf"train\.compile = .*not with {reason}"):
+        configs.load(demo, ["train.compile=true", override], processes=2)
