@@ -34,6 +34,7 @@ ARMS = {
     "weight 0": {"weight": 0.0},
     "plain": {},
     "scale invariant": {"scale_invariant": True},
+    "scale invariant, forget 5": {"scale_invariant": True, "forget_step": 5},
     "live variance": {"weight": 0.0},
     "live variance, linear": {"weight": 0.0},
     "silence": {"method": "silence"},
@@ -196,14 +197,14 @@ def main() -> None:
     torch.set_num_threads(1)
     data = read_bytes(options.corpus)
     rows = []
-    print(f"{'arm':22} seed  valid. loss      std  kurtosis  MLP/residual  std before activation")
+    print(f"{'arm':26} seed  valid. loss      std  kurtosis  MLP/residual  std before activation")
     for seed in options.seeds:
         settings = Settings(weight=options.weight, steps=options.steps, seed=seed)
         for arm in options.arms:
             row = run(arm, data, settings, progress=sys.stderr.isatty())
             rows.append({"arm": arm, "seed": seed} | row)
             print(
-                f"{arm:22} {seed:4} {row['validation_loss']:12.4f} {row['std']:8.4f} "
+                f"{arm:26} {seed:4} {row['validation_loss']:12.4f} {row['std']:8.4f} "
                 f"{row['kurtosis']:9.2f} {row['mlp_to_residual']:13.4f} "
                 f"{row['std_before_activation']:22.4f}",
                 flush=True,

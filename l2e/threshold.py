@@ -62,7 +62,7 @@ def carry(tau: Tensor, old_mean_var: Tensor, new_mean_var: Tensor) -> Tensor:
 
     MS is measured in units of the running variance. While that still follows a jump of the
     activations' scale, tau would have to chase it, and the update's small last step size is too
-    slow: without this, the share is 29 % off 200 steps after the scale fell to a quarter.
+    slow: without this, the share is a third off 200 steps after the scale fell to a quarter.
     """
     ratio = old_mean_var / new_mean_var
     return torch.where(torch.isfinite(ratio) & (ratio > 0), tau * ratio, tau)
