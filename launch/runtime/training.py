@@ -50,7 +50,8 @@ def train(run: Run, data: Corpus, resume: Path | None) -> None:
     describe(run, engine)
     start = 0
     if resume is not None:
-        data.refuse_changes(resume.parents[1])
+        if resume.parent.name == "checkpoints":  # a run's own; one from elsewhere tells no data
+            data.refuse_changes(resume.parent.parent)
         start = checkpoint.load(engine, resume, data.paths.tokenizer)["step"]
         run.say(f"resumed from {resume} at step {start}")
     told = data.describe()

@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.random_tokens import write_random_tokens
-from tests.launch.models import byte_tokenizer, write_sciq
+from data import batches, open_dataset
+from tests.launch.models import byte_tokenizer, huggingface_model, write_sciq
 from tests.launch.running import ENVIRONMENT, ROOT, python, torchrun
 
 VERB = "launch/pretrain.py"
@@ -150,3 +152,49 @@ def test_scores_in_training_are_those_of_the_checkpoint(config: Path, tmp_path: 
     refused = python(VERB, "--config", config, "--run", tmp_path / "other", *words)
     assert refused.returncode == 2
     assert "did you mean sciq" in refused.stderr
+
+
+def test_training_goes_on_from_a_hugging_face_model(config: Path, tmp_path: Path) -> None:
+    """The first loss is the imported model's own, on the run's first batch."""
+    model = huggingface_model(tmp_path / "hf")
+    imported = Path(tmp_path / "imported")
+    made = python("launch/export.py", "from-hf", "--model", tmp_path / "hf", "--output", imported)
+    assert made.returncode == 0, made.stderr
+    shape = json.loads((imported / "config.json").read_text())["model"]
+    shape = {key: value for key, value in shape.items() if value is not None}
+    settings = [f"model.{key}={json.dumps(value)}" for key, value in shape.items()]
+    settings += ["train.stop_after=1", "train.micro_batch_size=4"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    run = tmp_path / "run"
+    # A relative name of one part, as in the README
+    trained = subprocess.run(
+        [
+            sys.executable,
+            ROOT / VERB,
+            "--config",
+            config,
+            "--run",
+            run,
+            "--resume",
+            "imported",
+            *words,
+        ],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    batch = first_batch(config)
+    with torch.no_grad():
+        expected = model(batch, labels=batch).loss.item()
+    assert losses(run)[1] == pytest.approx(expected, rel=1e-4)
+
+
+def first_batch(config: Path) -> torch.Tensor:
+    """Tokens [4, 33] of the run's first step."""
+    settings = json.loads(config.read_text())
+    path = settings["data"]["path"]
+    dataset = open_dataset(path, 32, 1234, 2000 * 4, split=0.01)
+    return next(batches(dataset, 0, 4, 4))
