@@ -121,6 +121,9 @@ def check_deepspeed(config: Config) -> Iterator[Problem]:
     elif config.train.dtype == "fp16" and stage == 0:
         reason = "fp16 at ZeRO-0 unscales gradients of a loss that was never scaled"
         yield Problem(name, stage, reason, "set it to 1, or train.dtype to bf16")
+    elif config.train.dtype == "bf16" and stage == 0:
+        reason = "at ZeRO-0 DeepSpeed cannot add up bf16 gradients in fp32"
+        yield Problem(name, stage, reason, "set it to 1, or train.dtype to fp32")
 
 
 def check_tasks(config: Config) -> Iterator[Problem]:

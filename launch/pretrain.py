@@ -113,10 +113,11 @@ def start(config: Config, folder: Path, options: argparse.Namespace, process: Pr
 
     hardware.refuse_unsupported(config)
     profiler = Profiler(parse_steps(options.profile), folder / "profile", process.rank)
-    found = None if resume == "none" else checkpoint.find_resumable(folder, resume)
     paths = corpus.fetch(config, folder) if process.local_rank == 0 else None
     with process_group(process):  # the other ranks wait here for the first one's data
         paths = paths or corpus.fetch(config, folder)
+        # Inside the group, so that the ranks share the hashing of a checkpoint's files.
+        found = checkpoint.find_resumable(folder, resume)
         data = corpus.open_corpus(config, folder, paths)
         train(Run(config, folder, process, profiler), data, found)
 

@@ -89,8 +89,9 @@ def test_zero_two_with_a_pipeline(tmp_path: Path) -> None:
     assert list(found) == ["deepspeed.zero_optimization.stage"]
 
 
-def test_fp16_at_zero_0(tmp_path: Path) -> None:
-    train = SMALL["train"] | {"dtype": "fp16"}
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_at_zero_0(tmp_path: Path, dtype: str) -> None:
+    train = SMALL["train"] | {"dtype": dtype}
     change = {"train": train, "deepspeed": {"zero_optimization": {"stage": 0}}}
     assert list(mistakes(tmp_path, SMALL | change)) == ["deepspeed.zero_optimization.stage"]
 
