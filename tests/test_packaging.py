@@ -78,6 +78,15 @@ def test_the_license_is_apache() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text()[:400]
 
 
+def test_slurm_script_parses_and_resumes_by_itself() -> None:
+    script = ROOT / "launch/cluster/pretrain.slurm"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    assert "--resume auto" in text
+    assert "scontrol requeue" in text
+    assert "#SBATCH --signal=USR1@" in text
+
+
 def test_kubernetes_job_parses() -> None:
     kinds = [
         part["kind"]
