@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.problems import Problem
@@ -28,6 +29,7 @@ def cross_check(config: Config, processes: int | None = None) -> Iterator[Proble
     yield from check_model(config)
     yield from check_deepspeed(config)
     yield from check_tasks(config)
+    yield from check_monitor(config)
     yield from check_layout(config, processes or config.parallel.processes or 1)
     yield from check_compile(config)
     yield from check_data(config)
@@ -138,6 +140,14 @@ def check_tasks(config: Config) -> Iterator[Problem]:
     if reason:
         fix = "set it to [] and score the checkpoints by launch/evaluate.py --steps all"
         yield Problem("evaluate.tasks", config.evaluate.tasks, reason, fix)
+
+
+def check_monitor(config: Config) -> Iterator[Problem]:
+    """The feature passages that are measured during training."""
+    path = config.l2e.monitor
+    if path is not None and not Path(path).is_file():
+        fix = "give a file from launch/prepare.py features, or null"
+        yield Problem("l2e.monitor", path, "no such file", fix)
 
 
 def check_layout(config: Config, processes: int) -> Iterator[Problem]:

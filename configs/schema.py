@@ -41,7 +41,19 @@ def section_of(dataclass_type: type) -> type[Section]:
     return create_model(dataclass_type.__name__, __base__=Section, **fields)
 
 
-L2ESection: Any = section_of(L2EConfig)
+L2EKeys: Any = section_of(L2EConfig)
+
+
+class L2ESection(L2EKeys):
+    """Monosemantic neurons: the method's own keys, and what watches them while the model trains."""
+
+    monitor: str | None = key(
+        None,
+        "feature passages (.jsonl or .jsonl.gz) on which scale and fkr are measured in training",
+    )
+    monitor_interval: int = key(
+        0, "steps between these; 0: 100 or more, for at most 1 % of the time", "steps", ge=0
+    )
 
 
 class Data(Section):
@@ -155,6 +167,14 @@ class Checkpoint(Section):
     )
     keep_last: int = key(3, "newest checkpoints that are kept; 0 keeps all", "checkpoints", ge=0)
     keep_every: int = key(0, "steps whose multiples are kept for good; 0: none", "steps", ge=0)
+    steps: list[int] = key(
+        [], "further steps that are written and kept for good; 0 is the untrained model", "steps"
+    )
+    background: bool | None = key(
+        None,
+        "write while training goes on, from a copy in the host's memory; default: on a GPU, where "
+        "the state itself lies elsewhere",
+    )
 
 
 class Evaluate(Section):
@@ -204,7 +224,7 @@ class Config(Section):
     @property
     def l2e_settings(self) -> L2EConfig:
         """The section `l2e` as the method's own room takes it."""
-        return L2EConfig(**self.l2e.model_dump())
+        return L2EConfig(**self.l2e.model_dump(include=set(L2EKeys.model_fields)))
 
     @property
     def zero_stage(self) -> int:

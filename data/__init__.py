@@ -3,7 +3,7 @@
 from data.check import check
 from data.dataset import ORDER_NAMES, Samples, open_dataset
 from data.identity import refuse_changes
-from data.loader import batches
+from data.loader import batches, prefetch
 from data.problem import Problem
 from data.tokenizer import load_tokenizer
 
@@ -15,5 +15,6 @@ __all__ = [
     "check",
     "load_tokenizer",
     "open_dataset",
+    "prefetch",
     "refuse_changes",
 ]

@@ -1,6 +1,8 @@
 """Training sets as micro-batches: which rank reads which rows of a step."""
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,3 +41,22 @@ def batches(
         for row in range(first, first + rows, micro_batch_size):
             samples = [dataset[i] for i in range(row, row + micro_batch_size)]
             yield torch.from_numpy(np.stack(samples))
+
+
+def prefetch(
+    source: Iterator["torch.Tensor"], ahead: int = 2, pin: bool = False
+) -> Iterator["torch.Tensor"]:
+    """The same batches, `ahead` of them read in a thread before they are asked for.
+
+    With `pin` they lie in pinned memory, from which a GPU copies without the host waiting.
+    """
+
+    def read() -> "torch.Tensor | None":
+        batch = next(source, None)
+        return batch.pin_memory() if pin and batch is not None else batch
+
+    with ThreadPoolExecutor(1, "prefetch") as reader:
+        waiting = deque(reader.submit(read) for _ in range(ahead))
+        while (batch := waiting.popleft().result()) is not None:
+            waiting.append(reader.submit(read))
+            yield batch

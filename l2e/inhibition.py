@@ -32,11 +32,14 @@ def in_backward() -> bool:
 
 
 @torch.library.custom_op("l2e::inhibit", mutates_args=())
-def inhibit(pre: Tensor, handle: Tensor, keep_mask: bool) -> tuple[Tensor, Tensor, Tensor]:
+def inhibit(
+    pre: Tensor, bias: Tensor | None, handle: Tensor, keep_mask: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Apply a layer in training mode.
 
     Args:
         pre: [..., units], the values before the non-linearity.
+        bias: [units], still to be added to them; None if a linear layer has done so.
         handle: of the layer's state, whose sums this call adds to.
         keep_mask: whether the layer selects by top k.
 
@@ -48,12 +51,13 @@ def inhibit(pre: Tensor, handle: Tensor, keep_mask: bool) -> tuple[Tensor, Tenso
     state = _states[int(handle)]
     recomputing = in_backward()
     rows = _as_rows(pre, state)
+    observed = state.rule(None, None, bias)
     if state.phase.step == 0 and not recomputing:
-        _start(state, rows)
+        _start(state, rows, observed)
     limit, replacement, mask = selection.select(
-        state, rows, sequence=pre.shape[-2] if pre.dim() > 2 else 1
+        state, rows, observed, sequence=pre.shape[-2] if pre.dim() > 2 else 1
     )
-    rule = state.rule(limit, replacement)
+    rule = state.rule(limit, replacement, bias)
     sums = None if recomputing else torch.zeros_like(state.core_sums)
     out = path.choose(state.config, rows.device, rows.dtype).forward(rows, rule, sums)
     loss = torch.zeros((), device=pre.device)
@@ -63,7 +67,9 @@ def inhibit(pre: Tensor, handle: Tensor, keep_mask: bool) -> tuple[Tensor, Tenso
 
 
 @inhibit.register_fake
-def _(pre: Tensor, handle: Tensor, keep_mask: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    pre: Tensor, bias: Tensor | None, handle: Tensor, keep_mask: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     loss = torch.empty((), device=pre.device)
     mask = torch.empty(pre.shape if keep_mask else 0, dtype=torch.bool, device=pre.device)
     return torch.empty_like(pre), loss, mask
@@ -71,9 +77,17 @@ def _(pre: Tensor, handle: Tensor, keep_mask: bool) -> tuple[Tensor, Tensor, Ten
 
 @torch.library.custom_op("l2e::inhibit_backward", mutates_args=())
 def inhibit_backward(
-    grad: Tensor, loss_grad: Tensor | None, pre: Tensor, mask: Tensor, handle: Tensor
-) -> Tensor:
-    """Gradient to `pre`. Without a gradient to the loss, L_MS injects its own."""
+    grad: Tensor,
+    loss_grad: Tensor | None,
+    pre: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    handle: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients to `pre` and to the bias ([0] if there is none).
+
+    Without a gradient to the loss, L_MS injects its own.
+    """
     state = _states[int(handle)]
     rows = _as_rows(pre, state)
     limit = None
@@ -82,26 +96,39 @@ def inhibit_backward(
     injected = state.phase.gradient_scale * state.loss_factor(len(rows))
     pull = injected if loss_grad is None else loss_grad
     chosen = path.choose(state.config, rows.device, rows.dtype)
-    out = chosen.backward(grad.reshape(rows.shape), rows, state.rule(limit), pull)
-    return out.view(pre.shape)
+    rule = state.rule(limit, None, bias)
+    out, bias_grad = chosen.backward(grad.reshape(rows.shape), rows, rule, pull)
+    if bias_grad is None:
+        bias_grad = pre.new_empty(0)
+    else:  # of every position's neurons, which share it
+        bias_grad = bias_grad.view(state.positions, -1).sum(0)
+    return out.view(pre.shape), bias_grad
 
 
 @inhibit_backward.register_fake
-def _(grad: Tensor, loss_grad: Tensor | None, pre: Tensor, mask: Tensor, handle: Tensor) -> Tensor:
-    return torch.empty_like(pre)
+def _(
+    grad: Tensor,
+    loss_grad: Tensor | None,
+    pre: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    handle: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(pre), pre.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    pre, handle, _ = inputs
-    ctx.save_for_backward(pre, output[2], handle)
+    pre, bias, handle, _ = inputs
+    ctx.save_for_backward(pre, bias, output[2], handle)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, loss_grad, _):
-    pre, mask, handle = ctx.saved_tensors
+    pre, bias, mask, handle = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(pre)
-    return inhibit_backward(grad, loss_grad, pre, mask, handle), None, None
+    to_pre, to_bias = inhibit_backward(grad, loss_grad, pre, bias, mask, handle)
+    return to_pre, None if bias is None else to_bias, None, None
 
 
 inhibit.register_autograd(_backward, setup_context=_setup_context)
@@ -144,11 +171,11 @@ def _as_rows(pre: Tensor, state: LayerState) -> Tensor:
     return pre.detach().reshape(-1, state.neurons).contiguous()
 
 
-def _start(state: LayerState, rows: Tensor) -> None:
+def _start(state: LayerState, rows: Tensor, rule: kernels.Rule) -> None:
     """Before there are statistics, sums are taken around the first call's own mean."""
     if not state.started:
         state.started = True
-        z = kernels.activate(rows, state.activation).float()
+        z = kernels.activate(rule.biased(rows), rule.activation).float()
         state.statistics.mean.copy_(z.mean(0))
 
 
@@ -168,7 +195,7 @@ def _measure(state: LayerState, rows: Tensor, rule: kernels.Rule) -> None:
     """What is only logged: fourth moments, the largest MS, and the histogram of the MS."""
     largest = state.measured["largest"][state.sharding.data_rank]
     for part in kernels.slices(rows):
-        z = kernels.activate(rows[part], rule.activation).float()
+        z = kernels.activate(rule.biased(rows[part]), rule.activation).float()
         square = (z - rule.mean).square_()
         state.measured["fourth"].add_((square * square).sum(0))
         scale = square.div_(state.denominator)

@@ -22,6 +22,7 @@ class Rule:
 
     Attributes:
         activation: "gelu", "gelu_tanh", or None for the identity.
+        bias: [neurons], added before the activation; None where a linear layer has added its own.
         method, delta: as in the configuration.
         mean: [neurons], float32.
         limit: [neurons], the (z - mean)^2 from which on an activation is selected, or a mask
@@ -38,6 +39,11 @@ class Rule:
     limit: Tensor | None
     balance: Tensor | None = None
     replacement: Tensor | None = None
+    bias: Tensor | None = None
+
+    def biased(self, pre: Tensor) -> Tensor:
+        """What the activation is applied to, rounded as `pre` is."""
+        return pre if self.bias is None else pre + self.bias
 
 
 def forward(pre: Tensor, rule: Rule, sums: Tensor | None) -> Tensor:
@@ -49,11 +55,12 @@ def forward(pre: Tensor, rule: Rule, sums: Tensor | None) -> Tensor:
             z - mean, of (z - mean)^2, of selected entries, and the sum over selected entries of
             log (z - mean)^2 are added to it. None in a recomputation: its samples were counted.
     """
-    if sums is None and rule.method in ("none", "regularize"):
-        return pre.clone() if rule.activation is None else activate(pre, rule.activation)
     out = torch.empty_like(pre)
     for rows in slices(pre):
-        z = activate(pre[rows], rule.activation)
+        z = activate(rule.biased(pre[rows]), rule.activation)
+        if sums is None and rule.method in ("none", "regularize"):
+            out[rows] = z
+            continue
         deviation = z.float() - rule.mean
         square = deviation * deviation
         selected = _selected(square, rule, rows)
@@ -66,34 +73,46 @@ def forward(pre: Tensor, rule: Rule, sums: Tensor | None) -> Tensor:
     return out
 
 
-def backward(grad: Tensor, pre: Tensor, rule: Rule, pull: Tensor | float) -> Tensor:
-    """Gradient to `pre`, [rows, neurons], from the gradient to the forward's result.
+def backward(
+    grad: Tensor, pre: Tensor, rule: Rule, pull: Tensor | float
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients to `pre`, [rows, neurons], and to the bias, [neurons] (None: there is none).
 
     Nothing but `pre` was kept: the activations and what is selected are computed again.
 
     Args:
+        grad: [rows, neurons], the gradient to the forward's result.
         pull: factor of d(sum of log (z - mean)^2)/dz, for `regularize`.
     """
-    if rule.method == "silence":
-        return torch.zeros_like(pre)
-    if rule.method == "none" or rule.limit is None:
-        return activation_backward(grad, pre, rule.activation)
     out = torch.empty_like(pre)
+    bias_sum = None if rule.bias is None else torch.zeros_like(rule.mean)
     for rows in slices(pre):
-        z = activate(pre[rows], rule.activation)
-        deviation = z.float() - rule.mean
-        square = deviation * deviation
-        selected = _selected(square, rule, rows)
-        assert selected is not None
-        if rule.method == "deactivate":
-            grad_z = torch.where(selected > 0, -rule.delta * grad[rows], grad[rows])
-        else:
-            direction = selected.mul_(deviation).div_(square.clamp_(min=TINY))
-            if rule.balance is not None:
-                direction.sub_(deviation.mul_(rule.balance))
-            grad_z = (grad[rows] + 2 * pull * direction).to(grad.dtype)
-        out[rows] = activation_backward(grad_z, pre[rows], rule.activation)
-    return out
+        biased = rule.biased(pre[rows])
+        grad_z = _activation_gradient(grad[rows], biased, rule, rows, pull)
+        out[rows] = activation_backward(grad_z, biased, rule.activation)
+        if bias_sum is not None:
+            bias_sum += out[rows].sum(0, dtype=torch.float32)
+    return out, None if bias_sum is None else bias_sum.to(pre.dtype)
+
+
+def _activation_gradient(
+    grad: Tensor, biased: Tensor, rule: Rule, rows: slice, pull: Tensor | float
+) -> Tensor:
+    """Gradient to the activations z of some rows from that to the forward's result."""
+    if rule.method == "silence":
+        return torch.zeros_like(grad)
+    if rule.method == "none" or rule.limit is None:
+        return grad
+    deviation = activate(biased, rule.activation).float() - rule.mean
+    square = deviation * deviation
+    selected = _selected(square, rule, rows)
+    assert selected is not None
+    if rule.method == "deactivate":
+        return torch.where(selected > 0, -rule.delta * grad, grad)
+    direction = selected.mul_(deviation).div_(square.clamp_(min=TINY))
+    if rule.balance is not None:
+        direction.sub_(deviation.mul_(rule.balance))
+    return (grad + 2 * pull * direction).to(grad.dtype)
 
 
 def activate(pre: Tensor, activation: str | None) -> Tensor:

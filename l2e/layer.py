@@ -54,20 +54,24 @@ class L2ELayer(nn.Module):
         )
         self.handle = inhibition.register(self.state)
 
-    def forward(self, pre: Tensor) -> Tensor:
-        """[..., neurons] -> [..., neurons]."""
+    def forward(self, pre: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., neurons] -> [..., neurons].
+
+        `bias` [neurons] is added before the non-linearity, in the same pass; leave it out where
+        `pre` has it already.
+        """
         if not self.training:
-            return kernels.activate(pre, self.activation)
+            return kernels.activate(pre if bias is None else pre + bias, self.activation)
         if self.transposed:
             pre = pre.transpose(0, 1)
-        out = self.operate(pre)[0]
+        out = self.operate(pre, bias)[0]
         if self.transposed:
             out = out.transpose(0, 1)
         return out if self.config.site == "post" else kernels.activate(out, self.activation)
 
-    def operate(self, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def operate(self, pre: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`inhibition.inhibit` with this layer's state."""
-        return inhibition.inhibit(pre, self.handle, self.config.selection == "topk")
+        return inhibition.inhibit(pre, bias, self.handle, self.config.selection == "topk")
 
     def observe_output(self, mlp_output: Tensor, residual: Tensor) -> None:
         """Compare the MLP's output with the residual stream it is added to (measured steps)."""

@@ -30,7 +30,7 @@ class Path:
     name: str
     reason: str
     forward: Callable[[Tensor, Rule, Tensor | None], Tensor]
-    backward: Callable[[Tensor, Tensor, Rule, Tensor | float], Tensor]
+    backward: Callable[[Tensor, Tensor, Rule, Tensor | float], tuple[Tensor, Tensor | None]]
 
     def __str__(self) -> str:
         return f"{self.name} kernels ({self.reason})"
@@ -84,15 +84,22 @@ def _disagreement(fused, device: torch.device, dtype: torch.dtype) -> str | None
     generator = torch.Generator().manual_seed(0)
     pre, grad = (torch.randn(300, 70, generator=generator).to(device, dtype) for _ in range(2))
     mean, limit = torch.zeros(70, device=device), torch.full((70,), 1.5, device=device)
-    rule = Rule("gelu", "regularize", 1.0, mean, limit)
+    rule = Rule("gelu", "regularize", 1.0, mean, limit, bias=pre[0])
     found, wanted = (_results(path, pre, grad, rule) for path in (fused, kernels))
-    for name, one, other in zip(("output", "sums", "gradient"), found, wanted, strict=True):
-        error = (one.double() - other.double()).abs().max() / other.double().abs().max()
+    for name, value in wanted.items():
+        error = (found[name].double() - value.double()).abs().max() / value.double().abs().max()
         if not error <= TOLERANCE[dtype]:
             return f"the Triton kernel's {name} differs from plain by {error:.1e} in {dtype}"
     return None
 
 
-def _results(path, pre: Tensor, grad: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+def _results(path, pre: Tensor, grad: Tensor, rule: Rule) -> dict[str, Tensor]:
     sums = torch.zeros(3 * pre.shape[1] + 1, device=pre.device)
-    return path.forward(pre, rule, sums), sums, path.backward(grad, pre, rule, 0.3)
+    output = path.forward(pre, rule, sums)
+    gradient, bias_gradient = path.backward(grad, pre, rule, 0.3)
+    return {
+        "output": output,
+        "sums": sums,
+        "gradient": gradient,
+        "bias gradient": bias_gradient,
+    }

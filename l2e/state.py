@@ -198,7 +198,10 @@ class LayerState:
         """L_MS is this times the sum over selected entries of log (z - mean)^2 (L2E, Eq. 5)."""
         return self.config.weight / (self.inhibited_layers * self.expected_selected(rows))
 
-    def rule(self, limit: Tensor | None, replacement: Tensor | None = None) -> kernels.Rule:
+    def rule(
+        self, limit: Tensor | None, replacement: Tensor | None = None, bias: Tensor | None = None
+    ) -> kernels.Rule:
+        """What the kernels do in this step, with biases [units] if they are still to be added."""
         balanced = self.config.scale_invariant and limit is not None
         return kernels.Rule(
             activation=self.activation,
@@ -208,6 +211,7 @@ class LayerState:
             limit=limit,
             balance=self.balance if balanced else None,
             replacement=replacement,
+            bias=None if bias is None else bias.detach().repeat(self.positions),
         )
 
     def saved(self) -> dict[str, Tensor]:

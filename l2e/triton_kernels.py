@@ -1,10 +1,10 @@
 """The layer's arithmetic as Triton kernels: one pass over the activations each way.
 
 The same two functions as in `l2e.kernels`, for a GPU, with a threshold and not a mask. Forward
-reads the pre-activation once and writes the layer's output, and on the way sums what the
-statistics, the threshold and L_MS need. Backward reads the pre-activation and the arriving
-gradient once and writes the gradient to the pre-activation; it recomputes which activations were
-selected, so that nothing but the pre-activation is saved.
+reads the pre-activation once, adds the bias and writes the layer's output, and on the way sums
+what the statistics, the threshold and L_MS need. Backward reads the pre-activation and the arriving
+gradient once, writes the gradient to the pre-activation and sums the bias's; it recomputes which
+activations were selected, so that nothing but the pre-activation is saved.
 
 No atomics: every program sums its own block of tokens in a fixed order into a row of its own, and
 one more reduction adds the rows. Two runs give the same bits.
@@ -19,10 +19,16 @@ from torch import Tensor
 
 from l2e import kernels
 
-BLOCK_TOKENS = 256  # tokens one forward program sums: the rows of the partial sums are tokens / 256
+BLOCK_TOKENS = 256  # tokens one program sums: the rows of the partial sums are tokens / 256
 TILE_TOKENS = 4  # tokens by neurons in registers at once: one warp a token,
 TILE_NEURONS = 256  # eight neighbouring neurons (16 bytes of bf16) a thread
 WARPS = 4
+TILES = {
+    "BLOCK_TOKENS": BLOCK_TOKENS,
+    "TILE_TOKENS": TILE_TOKENS,
+    "TILE_NEURONS": TILE_NEURONS,
+    "num_warps": WARPS,
+}
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_TWO_PI = tl.constexpr(0.3989422804014327)
@@ -63,8 +69,16 @@ def _slope(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _biased(pre_pointer, offsets, mask, bias, rounded: tl.constexpr):
+    """Pre-activations in float32, the bias added and the sum rounded as they are stored."""
+    x = tl.load(pre_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+    return (x + bias).to(rounded).to(tl.float32)
+
+
+@triton.jit
 def _forward(
     pre_pointer,
+    bias_pointer,
     mean_pointer,
     limit_pointer,
     out_pointer,
@@ -73,6 +87,7 @@ def _forward(
     neurons,
     ACTIVATION: tl.constexpr,
     DEACTIVATE: tl.constexpr,
+    BIASED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_NEURONS: tl.constexpr,
@@ -80,8 +95,12 @@ def _forward(
     block = tl.program_id(0)
     columns = tl.program_id(1) * TILE_NEURONS + tl.arange(0, TILE_NEURONS)
     inside = columns < neurons
+    stored: tl.constexpr = out_pointer.dtype.element_ty
     mean = tl.load(mean_pointer + columns, mask=inside, other=0.0)[None, :]
     limit = tl.load(limit_pointer + columns, mask=inside, other=1.0)[None, :]
+    bias = tl.zeros([1, TILE_NEURONS], tl.float32)
+    if BIASED:
+        bias = tl.load(bias_pointer + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     sum_d = tl.zeros([TILE_TOKENS, TILE_NEURONS], tl.float32)
     sum_square = tl.zeros([TILE_TOKENS, TILE_NEURONS], tl.float32)
     count = tl.zeros([TILE_TOKENS, TILE_NEURONS], tl.float32)
@@ -90,13 +109,13 @@ def _forward(
         rows = block * BLOCK_TOKENS + start + tl.arange(0, TILE_TOKENS)
         mask = (rows < tokens)[:, None] & inside[None, :]
         offsets = rows.to(tl.int64)[:, None] * neurons + columns[None, :]
-        x = tl.load(pre_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
-        z = _activate(x, ACTIVATION).to(out_pointer.dtype.element_ty).to(tl.float32)
+        x = _biased(pre_pointer, offsets, mask, bias, stored)
+        z = _activate(x, ACTIVATION).to(stored).to(tl.float32)
         d = tl.where(mask, z - mean, 0.0)
         square = d * d
         selected = mask & (square >= limit)
         out = tl.where(selected, mean, z) if DEACTIVATE else z
-        tl.store(out_pointer + offsets, out.to(out_pointer.dtype.element_ty), mask=mask)
+        tl.store(out_pointer + offsets, out.to(stored), mask=mask)
         sum_d += d
         sum_square += square
         count += selected.to(tl.float32)
@@ -111,43 +130,64 @@ def _forward(
 @triton.jit
 def _backward(
     pre_pointer,
+    bias_pointer,
     gradient_pointer,
     mean_pointer,
     limit_pointer,
     balance_pointer,
     pull_pointer,
     out_pointer,
+    partial_pointer,
     tokens,
     neurons,
     delta,
     ACTIVATION: tl.constexpr,
-    DEACTIVATE: tl.constexpr,
+    METHOD: tl.constexpr,
     BALANCED: tl.constexpr,
+    BIASED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_NEURONS: tl.constexpr,
 ):
-    rows = tl.program_id(0) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
+    block = tl.program_id(0)
     columns = tl.program_id(1) * TILE_NEURONS + tl.arange(0, TILE_NEURONS)
     inside = columns < neurons
-    mask = (rows < tokens)[:, None] & inside[None, :]
-    offsets = rows.to(tl.int64)[:, None] * neurons + columns[None, :]
+    stored: tl.constexpr = out_pointer.dtype.element_ty
     mean = tl.load(mean_pointer + columns, mask=inside, other=0.0)[None, :]
     limit = tl.load(limit_pointer + columns, mask=inside, other=1.0)[None, :]
-    x = tl.load(pre_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
-    gradient = tl.load(gradient_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
-    # Rounded as the forward pass rounded it, so that the same activations are selected.
-    z = _activate(x, ACTIVATION).to(out_pointer.dtype.element_ty).to(tl.float32)
-    d = z - mean
-    selected = d * d >= limit
-    if DEACTIVATE:
-        gradient = tl.where(selected, -delta * gradient, gradient)
-    else:
-        direction = tl.where(selected, 1.0 / tl.where(selected, d, 1.0), 0.0)
-        if BALANCED:
-            direction -= d * tl.load(balance_pointer + columns, mask=inside, other=0.0)[None, :]
-        gradient += 2.0 * tl.load(pull_pointer) * direction
-    gradient *= _slope(x, ACTIVATION)
-    tl.store(out_pointer + offsets, gradient.to(out_pointer.dtype.element_ty), mask=mask)
+    bias = tl.zeros([1, TILE_NEURONS], tl.float32)
+    if BIASED:
+        bias = tl.load(bias_pointer + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if BALANCED:
+        balance = tl.load(balance_pointer + columns, mask=inside, other=0.0)[None, :]
+    pull = 2.0 * tl.load(pull_pointer)
+    total = tl.zeros([TILE_TOKENS, TILE_NEURONS], tl.float32)
+    for start in range(0, BLOCK_TOKENS, TILE_TOKENS):
+        rows = block * BLOCK_TOKENS + start + tl.arange(0, TILE_TOKENS)
+        mask = (rows < tokens)[:, None] & inside[None, :]
+        offsets = rows.to(tl.int64)[:, None] * neurons + columns[None, :]
+        x = _biased(pre_pointer, offsets, mask, bias, stored)
+        gradient = tl.load(gradient_pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+        if METHOD != "none":
+            # Rounded as the forward pass rounded it, so that the same activations are selected.
+            d = _activate(x, ACTIVATION).to(stored).to(tl.float32) - mean
+            selected = d * d >= limit
+            if METHOD == "deactivate":
+                gradient = tl.where(selected, -delta * gradient, gradient)
+            else:
+                direction = tl.where(selected, 1.0 / tl.where(selected, d, 1.0), 0.0)
+                if BALANCED:
+                    direction -= d * balance
+                gradient += pull * direction
+        out = tl.where(mask, gradient * _slope(x, ACTIVATION), 0.0).to(stored)
+        tl.store(out_pointer + offsets, out, mask=mask)
+        total += out.to(tl.float32)
+    if BIASED:
+        tl.store(
+            partial_pointer + block.to(tl.int64) * neurons + columns,
+            tl.sum(total, 0),
+            mask=inside,
+        )
 
 
 def forward(pre: Tensor, rule: kernels.Rule, sums: Tensor | None) -> Tensor:
@@ -161,6 +201,7 @@ def forward(pre: Tensor, rule: kernels.Rule, sums: Tensor | None) -> Tensor:
     partial = torch.empty(blocks, 4, neurons, dtype=torch.float32, device=pre.device)
     _forward[(blocks, triton.cdiv(neurons, TILE_NEURONS))](
         pre,
+        pre if rule.bias is None else rule.bias,
         rule.mean,
         limit,
         out,
@@ -169,10 +210,8 @@ def forward(pre: Tensor, rule: kernels.Rule, sums: Tensor | None) -> Tensor:
         neurons,
         ACTIVATION=rule.activation,
         DEACTIVATE=rule.method == "deactivate",
-        BLOCK_TOKENS=BLOCK_TOKENS,
-        TILE_TOKENS=TILE_TOKENS,
-        TILE_NEURONS=TILE_NEURONS,
-        num_warps=WARPS,
+        BIASED=rule.bias is not None,
+        **TILES,
     )
     total = partial.sum(0).view(-1)
     sums[:-1] += total[: 3 * neurons]
@@ -180,31 +219,36 @@ def forward(pre: Tensor, rule: kernels.Rule, sums: Tensor | None) -> Tensor:
     return out
 
 
-def backward(grad: Tensor, pre: Tensor, rule: kernels.Rule, pull: Tensor | float) -> Tensor:
+def backward(
+    grad: Tensor, pre: Tensor, rule: kernels.Rule, pull: Tensor | float
+) -> tuple[Tensor, Tensor | None]:
     """`kernels.backward` in one pass over `pre` and `grad`."""
-    if rule.limit is None or rule.method == "none":
-        return kernels.backward(grad, pre, rule, pull)  # nothing but the activation's own
     tokens, neurons = pre.shape
     out = torch.empty_like(pre)
+    blocks = triton.cdiv(tokens, BLOCK_TOKENS)
+    partial = None
+    if rule.bias is not None:
+        partial = torch.empty(blocks, neurons, dtype=torch.float32, device=pre.device)
     if not isinstance(pull, Tensor):
         pull = torch.full((), pull, dtype=torch.float32, device=pre.device)
-    grid = (triton.cdiv(tokens, TILE_TOKENS), triton.cdiv(neurons, TILE_NEURONS))
-    _backward[grid](
+    # Pointers that a variant of the kernel does not read must still point somewhere.
+    _backward[(blocks, triton.cdiv(neurons, TILE_NEURONS))](
         pre,
+        pre if rule.bias is None else rule.bias,
         grad.contiguous(),
         rule.mean,
-        rule.limit,
+        rule.mean if rule.limit is None else rule.limit,
         rule.mean if rule.balance is None else rule.balance,
         pull,
         out,
+        out if partial is None else partial,
         tokens,
         neurons,
         rule.delta,
         ACTIVATION=rule.activation,
-        DEACTIVATE=rule.method == "deactivate",
+        METHOD="none" if rule.limit is None else rule.method,
         BALANCED=rule.balance is not None,
-        TILE_TOKENS=TILE_TOKENS,
-        TILE_NEURONS=TILE_NEURONS,
-        num_warps=WARPS,
+        BIASED=rule.bias is not None,
+        **TILES,
     )
-    return out
+    return out, None if partial is None else partial.sum(0).to(pre.dtype)

@@ -28,6 +28,7 @@ class Block(nn.Module):
         name = f"gpt_neox.layers.{number}"
         norm = partial(LayerNorm, config.hidden_size, config.layer_norm_epsilon)
         inhibitor = inhibitor_of(number, config, l2e)
+        self.number = number
         self.parallel_residual = config.parallel_residual
         self.input_layernorm = norm(sequence_parallel=sequence_parallel)
         self.post_attention_layernorm = norm(sequence_parallel=sequence_parallel)

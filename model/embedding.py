@@ -49,9 +49,9 @@ class OutputEmbedding(ColumnLinear):
         )
         self.vocab_size = config.vocab_size
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
         """Logits [batch, sequence, vocab_size], whole on every tensor-parallel rank."""
-        logits = whole_vocabulary(super().forward(hidden))
+        logits = whole_vocabulary(self.product(hidden))
         return logits[..., : self.vocab_size].transpose(0, 1)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:

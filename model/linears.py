@@ -7,6 +7,7 @@ and `partition_dim`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,14 +74,30 @@ class ColumnLinear(_PlainStateDict, tensor_parallel.ColumnParallelLinear):
         sequence_parallel: bool = False,
     ):
         super().__init__(
-            inputs, outputs, config=_megatron_config(sequence_parallel), init_method=init, bias=bias
+            inputs,
+            outputs,
+            config=_megatron_config(sequence_parallel),
+            init_method=init,
+            bias=bias,
+            skip_bias_add=True,
         )
         self.is_sharded = tensor_parallel_size() > 1
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T."""
+        return super().forward(x)[0] if self.is_sharded else F.linear(x, self.weight)
+
+    def forward(self, x: Tensor, bias_apart: bool = False) -> Any:
+        """x W^T + b; with `bias_apart` the two terms, for who adds them in a pass of its own.
+
+        ZeRO-3 has the parameters here only while this runs, or if they are what it returns.
+        """
+        if bias_apart:
+            return self.product(x), self.bias
         if not self.is_sharded:
             return F.linear(x, self.weight, self.bias)
-        return super().forward(x)[0]
+        product = self.product(x)
+        return product if self.bias is None else product + self.bias
 
 
 class RowLinear(_PlainStateDict, tensor_parallel.RowParallelLinear):

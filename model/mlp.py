@@ -42,9 +42,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[sequence, batch, hidden] -> the same shape."""
-        neurons = self.dense_h_to_4h(x)
-        if self.inhibitor is None:
-            neurons = F.gelu(neurons, approximate=self.approximation)
-        else:
-            neurons = self.inhibitor(neurons)
+        if self.inhibitor is None or not self.training:
+            neurons = F.gelu(self.dense_h_to_4h(x), approximate=self.approximation)
+        else:  # which adds the bias in its own pass over the neurons
+            neurons = self.inhibitor(*self.dense_h_to_4h(x, bias_apart=True))
         return self.dense_4h_to_h(neurons)

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from l2e.analysis.multifractal import kept_counts
-from l2e.analysis.weights import Weights
+from l2e.analysis.weights import Weights, fetch_model
 
 Layout = Literal["per_head", "flat"]
 
@@ -66,10 +66,8 @@ def open_checkpoint(source: str) -> Checkpoint:
 
     path, revision = split_revision(source)
     if not Path(path).is_dir():
-        from huggingface_hub import snapshot_download
-
         try:
-            path = snapshot_download(path, revision=revision)
+            path = str(fetch_model(path, revision))
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{source}: no such folder, nor a model id: {reason}") from error

@@ -1,12 +1,12 @@
 """Monosemantic Scale and False Killing Rate during training, on a small fixed sample."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from l2e.analysis.activations import aggregate
 from l2e.analysis.features import FeatureSet
@@ -17,6 +17,10 @@ from l2e.analysis.scale import RANDOM_NEURONS, kolmogorov_smirnov, layer_scale, 
 # statistics themselves.
 FORWARD_SHARE = 1 / 3
 TIME_SHARE = 0.01 / 2
+
+
+# What a model's layer shows: its name and activations [batch, positions, neurons].
+See = Callable[[str, torch.Tensor], None]
 
 
 class Encoder(Protocol):
@@ -33,7 +37,7 @@ class Monitor:
 
         monitor = Monitor(read_features(path).sample(8), tokenizer, batch_size=4)
         if step % monitor.interval(tokens_per_step) == 0:
-            metrics = monitor.run(forward, {"2": block_2_activation, "3": block_3_activation})
+            metrics = monitor.run(observe)
     """
 
     def __init__(
@@ -67,40 +71,30 @@ class Monitor:
 
     def run(
         self,
-        forward: Callable[[torch.Tensor], object],
-        activations: Mapping[str, nn.Module],
-        gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        observe: Callable[[torch.Tensor, See], object],
+        gather: Callable[[torch.Tensor], torch.Tensor] = lambda local: local,
     ) -> dict:
         """Measure the model as it is: {"layers": {name: {mean_ms, ks, fkr}}, "seconds"}.
 
-        forward: runs the model on tokens int64 [batch_size, max_tokens]; called without gradients.
-        activations: the modules whose output is the neurons' activation [batch, positions,
-        neurons], by name. gather: with sharded neurons, joins [passages, local neurons] over the
+        observe(tokens, see): runs the model, without gradients, on tokens int64 [batch_size,
+        max_tokens], and calls see(name, activations) with each layer's [batch_size, max_tokens,
+        neurons]. gather: with sharded neurons, joins [passages, local neurons] over the
         tensor-parallel ranks to [passages, neurons]. A layer of dead neurons has None throughout.
         """
         start = time.perf_counter()
-        found: dict[str, list[torch.Tensor]] = {name: [] for name in activations}
-        valid = self.valid[: self.batch_size]
+        found: dict[str, list[torch.Tensor]] = defaultdict(list)
+        for tokens, valid in zip(
+            self.tokens.split(self.batch_size), self.valid.split(self.batch_size), strict=True
+        ):
 
-        def keep(name: str, output: torch.Tensor) -> None:
-            found[name].append(aggregate(output, valid.to(output.device), "max"))
+            def see(name: str, activations: torch.Tensor, valid: torch.Tensor = valid) -> None:
+                found[name].append(aggregate(activations, valid.to(activations.device), "max"))
 
-        handles = [
-            module.register_forward_hook(lambda _, __, out, name=name: keep(name, out))
-            for name, module in activations.items()
-        ]
-        try:
-            with torch.no_grad():
-                for first in range(0, len(self.tokens), self.batch_size):
-                    valid = self.valid[first : first + self.batch_size]
-                    forward(self.tokens[first : first + self.batch_size])
-        finally:
-            for handle in handles:
-                handle.remove()
+            observe(tokens, see)
         layers = {}
         for name, parts in found.items():
-            z = torch.cat(parts)[: len(self.features)]
-            layers[name] = self._measure((gather(z) if gather else z).cpu().numpy())
+            passages = gather(torch.cat(parts)[: len(self.features)])
+            layers[name] = self._measure(passages.cpu().numpy())
         return {"layers": layers, "seconds": time.perf_counter() - start}
 
     def _measure(self, z: np.ndarray) -> dict[str, float | None]:

@@ -11,7 +11,6 @@ import numpy as np
 MOMENT_STEP = 0.1
 MOMENTS = np.round(np.arange(-30, 31) * MOMENT_STEP, 10)
 MIN_KEPT = 10
-NODES_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -63,36 +62,40 @@ def spectrum(counts: np.ndarray) -> Spectrum:
     radii = np.flatnonzero(counts.any(axis=0))
     if len(radii) < 2:
         raise ValueError(f"all kept distances round to {radii[0]}: no slope can be fitted")
-    mass = 1.0 + np.cumsum(counts, axis=1)[:, radii]
-    return mass_spectrum(mass / mass[:, -1:], radii)
+    share, often = tally(1 + np.cumsum(counts, axis=1)[:, radii])
+    return share_spectrum(share, often, radii)
 
 
-def mass_spectrum(share: np.ndarray, radii: np.ndarray) -> Spectrum:
-    """The spectrum of the shares p_i(r) of each node's mass within r.
+def share_spectrum(share: np.ndarray, often: np.ndarray, radii: np.ndarray) -> Spectrum:
+    """The spectrum of nodes of which `often` [shares, radii] have each `share` [shares] within r.
 
-    share: [nodes, radii], 1 in the last column; radii: ascending, [radii].
+    radii: ascending, [radii]; within the last of them every node has its whole mass, share 1.
     """
-    partition = _partition(share)
+    # Z_q(r) = sum over nodes of p_i(r)^q: each distinct p is raised to each power once.
+    partition = np.exp(np.outer(MOMENTS, np.log(share))) @ often
     tau, fit = _slopes(np.log(radii / radii[-1]), np.log(partition))
     alpha = np.diff(tau) / np.diff(MOMENTS)
     f = MOMENTS[:-1] * alpha - tau[:-1]
-    return Spectrum(tau, alpha, f, fit, nodes=len(share))
+    return Spectrum(tau, alpha, f, fit, nodes=round(often[:, -1].sum()))
 
 
-def _partition(share: np.ndarray) -> np.ndarray:
-    """Z_q(r) = sum over nodes of p_i(r)^q, [moments, radii]: each power is the last times p^0.1.
+def tally(mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct shares p_i(r) = mass_i(r) / mass_i(r_max), and how many nodes have each at r.
 
-    Some nodes at a time, so that their powers stay in the processor's cache.
+    mass: whole numbers [nodes, radii]. They are small, so few of the shares differ. Returns float64
+    [shares] and [shares, radii].
     """
-    partition = np.zeros((len(MOMENTS), share.shape[1]))
-    for start in range(0, len(share), NODES_AT_ONCE):
-        log = np.log(share[start : start + NODES_AT_ONCE])
-        power, step = np.exp(MOMENTS[0] * log), np.exp(MOMENT_STEP * log)
-        ones = np.ones(len(log))
-        for row in partition:
-            row += ones @ power
-            power *= step
-    return partition
+    totals, which = np.unique(mass[:, -1], return_inverse=True)
+    pair = which[:, None] * (totals[-1] + 1) + mass  # numbers (total, mass) as one
+    seen = np.zeros(len(totals) * (totals[-1] + 1), dtype=bool)
+    seen[pair] = True
+    pairs = np.flatnonzero(seen)
+    place = np.cumsum(seen) - 1
+    columns = mass.shape[1]
+    cells = place[pair] * columns + np.arange(columns)
+    often = np.bincount(cells.ravel(), minlength=len(pairs) * columns)
+    of, share = np.divmod(pairs, totals[-1] + 1)
+    return share / totals[of], often.reshape(-1, columns).astype(np.float64)
 
 
 def _slopes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,22 @@ import torch
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 
 
+def fetch_model(source: str, revision: str | None = None) -> Path:
+    """A hub id's configuration, tokenizer and weights, on this machine.
+
+    Old revisions have pickled weights alone; they are fetched only where nothing else is there.
+    Raises OSError or ValueError if the hub does not have it or cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "tokenizer.model", "*.safetensors"]
+    folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    if not list(folder.glob("*.safetensors")):
+        patterns.append("pytorch_model*.bin")
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    return folder
+
+
 class Weights:
     """The tensors of a folder's safetensors files, or of its pytorch_model.bin, memory-mapped.
 

@@ -69,8 +69,10 @@ def own_slice(engine: Engine, parameter: Parameter, stored: Any) -> Tensor:
     return value
 
 
-def agree(work: Callable[[], Any]) -> list[Any]:
+def agree(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list[Any]:
     """Do `work` on every rank; every rank gets all results, or the first failure.
+
+    group: all ranks again, for a thread's own exchanges; None: the default group.
 
     Raises:
         ValueError: some rank's disk or input failed; no rank is left waiting for it.
@@ -83,7 +85,7 @@ def agree(work: Callable[[], Any]) -> list[Any]:
     except ValueError as error:
         failure = str(error)
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (result, failure))
+    dist.all_gather_object(everyone, (result, failure), group=group)
     for _, message in everyone:
         if message is not None:
             raise ValueError(message)

@@ -16,6 +16,6 @@ rank that loads reads its slices. What a folder `step_0000100` holds:
 
 from launch.runtime.loading import load
 from launch.runtime.resumable import find_resumable
-from launch.runtime.saving import save
+from launch.runtime.saving import Saver, save
 
-__all__ = ["find_resumable", "load", "save"]
+__all__ = ["Saver", "find_resumable", "load", "save"]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,8 +259,6 @@ class Engine:
 
     def split(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and labels, each [micro_batch, sequence_length], on the device."""
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()  # else the copy would wait for the queue before it
         batch = batch.to(self.device, non_blocking=True)
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
@@ -270,6 +269,36 @@ class Engine:
     def evaluate(self, batches: Iterator[Tensor], count: int) -> Tensor:
         """The mean loss over `count` global batches (nats/token); every L2E layer is off."""
         raise NotImplementedError
+
+    def observe(self, tokens: Tensor, see: Callable[[str, Tensor], None]) -> None:
+        """Run the model without gradients and show its neurons' activations; L2E layers are off.
+
+        tokens: [micro_batch, length]. see(block number, activations): of each block of this
+        process, [micro_batch, length, this rank's neurons].
+        """
+        raise NotImplementedError
+
+    @contextmanager
+    def watching(self, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Show what the blocks compute inside to `see`."""
+        blocks = [module for module in self.model.modules() if isinstance(module, Block)]
+        hooks = [
+            block.mlp.dense_4h_to_h.register_forward_pre_hook(
+                lambda _, inputs, number=str(block.number): see(number, inputs[0].transpose(0, 1))
+            )
+            for block in blocks
+        ]
+        try:
+            # A graph compiled before the hooks came would pass them over.
+            with torch.compiler.set_stance("force_eager"), torch.no_grad():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def gather_neurons(self, values: Tensor) -> Tensor:
+        """[..., this rank's neurons] -> [..., all neurons of the layer]."""
+        return Sharding(tensor_group=self.layout.tensor_group).gather_neurons(values)
 
     def gradient_norm(self) -> float | Tensor | None:
         """The global gradient norm of the last step, before clipping."""
@@ -343,6 +372,11 @@ class WholeModelEngine(Engine):
             total += self.deepspeed(*self.split(next(batches))).float()
         return self.mean_over_data(total / micro_batches)
 
+    def observe(self, tokens: Tensor, see: Callable[[str, Tensor], None]) -> None:
+        self.deepspeed.eval()
+        with self.watching(see):
+            self.model.gpt_neox(tokens.to(self.device))  # the logits are not wanted
+
 
 class PipelineEngine(Engine):
     """Each process holds one stage of the model: ZeRO-1, with tensor and data parallelism."""
@@ -380,6 +414,15 @@ class PipelineEngine(Engine):
         return self.deepspeed.eval_batch(
             map(self.split, batches), num_micro_batches=count * self.accumulation
         )
+
+    def observe(self, tokens: Tensor, see: Callable[[str, Tensor], None]) -> None:
+        tokens = tokens.to(self.device)
+        self.deepspeed.reset_activation_shape()  # else stages exchange what is as long as before
+        with self.watching(see):
+            self.deepspeed.eval_batch(
+                iter([(tokens, tokens)]), compute_loss=False, num_micro_batches=1
+            )
+        self.deepspeed.reset_activation_shape()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.model.named_parameters():

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.utils import cached_file
 
 from data.tokenizer import load_tokenizer
+from l2e.analysis.weights import fetch_model
 from launch.runtime import storage
 from launch.runtime.optimizer_state import MASTER
 from launch.runtime.saving import file_name, write_small
@@ -130,20 +130,11 @@ def local_folder(source: str, revision: str) -> Path:
         return Path(source)
     if Path(source).exists() or source.count("/") != 1:
         raise ValueError(f"--model {source}: neither a folder nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["config.json", *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
     try:
-        weights = cached_file(source, "model.safetensors", revision=revision)
-        return (
-            Path(weights).parent
-            if weights
-            else Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-        )
-    except OSError as error:
-        raise ValueError(
-            f"--model {source}: cannot be fetched from the hub ({str(error).splitlines()[0]})"
-        ) from None
+        return fetch_model(source, revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--model {source}: cannot be fetched from the hub ({reason})") from None
 
 
 def write_weights(weights: HuggingFaceWeights, aside: Path) -> Iterator[tuple[str, FileRecord]]:

@@ -57,7 +57,7 @@ def peak_flops(device: torch.device, dtype: str) -> float:
 def describe_peak(device: torch.device, dtype: str) -> str:
     """The peak in words, and where it comes from."""
     source = "measured" if datasheet_peak(device) is None else "datasheet"
-    return f"{peak_flops(device, dtype) / 1e12:.3g} TFLOP/s a process ({source})"
+    return f"{peak_flops(device, dtype) / 1e12:.3g} TFLOP/s, {source}"
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

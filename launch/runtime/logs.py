@@ -58,10 +58,10 @@ class TensorBoard:
         """Every number of one step's record, under its own name."""
         step = record["step"]
         for name, value in record.items():
-            if name == "l2e":
+            if name in ("l2e", "monitor"):
                 for layer, values in (value or {}).items():
                     for key, number in values.items():
-                        self.scalar(f"l2e_{key}/layer_{layer}", number, step)
+                        self.scalar(f"{name}_{key}/layer_{layer}", number, step)
             elif name == "scores":
                 for task, metrics in (value or {}).items():
                     for key, number in metrics.items():

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.profiler import profile
+from torch.profiler import DeviceType, profile, record_function
+
+# What the profiler calls an exchange between ranks: gloo's on a CPU, NCCL's kernels on a GPU.
+EXCHANGES = ("gloo:", "nccl")
+
+Span = tuple[float, float]  # beginning and end
 
 
 class Stopwatch:
     """Adds up the seconds spent in named parts, without waiting for the device meanwhile.
 
-    On a GPU the parts are marked by events in its queue, so a part's time is the device's; data
-    exchanged between ranks counts with the part that starts it.
+    On a GPU the parts are marked by events in its queue, so a part's time is the device's.
+    Exchanges between ranks run beside them, and only a trace tells those apart: see `Profiler`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,7 +36,8 @@ class Stopwatch:
     def part(self, name: str) -> Iterator[None]:
         """Count the time inside to `name`."""
         begin = self.now()
-        yield
+        with record_function(name):  # so that a trace has the same parts
+            yield
         self.spans[name].append((begin, self.now()))
 
     def now(self):
@@ -74,11 +82,15 @@ def parse_steps(text: str | None) -> range:
 
 
 class Profiler:
-    """Writes torch.profiler's trace of some steps to `folder`, one file a rank."""
+    """Writes torch.profiler's trace of some steps to `folder`, one file a rank.
+
+    Beside it, in communication_rank_N.json, the seconds a step that exchanges between ranks took,
+    and those of them in which nothing was computed; the first rank also prints them.
+    """
 
     def __init__(self, steps: range, folder: Path, rank: int) -> None:
         """`steps` may be empty: then nothing is recorded."""
-        self.steps, self.path = steps, folder / f"trace_rank_{rank}.json"
+        self.steps, self.folder, self.rank = steps, folder, rank
         self.running: profile | None = None
 
     @contextmanager
@@ -90,6 +102,52 @@ class Profiler:
         yield
         if self.running is not None and number == self.steps[-1]:
             self.running.stop()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.running.export_chrome_trace(str(self.path))
+            self.write(self.running)
             self.running = None
+
+    def write(self, recorded: profile) -> None:
+        """The trace, and what it says of communication."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trace = self.folder / f"trace_rank_{self.rank}.json"
+        recorded.export_chrome_trace(str(trace))
+        seconds = communication(recorded.events(), len(self.steps))
+        path = self.folder / f"communication_rank_{self.rank}.json"
+        path.write_text(json.dumps({"steps": list(self.steps)} | seconds, indent=1) + "\n")
+        if self.rank == 0:
+            print(
+                f"profiled steps {self.steps[0]} to {self.steps[-1]}: communication took "
+                f"{seconds['communication']:.4f} s a step, {seconds['exposed']:.4f} s of it with "
+                f"nothing computed meanwhile; trace in {trace}",
+                flush=True,
+            )
+
+
+def communication(events: Iterable[Any], steps: int) -> dict[str, float]:
+    """Seconds a step of exchanges between ranks, and of those beside which nothing was computed.
+
+    events: torch.profiler's. On a GPU its kernels count, else the operators on the CPU.
+    """
+    events = list(events)
+    on_gpu = any(event.device_type == DeviceType.CUDA for event in events)
+    device = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    exchanged: list[Span] = []
+    computed: list[Span] = []
+    for event in (event for event in events if event.device_type == device):
+        span = (event.time_range.start, event.time_range.end)
+        if event.name.startswith(EXCHANGES):
+            exchanged.append(span)
+        elif event.name.startswith("aten::") or (on_gpu and not event.is_user_annotation):
+            computed.append(span)
+    both = length(exchanged) + length(computed) - length(exchanged + computed)
+    taken = length(exchanged)
+    microseconds = {"communication": taken, "exposed": taken - both}
+    return {name: value / steps / 1e6 for name, value in microseconds.items()}
+
+
+def length(spans: list[Span]) -> float:
+    """How long at least one of the spans runs."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total

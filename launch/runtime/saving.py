@@ -1,9 +1,16 @@
-"""Write a checkpoint: every rank its share of the whole tensors, the first rank the rest."""
+"""Write a checkpoint: every rank its share of the whole tensors, the first rank the rest.
+
+Two parts. `Snapshot` needs all ranks and the engine: it gathers the state, tensor by tensor.
+`complete` needs the disk alone, and may run in a thread while training goes on.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,51 +43,158 @@ def save(
     Raises:
         ValueError: on every rank, if any rank could not write; earlier checkpoints stay.
     """
-    final = Path(directory) / storage.folder_name(state["step"])
-    aside = final.with_name(final.name + ".tmp")
-    agree(lambda: storage.begin(final) if dist.get_rank() == 0 else None)
-    try:
-        records = agree(lambda: write_all(engine, aside, state, tokenizer))
-        agree(lambda: finish(engine, aside, final, records) if dist.get_rank() == 0 else None)
-    except ValueError:
-        if dist.get_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return final
+    return complete(Snapshot(engine, directory, state, tokenizer))
 
 
-def finish(engine: Engine, aside: Path, final: Path, records: list[dict]) -> None:
-    storage.commit(aside, final, {name: r for part in records for name, r in part.items()})
-    storage.point_latest(final)
-    settings = engine.config.checkpoint
-    storage.prune(final.parent, settings.keep_last, settings.keep_every)
+class Saver:
+    """Saves a run's checkpoints, in the background if the configuration says so.
 
-
-def write_all(
-    engine: Engine, aside: Path, state: dict[str, Any], tokenizer: Path | None
-) -> dict[str, FileRecord]:
-    """This rank's files of a checkpoint.
-
-    All exchanges come before the first thing that a disk can fail, or are kept up while it fails.
+    By default on a GPU: the copy that is written lies in the host's memory, beside the device's.
+    A failed save in the background is told at once, and raised by the next `save` or at the end of
+    the `with` block, which waits for the last one.
     """
-    optimizer = OptimizerState(engine.optimizer)
-    l2e = gather_l2e(engine)
-    random = gather_random()
-    records = write_tensors(engine, optimizer, aside)
-    if dist.get_rank() == 0:
-        texts = {
+
+    def __init__(
+        self,
+        engine: Engine,
+        directory: Path,
+        tokenizer: Path | None,
+        say: Callable[[str], None],
+    ):
+        """`say` prints a line of the run's first rank. All ranks build it together."""
+        self.engine, self.directory, self.tokenizer, self.say = engine, directory, tokenizer, say
+        wanted = engine.config.checkpoint.background
+        self.background = engine.device.type == "cuda" if wanted is None else wanted
+        # The threads' exchanges, beside training's.
+        self.group = dist.new_group(backend="gloo") if self.background else None
+        self.thread: threading.Thread | None = None
+        self.failure: ValueError | None = None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Save the engine's state; returns as soon as training may go on.
+
+        Raises:
+            ValueError: as `save` does, or of the save before this one.
+        """
+        self.wait()
+        begin = time.monotonic()
+        snapshot = Snapshot(
+            self.engine, self.directory, state, self.tokenizer, self.background, self.group
+        )
+        held_up = time.monotonic() - begin
+        if not self.background:
+            final = complete(snapshot)
+            self.say(f"checkpoint {final} written in {time.monotonic() - begin:.1f} s")
+            return
+
+        def work() -> None:
+            try:
+                final = complete(snapshot)
+            except ValueError as error:
+                self.failure = error
+                self.say(f"saving failed, training goes on to the next checkpoint: {error}")
+                return
+            self.say(
+                f"checkpoint {final} written in {time.monotonic() - begin:.1f} s, training was "
+                f"held up for {held_up:.2f} s"
+            )
+
+        self.thread = threading.Thread(target=work, name="checkpoint")
+        self.thread.start()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self.wait()
+        elif self.thread is not None:
+            self.thread.join()  # what the run has failed by is told, not this
+
+    def wait(self) -> None:
+        """Until the last save is on the disk.
+
+        Raises:
+            ValueError: on every rank, if any rank could not write it.
+        """
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+
+
+class Snapshot:
+    """An engine's state on its way to the disk.
+
+    Building it is collective and takes all exchanges of the engine's own groups. With `copies` the
+    state is whole in memory afterwards and the engine may change; without, it is on the disk but
+    for the last tensors, and no more than a few lie in memory at once.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        directory: Path,
+        state: dict[str, Any],
+        tokenizer: Path | None = None,
+        copies: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ):
+        """`group`: the ranks that complete it together, if not by the default group."""
+        self.final = Path(directory) / storage.folder_name(state["step"])
+        self.aside = self.final.with_name(self.final.name + ".tmp")
+        self.group, self.tokenizer, self.settings = group, tokenizer, engine.config.checkpoint
+        agree(lambda: storage.begin(self.final) if dist.get_rank() == 0 else None)
+        optimizer = OptimizerState(engine.optimizer)
+        self.small = {L2E: gather_l2e(engine), RANDOM: gather_random()}
+        self.texts = {
             STATE: json.dumps(state | describe(engine, optimizer), indent=1),
             CONFIG: engine.config.model_dump_json(indent=1),
         }
-        for name, text in texts.items():
-            records[name] = storage.write_text(aside / name, text + "\n")
-        for name, tensors in ((L2E, l2e), (RANDOM, random)):
-            records[name] = write_small(aside / name, tensors)
-        if tokenizer is not None:
-            name = "tokenizer" + Path(tokenizer).suffix
-            records[name] = storage.copy_file(Path(tokenizer), aside / name)
-        storage.sync_folder(aside)
-    return records
+        self.thread = write_tensors(engine, optimizer, self.aside, copies)
+
+    def finish(self) -> dict[str, FileRecord]:
+        """This rank's files, which are on the disk when this returns."""
+        records = self.thread.finish()
+        if dist.get_rank() == 0:
+            for name, text in self.texts.items():
+                records[name] = storage.write_text(self.aside / name, text + "\n")
+            for name, tensors in self.small.items():
+                records[name] = write_small(self.aside / name, tensors)
+            if self.tokenizer is not None:
+                name = "tokenizer" + self.tokenizer.suffix
+                records[name] = storage.copy_file(self.tokenizer, self.aside / name)
+            storage.sync_folder(self.aside)
+        return records
+
+
+def complete(snapshot: Snapshot) -> Path:
+    """Bring a snapshot to the disk and give it its name; all ranks call it together.
+
+    Raises:
+        ValueError: on every rank, if any rank could not write; earlier checkpoints stay.
+    """
+    try:
+        records = agree(snapshot.finish, snapshot.group)
+        agree(lambda: name_it(snapshot, records) if dist.get_rank() == 0 else None, snapshot.group)
+    except ValueError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(snapshot.aside, ignore_errors=True)
+        raise
+    return snapshot.final
+
+
+def name_it(snapshot: Snapshot, records: list[dict[str, FileRecord]]) -> None:
+    """The finished files become the newest checkpoint; old ones go."""
+    files = {name: record for part in records for name, record in part.items()}
+    storage.commit(snapshot.aside, snapshot.final, files)
+    storage.point_latest(snapshot.final)
+    settings = snapshot.settings
+    storage.prune(
+        snapshot.final.parent, settings.keep_last, settings.keep_every, set(settings.steps)
+    )
 
 
 def describe(engine: Engine, optimizer: OptimizerState) -> dict[str, Any]:
@@ -116,7 +230,9 @@ def spread(specs: dict[str, TensorSpec], writers: int) -> list[list[str]]:
     return [sorted(share, key=order.__getitem__) for share in shares if share]
 
 
-def write_tensors(engine: Engine, optimizer: OptimizerState, aside: Path) -> dict[str, FileRecord]:
+def write_tensors(
+    engine: Engine, optimizer: OptimizerState, aside: Path, copies: bool
+) -> WritingThread:
     """Master weights and moments: each tensor is whole on its ranks for a moment, one writes it."""
     layout = engine.layout
     stages = all_specs(engine)
@@ -128,7 +244,7 @@ def write_tensors(engine: Engine, optimizer: OptimizerState, aside: Path) -> dic
     own = {name: stages[layout.pipeline_rank][name] for share in mine for name in share}
     names = (MASTER, *optimizer.moments)
     files = {file_name(kind, before + writer + 1, total): own for kind in names if own}
-    thread = WritingThread(aside, files)
+    thread = WritingThread(aside, files, copies)
     try:
         for kind in names:
             for name, parameter in engine.named_parameters():
@@ -136,8 +252,8 @@ def write_tensors(engine: Engine, optimizer: OptimizerState, aside: Path) -> dic
                 if name in own:
                     thread.put(tensor)
     finally:
-        records = thread.finish()
-    return records
+        thread.close()
+    return thread
 
 
 def file_name(kind: str, number: int, total: int) -> str:

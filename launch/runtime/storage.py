@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -174,11 +174,14 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def prune(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
-    """Delete all but the newest `keep_last` checkpoints and those of every `keep_every`-th step.
+def prune(
+    folder: Path, keep_last: int, keep_every: int, keep_steps: Collection[int] = ()
+) -> list[Path]:
+    """Delete all but the newest `keep_last` checkpoints and those that are kept for good.
 
-    0 switches a rule off; with `keep_last` 0 no checkpoint is deleted. The one `latest` names
-    stays. What killed saves left behind goes too. Returns the deleted checkpoints.
+    These are of every `keep_every`-th step and of `keep_steps`. 0 switches a rule off; with
+    `keep_last` 0 no checkpoint is deleted. The one `latest` names stays. What killed saves left
+    behind goes too. Returns the deleted checkpoints.
     """
     for leftover in folder.glob("step_*.tmp"):
         shutil.rmtree(leftover)
@@ -186,10 +189,14 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
         return []
     pointer = folder / LATEST
     latest = pointer.read_text().strip() if pointer.is_file() else None
+
+    def kept_for_good(step: int) -> bool:
+        return step in keep_steps or (keep_every > 0 and step % keep_every == 0)
+
     old = [
         path
         for path in checkpoints(folder)[keep_last:]
-        if path.name != latest and not (keep_every and step_of(path) % keep_every == 0)
+        if path.name != latest and not kept_for_good(step_of(path))
     ]
     for path in old:
         # Renamed first: a half-deleted folder must not look like a checkpoint.

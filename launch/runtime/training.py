@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs import Config
+from data import prefetch
 from l2e.path import choose as choose_kernels
 from launch.runtime import checkpoint, hardware, manifest
 from launch.runtime.corpus import HASHED_SAMPLES, Corpus
@@ -23,6 +24,7 @@ from launch.runtime.cost import flops_per_token
 from launch.runtime.engine import Engine, build
 from launch.runtime.logs import MetricsFile, Progress, TensorBoard
 from launch.runtime.meters import Profiler, peak_memory
+from launch.runtime.monitor import FeatureMonitor
 from launch.runtime.processes import Process
 from launch.runtime.schedule import learning_rate
 
@@ -55,9 +57,12 @@ def train(run: Run, data: Corpus, resume: Path | None) -> None:
         start = checkpoint.load(engine, resume, data.paths.tokenizer)["step"]
         run.say(f"resumed from {resume} at step {start}")
     told = data.describe()
+    monitor = FeatureMonitor(config, engine, data.paths.tokenizer) if config.l2e.monitor else None
+    if monitor is not None:
+        run.say(str(monitor))
     run.say(f"data order: sha256 {told['order_hash']} of the first {HASHED_SAMPLES} samples")
     manifest.write(run.folder, config, engine, told, run.process.launcher)
-    fit(run, engine, data, start)
+    fit(run, engine, data, start, monitor)
 
 
 def describe(run: Run, engine: Engine) -> None:
@@ -67,7 +72,12 @@ def describe(run: Run, engine: Engine) -> None:
         f"{engine.layout} ({run.process.launcher}), ZeRO-{config.zero_stage}, "
         f"{config.train.dtype} on {hardware.describe(engine.device)}"
     )
-    run.say(f"peak for MFU: {hardware.describe_peak(engine.device, config.train.dtype)}")
+    flops = flops_per_token(config.model, config.data.sequence_length)
+    run.say(
+        f"MFU = tokens/s x {flops / 1e9:.3g} GFLOP a token (6 x matmul parameters + 12 x layers x "
+        f"hidden x length) / ({run.process.world_size} x "
+        f"{hardware.describe_peak(engine.device, config.train.dtype)})"
+    )
     dtype = hardware.TORCH_DTYPES[config.train.dtype]
     kernels = choose_kernels(config.l2e_settings, engine.device, dtype)
     run.say(f"l2e: {kernels}")
@@ -77,50 +87,88 @@ def describe(run: Run, engine: Engine) -> None:
         (run.folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
 
 
-def fit(run: Run, engine: Engine, data: Corpus, start: int) -> None:
+def fit(
+    run: Run, engine: Engine, data: Corpus, start: int, monitor: FeatureMonitor | None = None
+) -> None:
     """Steps `start` to the end, or to a signal that asks this job to leave."""
     config = run.config
     last = min(config.train.steps, config.train.stop_after or config.train.steps)
     if start >= last:
         run.say(f"nothing left to do: step {start} of {last} is done")
         return
-    batches = data.training_batches(start, engine.layout)
+    on_gpu = engine.device.type == "cuda"
+    batches = prefetch(data.training_batches(start, engine.layout), pin=on_gpu)
     stop = StopSignal()
     recorder = Recorder(run, engine, start, last)
-    for step in range(start, last):
-        done = step + 1
-        measured = done % config.logging.interval == 0 or done in (1, last)
-        engine.measure(measured)
-        rate = learning_rate(config, step)
-        with run.profiler.step(done):
-            loss = engine.train_step(batches, rate)
-        recorder.add(done, loss, rate)
-        if done in (1, last) or due(config.evaluate.interval, done):
+    with checkpoint.Saver(
+        engine, run.folder / "checkpoints", data.paths.tokenizer, run.say
+    ) as saver:
+        if start == 0 and 0 in config.checkpoint.steps:
+            saver.save(progress(config, 0))
+        for step in range(start, last):
+            done = step + 1
+            measured = done % config.logging.interval == 0 or done in (1, last)
+            engine.measure(measured)
+            rate = learning_rate(config, step)
+            with run.profiler.step(done):
+                loss = engine.train_step(batches, rate)
+            recorder.add(done, loss, rate)
             with recorder.paused():
-                recorder.add_validation(validate(config, engine, data))
-        if config.evaluate.tasks and (done == last or due(config.evaluate.task_interval, done)):
-            with recorder.paused():
-                recorder.add_scores(score_tasks(run, engine, data, done))
-        if measured:
-            recorder.flush()
-        leaving = stop.agreed()
-        if done == last or leaving or due(config.checkpoint.interval, done):
-            recorder.flush()
-            with recorder.paused():
-                save(run, engine, data, done)
-        if leaving and done < last:
-            run.say(
-                f"stopped by a signal after step {done}; the same command with --resume auto "
-                "goes on from here"
-            )
-            break
+                recorder.annotate(look_at_model(run, engine, data, monitor, done, last))
+            if measured:
+                recorder.flush()
+            leaving = stop.agreed()
+            if done == last or leaving or save_due(config, done):
+                recorder.flush()
+                with recorder.paused():
+                    saver.save(progress(config, done))
+            if leaving:
+                break
+    if done < last:
+        run.say(
+            f"stopped by a signal after step {done}; the same command with --resume auto "
+            "goes on from here"
+        )
+    elif done == config.train.steps and run.process.is_first:
+        (run.folder / "finished").touch()  # batch jobs look for it before they requeue
     stop.close()
     recorder.close()
+
+
+def look_at_model(
+    run: Run,
+    engine: Engine,
+    data: Corpus,
+    monitor: FeatureMonitor | None,
+    step: int,
+    last: int,
+) -> dict[str, Any]:
+    """What is measured of the model after `step`, if it is its turn."""
+    wanted = run.config.evaluate
+    found: dict[str, Any] = {}
+    if step in (1, last) or due(wanted.interval, step):
+        found["validation_loss"] = validate(run.config, engine, data)
+    if wanted.tasks and (step == last or due(wanted.task_interval, step)):
+        found["scores"] = score_tasks(run, engine, data, step)
+    if monitor is not None and (step == last or due(monitor.interval, step)):
+        found |= monitor.measure()
+    return found
 
 
 def due(interval: int, step: int) -> bool:
     """Whether something that happens every `interval` steps (0: never) happens at `step`."""
     return interval > 0 and step % interval == 0
+
+
+def save_due(config: Config, step: int) -> bool:
+    """Whether a checkpoint is written after `step`."""
+    return due(config.checkpoint.interval, step) or step in config.checkpoint.steps
+
+
+def progress(config: Config, step: int) -> dict[str, int]:
+    """How far a run is after `step` steps."""
+    tokens = step * config.train.global_batch_size * config.data.sequence_length
+    return {"step": step, "tokens": tokens}
 
 
 def validate(config: Config, engine: Engine, data: Corpus) -> Tensor:
@@ -165,18 +213,6 @@ def score_tasks(run: Run, engine: Engine, data: Corpus, step: int) -> dict[str, 
         (folder / name).write_text(json.dumps(report | {"step": step}, indent=1) + "\n")
         print(f"scores after step {step}\n{evaluation.table(report)}", flush=True)
     return report["results"]
-
-
-def save(run: Run, engine: Engine, data: Corpus, step: int) -> None:
-    """Write a checkpoint of the state after `step` steps."""
-    config = run.config
-    begin = time.monotonic()
-    tokens = step * config.train.global_batch_size * config.data.sequence_length
-    state = {"step": step, "tokens": tokens}
-    folder = checkpoint.save(engine, run.folder / "checkpoints", state, data.paths.tokenizer)
-    run.say(f"checkpoint {folder} written in {time.monotonic() - begin:.1f} s")
-    if step == config.train.steps and run.process.is_first:
-        (run.folder / "finished").touch()  # batch jobs look for it before they requeue
 
 
 class StopSignal:
@@ -257,13 +293,9 @@ class Recorder:
         yield
         self.since += time.monotonic() - begin
 
-    def add_validation(self, loss: Tensor) -> None:
-        """The validation loss after the newest step."""
-        self.pending[-1]["validation_loss"] = loss
-
-    def add_scores(self, scores: dict[str, dict[str, float]]) -> None:
-        """The downstream scores after the newest step."""
-        self.pending[-1]["scores"] = scores
+    def annotate(self, values: dict[str, Any]) -> None:
+        """What was measured after the newest step, beside its own numbers."""
+        self.pending[-1] |= values
 
     def flush(self) -> None:
         """Fetch, check and write what has been remembered."""

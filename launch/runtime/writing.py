@@ -9,7 +9,7 @@ from torch import Tensor
 
 from launch.runtime.tensorfile import FileRecord, TensorFile, TensorSpec
 
-# Tensors waiting for the disk; more would cost memory and win no time.
+# Tensors waiting for the disk while training waits too; more would cost memory and win no time.
 WAITING = 2
 
 
@@ -17,24 +17,31 @@ class WritingThread:
     """Writes files given as {file name: {tensor name: spec}}, in that order, into a folder.
 
     `put` the tensors in the same order, then `finish`. A failing disk does not interrupt `put`,
-    so that this rank goes on taking part in the others' exchanges; `finish` raises it.
+    so that this rank goes on taking part in the others' exchanges; `finish` raises it. With
+    `copies` the tensors may change once they are put: `put` copies them and never waits.
     """
 
-    def __init__(self, folder: Path, files: Mapping[str, Mapping[str, TensorSpec]]):
+    def __init__(
+        self, folder: Path, files: Mapping[str, Mapping[str, TensorSpec]], copies: bool = False
+    ):
         self.folder = folder
         self.files = files
-        self.queue: queue.Queue[Tensor | None] = queue.Queue(WAITING)
+        self.copies = copies
+        self.queue: queue.Queue[Tensor | None] = queue.Queue(0 if copies else WAITING)
         self.records: dict[str, FileRecord] = {}
         self.error: OSError | None = None
         self.thread = threading.Thread(target=self._run, name="checkpoint writer")
         self.thread.start()
 
     def put(self, tensor: Tensor) -> None:
-        self.queue.put(tensor.detach().cpu())
+        self.queue.put(tensor.detach().to("cpu", copy=self.copies))
+
+    def close(self) -> None:
+        """No tensor follows."""
+        self.queue.put(None)
 
     def finish(self) -> dict[str, FileRecord]:
         """Records of all files, which are on the disk when this returns."""
-        self.queue.put(None)
         self.thread.join()
         if self.error is not None:
             raise self.error
@@ -58,7 +65,7 @@ class WritingThread:
                 for tensor_name in specs:
                     tensor = self.queue.get()
                     if tensor is None:
-                        self.queue.put(None)  # finish() was called early: it will say so
+                        self.queue.put(None)  # close() came early: finish() will say so
                         return
                     file.write(tensor_name, tensor)
             except OSError:

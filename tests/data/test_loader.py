@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data.dataset import open_dataset
-from data.loader import batches
+from data.loader import batches, prefetch
 from tests.data.conftest import random_documents, write_tokens
 
 GLOBAL = 8
@@ -58,3 +58,31 @@ def test_ends_after_the_last_whole_step(dataset):
 def test_batch_that_doesnt_divide_is_refused(dataset):
     with pytest.raises(ValueError, match=r"train\.global_batch_size 8 is not a multiple"):
         next(batches(dataset, 0, 8, 3))
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 100])
+def test_prefetching_changes_no_batch(dataset, ahead):
+    plain = list(batches(dataset, 1, GLOBAL, 2))
+    ahead_of_time = list(prefetch(batches(dataset, 1, GLOBAL, 2), ahead))
+    assert len(ahead_of_time) == len(plain)
+    assert all(torch.equal(one, other) for one, other in zip(plain, ahead_of_time, strict=True))
+
+
+def test_prefetching_reads_before_it_is_asked_and_no_further():
+    read = []
+    source = (read.append(number) or torch.tensor(number) for number in range(10))
+    stream = prefetch(source, ahead=3)
+    assert next(stream) == 0
+    stream.close()  # waits for what is being read
+    assert read == [0, 1, 2, 3]
+
+
+def test_what_fails_while_prefetching_is_raised():
+    def broken():
+        yield torch.zeros(1)
+        raise ValueError("the disk went away")
+
+    stream = prefetch(broken())
+    next(stream)
+    with pytest.raises(ValueError, match="the disk went away"):
+        next(stream)

@@ -1,9 +1,10 @@
 """A checkpoint moves to any layout: the next losses and statistics, and every tensor, are the same.
 
 One layout trains and saves. Every other one loads that, writes it again (bit for bit the same
-tensors, so that its own checkpoints are as good as the first), and trains on.
+tensors, so that going from it to any third is the same as from the first), and trains on.
 """
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,19 +18,24 @@ from tests.distributed.processes import run_on_processes
 
 BEFORE, AFTER = 4, 10
 
-# By number of processes; data parallelism takes what tensor and pipeline leave.
-LAYOUTS = {
-    4: {
-        "tensor 2, data 2, ZeRO-1": {"tensor": 2, "zero": 1},
-        "tensor 2, pipeline 2": {"tensor": 2, "pipeline": 2},
-        "pipeline 2, data 2": {"pipeline": 2},
-        "tensor 4, ZeRO-2": {"tensor": 4, "zero": 2},
-        "data 4, ZeRO-3": {"zero": 3},
-    },
-    2: {"pipeline 2": {"pipeline": 2}, "data 2, ZeRO-2": {"zero": 2}},
-    1: {"one process, ZeRO-0": {"zero": 0}},
-}
-SOURCE = "tensor 2, data 2, ZeRO-1"
+
+def layouts(processes: int) -> dict[str, dict]:
+    """Every layout of so many processes of TP {1, 2, 4}, PP {1, 2}, ZeRO {1, 2, 3}."""
+    found = {}
+    for tensor, pipeline in product((1, 2, 4), (1, 2)):
+        data, left_over = divmod(processes, tensor * pipeline)
+        if left_over == 0:
+            for zero in (1,) if pipeline > 1 else (1, 2, 3):
+                name = f"tensor {tensor}, pipeline {pipeline}, data {data}, ZeRO-{zero}"
+                found[name] = {"tensor": tensor, "pipeline": pipeline, "zero": zero}
+    return found
+
+
+# By number of processes: all that DeepSpeed can do on up to four, and one without ZeRO.
+LAYOUTS = {count: layouts(count) for count in (4, 2, 1)}
+LAYOUTS[1]["one process, ZeRO-0"] = {"zero": 0}
+SOURCE = "tensor 2, pipeline 1, data 2, ZeRO-1"
+LAYOUTS[4] = {SOURCE: LAYOUTS[4].pop(SOURCE)} | LAYOUTS[4]  # first, for the others to load
 
 
 def l2e_state(engine) -> dict:

@@ -75,7 +75,12 @@ def test_when_its_numbers_are_wrong(caplog, monkeypatch):
     from l2e import kernels
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr("l2e.triton_kernels.backward", lambda *a: 1.01 * kernels.backward(*a))
+
+    def wrong(*args):
+        gradient, bias_gradient = kernels.backward(*args)
+        return 1.01 * gradient, bias_gradient
+
+    monkeypatch.setattr("l2e.triton_kernels.backward", wrong)
     assert "gradient differs from plain by 1.0e-02" in fallback(caplog)
 
 
@@ -99,13 +104,15 @@ def run(config: L2EConfig, steps: int = 4) -> dict[str, torch.Tensor]:
     """Gradients and state of one layer fed the same numbers."""
     generator = torch.Generator().manual_seed(0)
     layer = L2ELayer(24, config, name="0", inhibited_layers=1).train()
+    bias = torch.randn(24, generator=generator).requires_grad_()
     controller = Controller([layer], config)
     results = {}
     for step in range(steps):
         pre = torch.randn(40, 24, generator=generator).requires_grad_()
-        layer(pre).square().sum().backward()
+        layer(pre, bias).square().sum().backward()
         controller.step()
         results[f"gradient {step}"] = pre.grad
+        results[f"bias gradients up to {step}"] = bias.grad.clone()
         results[f"loss {step}"] = controller.ms_loss()
     assert path.choose(config, CPU, torch.float32).name == config.kernels
     return results | controller.state_dict()

@@ -1,4 +1,4 @@
-"""The Triton kernels, compiled on a GPU or else interpreted, against float64 arithmetic."""
+"""Both kinds of kernels against float64 arithmetic; Triton's compiled on a GPU or interpreted."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from l2e import kernels
 from l2e.kernels import Rule
 
 pytest.importorskip("triton")
@@ -20,6 +21,9 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     None: lambda x: x,
 }
+
+
+BOTH = pytest.mark.parametrize("made_by", [kernels, triton_kernels], ids=["plain", "triton"])
 
 
 def rule(neurons: int, generator: torch.Generator, **changes) -> Rule:
@@ -42,6 +46,10 @@ def expected_sums(out: Tensor, rule: Rule) -> Tensor:
     return torch.stack([deviation.sum(0), deviation.square().sum(0), selected.sum(0), logs.sum(0)])
 
 
+def draw_bias(wanted: bool, neurons: int, dtype: torch.dtype, generator: torch.Generator):
+    return draw(1, neurons, dtype, generator)[0] if wanted else None
+
+
 def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
     error = (found.double() - wanted.double()).abs().max()
     assert error <= tolerance * wanted.double().abs().max(), float(error)
@@ -55,28 +63,34 @@ def new_sums(neurons: int) -> Tensor:
 PRECISION = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
+@BOTH
 @settings(max_examples=8, deadline=None, phases=[Phase.reuse, Phase.generate])
 @given(
     tokens=st.integers(1, 600),
     neurons=st.integers(1, 300),
     activation=st.sampled_from(["gelu", "gelu_tanh", None]),
     dtype=st.sampled_from(list(PRECISION)),
+    biased=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_forward_sums_what_it_returns(tokens, neurons, activation, dtype, seed):
+def test_forward_sums_what_it_returns(made_by, tokens, neurons, activation, dtype, biased, seed):
     generator = torch.Generator().manual_seed(seed)
-    inhibit = rule(neurons, generator, activation=activation)
+    bias = draw_bias(biased, neurons, dtype, generator)
+    inhibit = rule(neurons, generator, activation=activation, bias=bias)
     pre = draw(tokens, neurons, dtype, generator)
     sums = new_sums(neurons)
-    out = triton_kernels.forward(pre, inhibit, sums)
+    out = made_by.forward(pre, inhibit, sums)
     assert out.dtype == dtype
-    close(out, ACTIVATIONS[activation](pre.double()), PRECISION[dtype])
+    x = pre.double() if bias is None else pre.double() + bias.double()
+    # Pre-activation and activation are each rounded once.
+    close(out, ACTIVATIONS[activation](x), (2 if biased else 1) * PRECISION[dtype])
     wanted = expected_sums(out, inhibit)
     close(sums[: 2 * neurons], wanted[:2].flatten(), 1e-6)
     assert torch.equal(sums[2 * neurons : -1].double(), wanted[2])
     assert sums[-1].item() == pytest.approx(wanted[3].sum().item(), rel=1e-5, abs=1e-5)
 
 
+@BOTH
 @settings(max_examples=8, deadline=None, phases=[Phase.reuse, Phase.generate])
 @given(
     tokens=st.integers(1, 200),
@@ -84,19 +98,21 @@ def test_forward_sums_what_it_returns(tokens, neurons, activation, dtype, seed):
     activation=st.sampled_from(["gelu", "gelu_tanh", None]),
     dtype=st.sampled_from(list(PRECISION)),
     balanced=st.booleans(),
+    biased=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_backward_is_the_gradient_of_the_output_and_of_the_logs(
-    tokens, neurons, activation, dtype, balanced, seed
+    made_by, tokens, neurons, activation, dtype, balanced, biased, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     balance = torch.rand(neurons, generator=generator).to(DEVICE) if balanced else None
-    inhibit = rule(neurons, generator, activation=activation, balance=balance)
+    bias = draw_bias(biased, neurons, dtype, generator)
+    inhibit = rule(neurons, generator, activation=activation, balance=balance, bias=bias)
     pre, grad = (draw(tokens, neurons, dtype, generator) for _ in range(2))
-    out = triton_kernels.forward(pre, inhibit, new_sums(neurons))
+    out = made_by.forward(pre, inhibit, new_sums(neurons))
     selected = (out.float() - inhibit.mean).square() >= inhibit.limit
 
-    x = pre.double().requires_grad_()
+    x = (pre.double() if bias is None else pre.double() + bias.double()).requires_grad_()
     z = ACTIVATIONS[activation](x)
     seen = z + (out.double() - z).detach()  # the rounded activation, with the exact slope
     deviation = seen - inhibit.mean.double()
@@ -105,54 +121,68 @@ def test_backward_is_the_gradient_of_the_output_and_of_the_logs(
     if balanced:
         objective = objective - 0.3 * (deviation.square() * balance.double()).sum()
     objective.backward()
-    found = triton_kernels.backward(grad, pre, inhibit, pull=0.3)
-    close(found, x.grad, PRECISION[dtype])
-    as_tensor = triton_kernels.backward(grad, pre, inhibit, torch.tensor(0.3, device=DEVICE))
+    found, bias_gradient = made_by.backward(grad, pre, inhibit, pull=0.3)
+    # Plain operations round the gradient to z and the result; with a bias the slope is taken at
+    # the rounded sum.
+    roundings = (2 if made_by is kernels else 1) + (2 if biased else 0)
+    close(found, x.grad, roundings * PRECISION[dtype])
+    if biased:
+        assert bias_gradient.dtype == dtype
+        summed = found.double().sum(0)
+        error = (bias_gradient.double() - summed).abs().max()
+        assert error <= PRECISION[dtype] * found.double().abs().sum(0).max()
+    else:
+        assert bias_gradient is None
+    as_tensor, _ = made_by.backward(grad, pre, inhibit, torch.tensor(0.3, device=DEVICE))
     assert torch.equal(found, as_tensor)
 
 
-def test_deactivation_puts_the_mean_and_turns_the_gradient():
+@BOTH
+def test_deactivation_puts_the_mean_and_turns_the_gradient(made_by):
     generator = torch.Generator().manual_seed(0)
     inhibit = rule(40, generator, activation=None, method="deactivate", delta=3.0)
     pre, grad = (draw(30, 40, torch.float32, generator) for _ in range(2))
     selected = (pre - inhibit.mean).square() >= inhibit.limit
     assert 0 < selected.sum() < selected.numel()
-    out = triton_kernels.forward(pre, inhibit, new_sums(40))
+    out = made_by.forward(pre, inhibit, new_sums(40))
     assert torch.equal(out, torch.where(selected, inhibit.mean, pre))
-    found = triton_kernels.backward(grad, pre, inhibit, 0.0)
+    found, _ = made_by.backward(grad, pre, inhibit, 0.0)
     assert torch.equal(found, torch.where(selected, -3.0 * grad, grad))
 
 
-def test_nothing_is_selected_before_there_is_a_threshold():
+@BOTH
+def test_nothing_is_selected_before_there_is_a_threshold(made_by):
     generator = torch.Generator().manual_seed(0)
     observe = rule(20, generator, limit=None)
     pre, grad = (draw(50, 20, torch.float32, generator) for _ in range(2))
     sums = new_sums(20)
-    close(triton_kernels.forward(pre, observe, sums), F.gelu(pre.double()), 1e-6)
+    close(made_by.forward(pre, observe, sums), F.gelu(pre.double()), 1e-6)
     assert not sums[40:].any()
     x = pre.double().requires_grad_()
     F.gelu(x).backward(grad.double())
-    close(triton_kernels.backward(grad, pre, observe, 0.3), x.grad, 1e-6)
+    close(made_by.backward(grad, pre, observe, 0.3)[0], x.grad, 1e-6)
 
 
-def test_sums_are_added_to_what_is_there_and_repeat_bit_for_bit():
+@BOTH
+def test_sums_are_added_to_what_is_there_and_repeat_bit_for_bit(made_by):
     generator = torch.Generator().manual_seed(0)
     inhibit, pre = rule(70, generator), draw(700, 70, torch.float32, generator)
     once, twice, again = new_sums(70), new_sums(70), new_sums(70)
-    triton_kernels.forward(pre, inhibit, once)
-    triton_kernels.forward(pre, inhibit, again)
+    made_by.forward(pre, inhibit, once)
+    made_by.forward(pre, inhibit, again)
     assert torch.equal(once, again)
     for _ in range(2):
-        triton_kernels.forward(pre, inhibit, twice)
+        made_by.forward(pre, inhibit, twice)
     assert torch.equal(twice, 2 * once)
 
 
-def test_a_mean_far_from_zero_costs_no_accuracy():
+@BOTH
+def test_a_mean_far_from_zero_costs_no_accuracy(made_by):
     """Raw sums of squares around zero would lose all digits of a spread of 1 around 10,000."""
     generator = torch.Generator().manual_seed(0)
     pre = draw(512, 16, torch.float32, generator) + 1e4
     far = Rule("gelu", "regularize", 1.0, torch.full((16,), 1e4, device=DEVICE), None)
     sums = new_sums(16)
-    triton_kernels.forward(pre, far, sums)
+    made_by.forward(pre, far, sums)
     deviation = pre.double() - 1e4
     close(sums[16:32], deviation.square().sum(0), 1e-6)

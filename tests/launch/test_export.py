@@ -2,18 +2,21 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.export import main
 from launch.runtime import exporting
 from launch.runtime.stored import StoredCheckpoint
 from tests.launch.models import huggingface_model
+from tests.launch.running import python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,6 +70,33 @@ def test_round_trip_is_hash_equal(folders):
 
     assert hashes(folders["checkpoint"])
     assert hashes(folders["again"]) == hashes(folders["checkpoint"])
+
+
+@pytest.mark.parametrize("revision", ["main", "step0"])
+def test_a_hub_id_is_fetched_in_any_revision(folders, tmp_path, revision):
+    """Read from a cache laid out as the hub's client keeps it; step0 has pickled weights alone."""
+    repository = tmp_path / "hub" / "models--someone--pythia"
+    for number, name in enumerate(("main", "step0")):
+        commit = str(number) * 40
+        shutil.copytree(folders["original"], repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+    safe = repository / "snapshots" / ("1" * 40) / "model.safetensors"
+    torch.save(load_file(safe), safe.with_name("pytorch_model.bin"))
+    safe.unlink()
+    output = tmp_path / "checkpoint"
+    done = python(
+        "launch/export.py", "from-hf", "--model", "someone/pythia", "--revision", revision,
+        "--output", output, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    stored, expected = StoredCheckpoint(output), StoredCheckpoint(folders["checkpoint"])
+    assert stored.tensors["model"].keys() == expected.tensors["model"].keys()
+    assert all(
+        torch.equal(stored.read(name), expected.read(name)) for name in expected.tensors["model"]
+    )
+    assert stored.tokenizer is not None
+    assert f"someone/pythia ({revision})" in stored.state["source"]
 
 
 def test_large_models_are_written_in_shards(folders, tmp_path, monkeypatch):

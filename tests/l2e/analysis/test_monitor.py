@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from l2e.analysis.activations import Settings, collect
+from l2e.analysis.activations import Settings, collect, watch
 from l2e.analysis.fkr import analyze_fkr
 from l2e.analysis.monitor import Monitor
 from l2e.analysis.scale import layer_scale
@@ -20,12 +20,17 @@ class Bytes:
         return self.tokenizer(text)["input_ids"]
 
 
-def forward_of(network):
-    return lambda tokens: network.model(tokens, use_cache=False)
+def observe_in(network, part=slice(None)):
+    """The network's activations, or some neurons' alone."""
 
+    def observe(tokens, see):
+        def show(layer, _, post):
+            see(str(layer), post[..., part])
 
-def modules_of(network):
-    return {str(number): layer.activation for number, layer in enumerate(network.layers)}
+        with torch.no_grad(), watch(network, show):
+            network.model(tokens, use_cache=False)
+
+    return observe
 
 
 @pytest.fixture
@@ -34,7 +39,7 @@ def monitor(neox, letter_features):
 
 
 def test_numbers_equal_the_analyses(neox, letter_features, monitor, tmp_path):
-    seen = monitor.run(forward_of(neox), modules_of(neox))
+    seen = monitor.run(observe_in(neox))
     settings = Settings(("post_max",), max_tokens=30, stored_as="float32")
     found = collect(neox, letter_features, settings, tmp_path, progress=False)
     fkr = analyze_fkr(found, "post_max")
@@ -50,42 +55,21 @@ def test_numbers_equal_the_analyses(neox, letter_features, monitor, tmp_path):
 
 def test_shards_joined_give_the_whole(neox, monitor):
     """Two tensor-parallel ranks hold half of the neurons each; gather joins them."""
-    whole = monitor.run(forward_of(neox), modules_of(neox))
-    halves = {}
+    whole = monitor.run(observe_in(neox))
+    theirs = []
+    monitor.run(observe_in(neox, slice(64, None)), lambda z: (theirs.append(z), z)[1])
 
-    class Half(torch.nn.Module):
-        def forward(self, z):
-            return z[..., :64]
+    def gather(ours):
+        return torch.cat([ours, theirs.pop(0)], dim=1)
 
-    half = Half()
-    neox.layers[0].activation.register_forward_hook(lambda _, __, out: (half(out), None)[1])
-    other = {}
-    neox.layers[0].activation.register_forward_hook(
-        lambda _, __, out: other.setdefault("parts", []).append(out[..., 64:])
-    )
-
-    def gather(z):
-        parts = other.pop("parts")
-        rows = [
-            torch.amax(p.masked_fill(~v.unsqueeze(-1), -torch.inf), 1)
-            for p, v in zip(parts, monitor.valid.split(monitor.batch_size), strict=True)
-        ]
-        return torch.cat([z, torch.cat(rows)[: len(z)]], dim=1)
-
-    halves = monitor.run(forward_of(neox), {"0": half}, gather)
-    assert halves["layers"]["0"] == pytest.approx(whole["layers"]["0"])
-
-
-def test_it_leaves_no_hook_and_no_gradient(neox, monitor):
-    monitor.run(forward_of(neox), modules_of(neox))
-    for layer in neox.layers:
-        assert not layer.activation._forward_hooks
-    assert all(parameter.grad is None for parameter in neox.model.parameters())
+    halves = monitor.run(observe_in(neox, slice(64)), gather)
+    for name in ("0", "1", "2"):
+        assert halves["layers"][name] == pytest.approx(whole["layers"][name])
 
 
 def test_every_batch_has_one_shape(neox, monitor):
     shapes = []
-    monitor.run(lambda tokens: shapes.append(tuple(tokens.shape)), {})
+    monitor.run(lambda tokens, _: shapes.append(tuple(tokens.shape)))
     assert set(shapes) == {(16, 30)}
     assert len(shapes) == 8
 
@@ -93,7 +77,7 @@ def test_every_batch_has_one_shape(neox, monitor):
 def test_a_dead_layer_has_no_silent_number(neox, monitor):
     with torch.no_grad():
         neox.layers[1].inward.weight.zero_()
-    entry = monitor.run(forward_of(neox), modules_of(neox))["layers"]["1"]
+    entry = monitor.run(observe_in(neox))["layers"]["1"]
     assert entry == {"mean_ms": None, "ks": None, "fkr": None}
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from l2e.analysis.multifractal import MOMENTS, kept_counts, mass_spectrum, spectrum
+from l2e.analysis.multifractal import MOMENTS, kept_counts, share_spectrum, spectrum, tally
 
 ZERO = int(np.flatnonzero(MOMENTS == 0)[0])
 
@@ -39,7 +39,7 @@ def test_moment_zero_and_the_top_of_the_spectrum_are_exact():
 @pytest.mark.parametrize("dimension", [0.5, 1, 2])
 def test_a_power_law_has_one_exponent(dimension):
     radii = np.arange(1, 101)
-    found = mass_spectrum(np.tile((radii / 100.0) ** dimension, (5, 1)), radii)
+    found = share_spectrum((radii / 100.0) ** dimension, 5.0 * np.eye(100), radii)
     np.testing.assert_allclose(found.tau, dimension * MOMENTS, atol=1e-12)
     assert found.alpha_0 == pytest.approx(dimension)
     assert found.width == pytest.approx(0, abs=1e-9)
@@ -71,6 +71,16 @@ def test_a_binomial_cascade_has_its_analytic_spectrum():
     np.testing.assert_allclose(found.tau, tau, atol=1e-9)
     assert found.alpha_0 == pytest.approx(0.926056, abs=1e-6)
     assert found.width == pytest.approx(0.733596, abs=1e-6)
+
+
+def test_shares_are_counted_node_by_node():
+    random = np.random.default_rng(1)
+    mass = 1 + np.cumsum(random.integers(3, size=(40, 12)), axis=1)
+    share, often = tally(mass)
+    assert len(set(share)) <= len(share) < mass.size
+    for column in range(12):
+        counted = np.repeat(share, often[:, column].astype(int))
+        np.testing.assert_array_equal(np.sort(counted), np.sort(mass[:, column] / mass[:, -1]))
 
 
 def slow_spectrum(distances, threshold):

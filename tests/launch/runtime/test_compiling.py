@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import configs
@@ -18,18 +16,12 @@ CPU = torch.device("cpu")
 CONFIG = ModelConfig(num_layers=5, hidden_size=32, num_attention_heads=2, vocab_size=256)
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    """The process group of one rank that the model's linears ask for."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
-    )
-    parallel_state.initialize_model_parallel()
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Every test compiles anew."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
 
 
 def train(backend=None) -> list[torch.Tensor]:

@@ -4,8 +4,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -130,18 +128,6 @@ def test_logits_are_never_held_whole_in_fp32():
     assert layout.micro_tokens * 50304 * 4 > 13e9
     assert layout.logits_bytes == CHUNK_BYTES["cuda"]
     assert cost.logits_memory(PYTHIA["70m"], layout) < 1e9
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    """The process group of one rank that the model's linears ask for."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
-    )
-    parallel_state.initialize_model_parallel()
-    yield
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 0), ("bf16", 5e-3)])

@@ -2,11 +2,15 @@
 
 import json
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.profiler import DeviceType
 
-from launch.runtime.meters import Profiler, Stopwatch, parse_steps, peak_memory
+from launch.runtime.meters import Profiler, Stopwatch, communication, parse_steps, peak_memory
+from tests.distributed.processes import run_on_processes
 
 CPU = torch.device("cpu")
 
@@ -44,6 +48,45 @@ def test_the_trace_holds_the_chosen_steps_alone(tmp_path):
     recorded = {event.get("name") for event in trace["traceEvents"]}
     assert {"aten::sin", "aten::exp"} <= recorded
     assert not {"aten::cos", "aten::tan"} & recorded
+
+
+def test_communication_is_told_apart_from_what_hides_it():
+    """Exchanges from 0 to 4 and 6 to 9 s, computation from 3 to 7 s: 7 s, 5 of them exposed."""
+    events = [
+        event("gloo:all_reduce", 0, 4),
+        event("gloo:all_reduce", 1, 3),
+        event("gloo:all_gather", 6, 9),
+        event("aten::mm", 3, 6),
+        event("aten::mul", 4, 7),
+        event("forward", 0, 10),
+    ]
+    found = communication(events, steps=1)
+    assert found == pytest.approx({"communication": 7.0, "exposed": 5.0})
+    assert communication(events, steps=2)["communication"] == pytest.approx(3.5)
+    assert communication(events[3:], steps=1) == {"communication": 0.0, "exposed": 0.0}
+    # Where there is a GPU, what the host does meanwhile hides nothing.
+    on_gpu = [event("ncclDevKernel_AllReduce", 0, 2, DeviceType.CUDA), *events]
+    assert communication(on_gpu, 1) == {"communication": 2.0, "exposed": 2.0}
+
+
+def event(name, begin, end, device=DeviceType.CPU):
+    span = SimpleNamespace(start=begin * 1e6, end=end * 1e6)
+    return SimpleNamespace(
+        name=name, time_range=span, device_type=device, is_user_annotation=name == "forward"
+    )
+
+
+def exchange_and_compute(folder: str) -> dict:
+    profiler = Profiler(range(1, 2), Path(folder), torch.distributed.get_rank())
+    with profiler.step(1):
+        torch.distributed.all_reduce(torch.ones(2**20))
+    return json.loads((Path(folder) / "communication_rank_1.json").read_text())
+
+
+def test_exchanges_of_two_ranks_are_found(tmp_path):
+    found = run_on_processes(exchange_and_compute, 2, tmp_path, str(tmp_path))[1]
+    assert found["steps"] == [1]
+    assert 0 < found["exposed"] <= found["communication"] < 60
 
 
 def test_nothing_is_recorded_unasked(tmp_path):

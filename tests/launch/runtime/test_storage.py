@@ -107,6 +107,8 @@ def test_prune_keeps_newest_and_every_mth(tmp_path):
     assert kept == [60, 50, 30]
     assert not list(tmp_path.glob("*.tmp"))
     assert storage.prune(tmp_path, keep_last=0, keep_every=0) == []
+    storage.prune(tmp_path, keep_last=1, keep_every=0, keep_steps={50})
+    assert [storage.step_of(path) for path in storage.checkpoints(tmp_path)] == [60, 50]
 
 
 def test_read_only_folder_is_a_message(tmp_path, monkeypatch):
