@@ -67,35 +67,43 @@ def spectrum(counts: np.ndarray) -> Spectrum:
 
 
 def share_spectrum(share: np.ndarray, often: np.ndarray, radii: np.ndarray) -> Spectrum:
-    """The spectrum of nodes of which `often` [shares, radii] have each `share` [shares] within r.
+    """The spectrum of nodes of which `often` [radii, shares] have each `share` [shares] within r.
 
     radii: ascending, [radii]; within the last of them every node has its whole mass, share 1.
     """
     # Z_q(r) = sum over nodes of p_i(r)^q: each distinct p is raised to each power once.
-    partition = np.exp(np.outer(MOMENTS, np.log(share))) @ often
+    partition = (often @ _powers(share)).T
     tau, fit = _slopes(np.log(radii / radii[-1]), np.log(partition))
     alpha = np.diff(tau) / np.diff(MOMENTS)
     f = MOMENTS[:-1] * alpha - tau[:-1]
-    return Spectrum(tau, alpha, f, fit, nodes=round(often[:, -1].sum()))
+    return Spectrum(tau, alpha, f, fit, nodes=round(often[-1].sum()))
+
+
+def _powers(share: np.ndarray) -> np.ndarray:
+    """share^q for every moment, [shares, moments]: whole powers of share^0.1 and its inverse."""
+    step, half = share**MOMENT_STEP, len(MOMENTS) // 2 + 1
+    up, down = (np.vander(base, half, increasing=True) for base in (step, 1 / step))
+    return np.hstack([down[:, :0:-1], up])
 
 
 def tally(mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct shares p_i(r) = mass_i(r) / mass_i(r_max), and how many nodes have each at r.
 
     mass: whole numbers [nodes, radii]. They are small, so few of the shares differ. Returns float64
-    [shares] and [shares, radii].
+    [shares] and [radii, shares].
     """
     totals, which = np.unique(mass[:, -1], return_inverse=True)
-    pair = which[:, None] * (totals[-1] + 1) + mass  # numbers (total, mass) as one
-    seen = np.zeros(len(totals) * (totals[-1] + 1), dtype=bool)
+    size = totals[-1] + 1
+    pair = (which[:, None] * size + mass).T  # numbers (total, mass) as one, [radii, nodes]
+    seen = np.zeros(len(totals) * size, dtype=bool)
     seen[pair] = True
     pairs = np.flatnonzero(seen)
     place = np.cumsum(seen) - 1
-    columns = mass.shape[1]
-    cells = place[pair] * columns + np.arange(columns)
-    often = np.bincount(cells.ravel(), minlength=len(pairs) * columns)
-    of, share = np.divmod(pairs, totals[-1] + 1)
-    return share / totals[of], often.reshape(-1, columns).astype(np.float64)
+    often = np.empty((len(pair), len(pairs)))
+    for row, nodes in zip(often, pair, strict=True):
+        row[:] = np.bincount(place[nodes], minlength=len(pairs))
+    of, share = np.divmod(pairs, size)
+    return share / totals[of], often
 
 
 def _slopes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -79,7 +79,7 @@ def test_shares_are_counted_node_by_node():
     share, often = tally(mass)
     assert len(set(share)) <= len(share) < mass.size
     for column in range(12):
-        counted = np.repeat(share, often[:, column].astype(int))
+        counted = np.repeat(share, often[column].astype(int))
         np.testing.assert_array_equal(np.sort(counted), np.sort(mass[:, column] / mass[:, -1]))
 
 
