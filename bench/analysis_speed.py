@@ -21,7 +21,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from l2e.analysis.ablation import Settings as AblationSettings
+from l2e.analysis.ablated_runs import Settings as AblationSettings
 from l2e.analysis.ablation import analyze_ablation
 from l2e.analysis.features import make_features
 from l2e.analysis.interaction import draw_samples, node_counts, open_checkpoint, sampled_network

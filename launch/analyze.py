@@ -151,6 +151,13 @@ def _add_ablation_options(verb: argparse.ArgumentParser, name: str) -> None:
     )
     verb.add_argument("--scored", type=int, help="tokens scored of each passage (default: all)")
     verb.add_argument(
+        "--exact",
+        type=int,
+        metavar="N",
+        help="passages of each feature that are run exactly; the others enter to first order, "
+        "corrected by these, with a standard error (default: all, or as many as take minutes)",
+    )
+    verb.add_argument(
         "--precision",
         default="float32",
         choices=["float32", "bfloat16"],
@@ -262,12 +269,17 @@ def _ablate(options: argparse.Namespace) -> dict:
 def _ablate_neurons(
     options: argparse.Namespace, network: Network, file: str, neurons: list[tuple[int, int]]
 ) -> dict:
-    from l2e.analysis.ablation import Settings, analyze_ablation
+    from l2e.analysis.ablated_runs import Settings
+    from l2e.analysis.ablation import analyze_ablation
     from l2e.analysis.features import read_features
 
     features = read_features(file).sample(options.ablate_passages)
     settings = Settings(
-        options.how, min(options.max_tokens, 128), options.scored, options.precision
+        options.how,
+        min(options.max_tokens, 128),
+        options.scored,
+        options.precision,
+        options.exact,
     )
     result = analyze_ablation(network, features, neurons, options.random, settings)
     return {"model": network.name, "passages": features.counts()} | result

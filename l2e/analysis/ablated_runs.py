@@ -1,0 +1,308 @@
+"""Passages run with single neurons ablated, exactly or to first order.
+
+Exactly: an MLP is the last thing a block adds to the residual stream, so replacing a neuron's
+activation z by z' adds (z' - z) times its output weights to the block's output. One ordinary pass
+keeps the blocks' outputs; each neuron then costs the blocks after its own and the output embedding.
+
+To first order: one backward pass tells dL/dz of all neurons, and so dL/dz (z' - z).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from l2e.analysis.activations import length_batches, pad, tokenize, watch
+from l2e.analysis.features import FeatureSet
+from l2e.analysis.networks import Network
+
+How = Literal["mean", "zero", "resample"]
+SEED = 42
+TOKENS_PER_BATCH = 4096
+GRADIENT_TOKENS_PER_BATCH = 1024  # the backward pass keeps all logits of a batch
+LEAST_EXACT = 2  # passages of a feature, for a standard error
+
+
+@dataclass(frozen=True)
+class Settings:
+    """how: what replaces the activation: its mean over the data set, 0, or its value at a random
+    other token. max_tokens: where passages are cut. scored: how many random next-token predictions
+    of a passage enter the loss (None: all). precision: bfloat16 runs the matrix products in it,
+    faster where the processor knows it, and leaves the residual stream in float32. exact: passages
+    of each feature on which the neurons are really ablated, the others entering to first order
+    (None: all, or as many as EXACT_FLOPS allows)."""
+
+    how: How = "mean"
+    max_tokens: int = 128
+    scored: int | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    exact: int | None = None
+
+    def __post_init__(self):
+        if self.exact is not None and self.exact < LEAST_EXACT:
+            raise ValueError(
+                f"{self.exact} exact passages of each feature have no standard error; "
+                f"take at least {LEAST_EXACT}, or all"
+            )
+
+
+class Passages:
+    """A feature set's passages of at least two tokens, and their batches of like length.
+
+    counts: predictions that enter each one's loss, [passages]; member: 0 or 1, [features,
+    passages].
+    """
+
+    def __init__(self, network: Network, features: FeatureSet, settings: Settings):
+        tokens = tokenize(network, features.texts, settings.max_tokens)
+        usable = np.array([row for row, ids in enumerate(tokens) if len(ids) > 1])
+        self.features = features.subset(usable)
+        self.tokens = [tokens[row] for row in usable]
+        self.lengths = np.array([len(ids) for ids in self.tokens])
+        self.counts = np.minimum(self.lengths - 1, settings.scored or self.lengths)
+        self.scored_each = settings.scored
+        self.member = (self.features.labels == np.arange(len(features.names))[:, None]).astype(
+            float
+        )
+        self.device = network.device
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def sample(self, per_feature: int | None) -> np.ndarray:
+        """Random rows of each feature, so many or all, ascending."""
+        random = np.random.default_rng(SEED)
+        of_each = (np.flatnonzero(row) for row in self.member)
+        return np.sort(np.concatenate([random.permutation(rows)[:per_feature] for rows in of_each]))
+
+    def batches(self, rows: np.ndarray, tokens_per_batch: int) -> Iterator["Batch"]:
+        for places in length_batches(self.lengths[rows], tokens_per_batch):
+            chosen = rows[places]
+            ids, mask = pad([self.tokens[row] for row in chosen], self.device)
+            drawn = np.stack(
+                [np.random.default_rng([SEED, row]).random((ids.shape[1], 2)) for row in chosen]
+            )
+            first, second = torch.from_numpy(drawn).to(ids.device).unbind(dim=2)
+            scored = _scored(mask, self.scored_each, first[:, 1:])
+            yield Batch(places, chosen, ids, mask, scored, second)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some passages: `places` among those asked for, their `rows`, tokens [batch, positions], where
+    these are real, which predictions are scored [batch, positions - 1], and uniform random numbers
+    [batch, positions] that are a passage's own, whatever batch it is in."""
+
+    places: np.ndarray
+    rows: np.ndarray
+    ids: torch.Tensor
+    mask: torch.Tensor
+    scored: torch.Tensor
+    uniform: torch.Tensor
+
+    def by_passage(self, losses: torch.Tensor) -> np.ndarray:
+        """Sums over each passage's scored predictions, float64 [batch]; losses: [scored]."""
+        passage = torch.nonzero(self.scored)[:, 0]
+        sums = torch.zeros(len(self.rows), dtype=torch.float64, device=losses.device)
+        return sums.index_add_(0, passage, losses.double()).cpu().numpy()
+
+
+def ablate(
+    network: Network,
+    data: Passages,
+    rows: np.ndarray,
+    neurons: list[tuple[int, int]],
+    pools: list["Pool"],
+    settings: Settings,
+    progress: bool,
+) -> np.ndarray:
+    """Losses of the passages `rows`, float64 [1 + neurons, rows]: as they are, then ablated."""
+    losses = np.zeros((1 + len(neurons), len(rows)))
+    bar = tqdm(
+        total=len(rows) * (1 + len(neurons)),
+        desc="ablated",
+        unit="passages",
+        unit_scale=True,
+        disable=not progress,
+    )
+    with torch.no_grad(), _precision(network, settings), bar:
+        for batch in data.batches(rows, TOKENS_PER_BATCH):
+            run = _Pass(network, batch, {layer for layer, _ in neurons})
+            losses[0, batch.places] = batch.by_passage(run.losses(run.final))
+            bar.update(len(batch.rows))
+            for index, (layer, neuron) in enumerate(neurons):
+                value = pools[index].substitute(settings.how, batch)
+                hidden = run.without(layer, neuron, value)
+                losses[1 + index, batch.places] = batch.by_passage(run.losses(hidden))
+                bar.update(len(batch.rows))
+    return losses
+
+
+def first_order(
+    network: Network,
+    data: Passages,
+    neurons: list[tuple[int, int]],
+    pools: list["Pool"],
+    settings: Settings,
+    progress: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Losses of all passages [passages], and their rise without each neuron [neurons, passages] as
+    far as the gradient tells it: the sum over tokens of dL/dz (z' - z)."""
+    base, rise = np.zeros(len(data)), np.zeros((len(neurons), len(data)))
+    layers = sorted({layer for layer, _ in neurons})
+    everything = np.arange(len(data))
+    bar = tqdm(total=len(data), desc="gradients", unit="passages", disable=not progress)
+    with _precision(network, settings), bar:
+        for batch in data.batches(everything, GRADIENT_TOKENS_PER_BATCH):
+            z: dict[int, torch.Tensor] = {}
+            with watch(network, lambda layer, _, post, z=z: z.update({layer: post})):
+                hidden = network.model.base_model(
+                    input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False
+                ).last_hidden_state
+            losses = _next_token_losses(network, batch, hidden)
+            gradients = torch.autograd.grad(losses.sum(), [z[layer] for layer in layers])
+            slope = dict(zip(layers, gradients, strict=True))
+            base[batch.rows] = batch.by_passage(losses.detach())
+            for index, (layer, neuron) in enumerate(neurons):
+                change = pools[index].substitute(settings.how, batch) - z[layer][..., neuron]
+                product = (slope[layer][..., neuron] * change).detach() * batch.mask
+                rise[index, batch.rows] = product.double().sum(dim=1).cpu().numpy()
+            bar.update(len(batch.rows))
+    return base, rise
+
+
+def _next_token_losses(network: Network, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+    """Losses at the scored positions, float32 [scored], from final hidden states."""
+    logits = network.unembed(hidden[:, :-1][batch.scored])
+    return nn.functional.cross_entropy(
+        logits.float(), batch.ids[:, 1:][batch.scored], reduction="none"
+    )
+
+
+class _Pass:
+    """One batch's ordinary forward pass, kept so that it can be resumed after any block."""
+
+    def __init__(self, network: Network, batch: Batch, layers: set[int]):
+        self.network, self.batch = network, batch
+        self.calls: dict[int, tuple[tuple, dict]] = {}
+        self.outputs: dict[int, torch.Tensor] = {}
+        self.hidden: dict[int, torch.Tensor] = {}
+        self.gates: dict[int, torch.Tensor] = {}
+        with self._recording(layers):
+            model_output = network.model.base_model(
+                input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False
+            )
+        self.final = model_output.last_hidden_state
+
+    @contextmanager
+    def _recording(self, layers: set[int]) -> Iterator[None]:
+        handles = []
+        for number, layer in enumerate(self.network.layers):
+            handles.append(
+                layer.block.register_forward_pre_hook(
+                    lambda _, args, kwargs, n=number: self.calls.update({n: (args, kwargs)}),
+                    with_kwargs=True,
+                )
+            )
+            if number in layers:
+                handles.append(
+                    layer.block.register_forward_hook(
+                        lambda _, __, out, n=number: self.outputs.update({n: _hidden(out)})
+                    )
+                )
+                handles.append(
+                    layer.activation.register_forward_hook(
+                        lambda _, __, out, n=number: self.hidden.update({n: out})
+                    )
+                )
+                if layer.gate is not None:
+                    handles.append(
+                        layer.gate.register_forward_hook(
+                            lambda _, __, out, n=number: self.gates.update({n: out})
+                        )
+                    )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def without(self, layer: int, neuron: int, value: torch.Tensor) -> torch.Tensor:
+        """The final hidden states [batch, positions, hidden] with the neuron's z set to `value`,
+        a scalar or [batch, positions]."""
+        change = value - self.hidden[layer][..., neuron].float()
+        if layer in self.gates:
+            change = change * self.gates[layer][..., neuron].float()
+        added = self.network.layers[layer].output_weight()[neuron].float()
+        hidden = self.outputs[layer] + change.unsqueeze(-1) * added
+        for number in range(layer + 1, len(self.network.layers)):
+            args, kwargs = self.calls[number]
+            hidden = _hidden(self.network.layers[number].block(hidden, *args[1:], **kwargs))
+        return self.network.final_norm(hidden)
+
+    def losses(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Next-token losses at the scored positions, float32 [scored]."""
+        return _next_token_losses(self.network, self.batch, hidden)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A neuron's activations at all valid tokens, float32 [tokens]."""
+
+    values: torch.Tensor
+
+    def substitute(self, how: How, batch: Batch) -> torch.Tensor:
+        """What the neuron's activation is replaced by: a scalar, or [batch, positions]."""
+        if how == "zero":
+            return self.values.new_zeros(())
+        if how == "mean":
+            return self.values.mean()
+        return self.values[(batch.uniform * len(self.values)).long()]
+
+
+def activations_of(
+    network: Network, data: Passages, neurons: list[tuple[int, int]], settings: Settings
+) -> list[Pool]:
+    """The activations of the given neurons over the whole data set."""
+    if settings.how == "zero":
+        return [Pool(torch.zeros(1, device=network.device))] * len(neurons)
+    wanted = {layer: [n for other, n in neurons if other == layer] for layer, _ in neurons}
+    found: dict[tuple[int, int], list[torch.Tensor]] = {neuron: [] for neuron in neurons}
+    with torch.no_grad(), _precision(network, settings):
+        for batch in data.batches(np.arange(len(data)), TOKENS_PER_BATCH):
+
+            def see(layer: int, _, post: torch.Tensor, mask=batch.mask) -> None:
+                for neuron in set(wanted.get(layer, ())):
+                    found[layer, neuron].append(post[..., neuron][mask].float())
+
+            with watch(network, see):
+                network.model.base_model(
+                    input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False
+                )
+    return [Pool(torch.cat(found[neuron])) for neuron in neurons]
+
+
+def _scored(mask: torch.Tensor, count: int | None, uniform: torch.Tensor) -> torch.Tensor:
+    """Which predictions enter the loss, bool [batch, positions - 1]: all of real next tokens, or
+    `count` random ones of each passage, those with the smallest of the numbers `uniform`."""
+    real = mask[:, 1:]
+    if count is None:
+        return real
+    order = uniform.masked_fill(~real, 2.0)
+    return real & (order.argsort(dim=1).argsort(dim=1) < count)
+
+
+def _hidden(output) -> torch.Tensor:
+    """A block's hidden states, whether it returns them alone or first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _precision(network: Network, settings: Settings):
+    if settings.precision == "bfloat16":
+        return torch.autocast(network.device.type, dtype=torch.bfloat16)
+    return nullcontext()
