@@ -23,6 +23,7 @@ from data.files import sync
 from data.problem import Problem
 
 TIMEOUT = 3600.0  # seconds; a full Pile is shuffled in minutes
+SILENT_SECONDS = 2.0  # of waiting, before anything is said
 Maps = Mapping[str, np.ndarray]
 
 
@@ -94,22 +95,24 @@ def _machine_lock(target: Path, timeout: float) -> Iterator[None]:
 
 
 def _acquire(lock, target: Path, timeout: float) -> None:
-    deadline, told = time.monotonic() + timeout, False
+    begin, told = time.monotonic(), False
     while True:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            holder = lock.read() or "another"
-        if time.monotonic() > deadline:
+            pid = lock.read()
+            holder = f"process {pid}" if pid else "another process"
+        waited = time.monotonic() - begin
+        if waited > timeout:
             raise Problem(
                 "data.cache_dir",
                 target.parent,
-                f"waited {timeout:g} s for process {holder} to build the shuffled maps "
+                f"waited {timeout:g} s for {holder} to build the shuffled maps "
                 f"{target.name}; it lives but isn't done",
                 "look at it, end it, and start again",
             )
-        if not told:
-            print(f"waiting for process {holder} to build the shuffled maps", flush=True)
+        if not told and waited > SILENT_SECONDS:
+            print(f"waiting for {holder} to build the shuffled maps", flush=True)
             told = True
         time.sleep(0.05)

@@ -24,7 +24,8 @@ from l2e.analysis.networks import Network
 How = Literal["mean", "zero", "resample"]
 SEED = 42
 TOKENS_PER_BATCH = 4096
-GRADIENT_TOKENS_PER_BATCH = 1024  # the backward pass keeps all logits of a batch
+# Rows of logits at a time: they stay in a processor's cache, and its memory is used again.
+LOGIT_ROWS = {"cpu": 128, "cuda": 4096}
 LEAST_EXACT = 2  # passages of a feature, for a standard error
 
 
@@ -105,6 +106,10 @@ class Batch:
     scored: torch.Tensor
     uniform: torch.Tensor
 
+    def predictions(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final hidden states [scored, hidden] of what is scored, and the tokens that follow."""
+        return hidden[:, :-1][self.scored], self.ids[:, 1:][self.scored]
+
     def by_passage(self, losses: torch.Tensor) -> np.ndarray:
         """Sums over each passage's scored predictions, float64 [batch]; losses: [scored]."""
         passage = torch.nonzero(self.scored)[:, 0]
@@ -158,16 +163,17 @@ def first_order(
     everything = np.arange(len(data))
     bar = tqdm(total=len(data), desc="gradients", unit="passages", disable=not progress)
     with _precision(network, settings), bar:
-        for batch in data.batches(everything, GRADIENT_TOKENS_PER_BATCH):
+        for batch in data.batches(everything, TOKENS_PER_BATCH):
             z: dict[int, torch.Tensor] = {}
             with watch(network, lambda layer, _, post, z=z: z.update({layer: post})):
                 hidden = network.model.base_model(
                     input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False
                 ).last_hidden_state
-            losses = _next_token_losses(network, batch, hidden)
-            gradients = torch.autograd.grad(losses.sum(), [z[layer] for layer in layers])
+            states, labels = batch.predictions(hidden)
+            losses, slopes = _losses_with_slopes(network, states.detach(), labels)
+            gradients = torch.autograd.grad(states, [z[layer] for layer in layers], slopes)
             slope = dict(zip(layers, gradients, strict=True))
-            base[batch.rows] = batch.by_passage(losses.detach())
+            base[batch.rows] = batch.by_passage(losses)
             for index, (layer, neuron) in enumerate(neurons):
                 change = pools[index].substitute(settings.how, batch) - z[layer][..., neuron]
                 product = (slope[layer][..., neuron] * change).detach() * batch.mask
@@ -176,12 +182,34 @@ def first_order(
     return base, rise
 
 
-def _next_token_losses(network: Network, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-    """Losses at the scored positions, float32 [scored], from final hidden states."""
-    logits = network.unembed(hidden[:, :-1][batch.scored])
-    return nn.functional.cross_entropy(
-        logits.float(), batch.ids[:, 1:][batch.scored], reduction="none"
-    )
+def _chunks(
+    states: torch.Tensor, labels: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    rows = LOGIT_ROWS[states.device.type]
+    return zip(states.split(rows), labels.split(rows), strict=True)
+
+
+def _losses(network: Network, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Next-token losses, float32 [scored], from final hidden states [scored, hidden]."""
+    parts = [
+        nn.functional.cross_entropy(network.unembed(some).float(), wanted, reduction="none")
+        for some, wanted in _chunks(states, labels)
+    ]
+    return torch.cat(parts)
+
+
+def _losses_with_slopes(
+    network: Network, states: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses, and each one's gradient to its own hidden states [scored, hidden]."""
+    losses: list[torch.Tensor] = []
+    slopes: list[torch.Tensor] = []
+    for some, wanted in _chunks(states, labels):
+        leaf = some.detach().requires_grad_()
+        part = _losses(network, leaf, wanted)
+        losses.append(part.detach())
+        slopes += torch.autograd.grad(part.sum(), leaf)
+    return torch.cat(losses), torch.cat(slopes)
 
 
 class _Pass:
@@ -247,7 +275,7 @@ class _Pass:
 
     def losses(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token losses at the scored positions, float32 [scored]."""
-        return _next_token_losses(self.network, self.batch, hidden)
+        return _losses(self.network, *self.batch.predictions(hidden))
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from model.block import Block
+from model.config import ModelConfig
+
 
 def compile_blocks(
-    blocks: Iterable[nn.Module], device: torch.device, backend: str = "inductor"
+    blocks: Sequence[nn.Module],
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "inductor",
 ) -> str:
     """Compile each block in place, as one graph; returns what was done, in words.
 
@@ -17,7 +24,7 @@ def compile_blocks(
     step to step is inside the L2E operator. `fullgraph` turns a graph break into an error. Where
     no compiler works the blocks stay as they are, with the same numbers.
     """
-    problem = why_no_compiler(device, backend)
+    problem = why_no_compiler(config, device, dtype, backend)
     if problem:
         return f"not compiled: {problem}"
     for block in blocks:
@@ -25,10 +32,21 @@ def compile_blocks(
     return f"compiled, {backend}"
 
 
-def why_no_compiler(device: torch.device, backend: str) -> str | None:
-    """What went wrong when one small function was compiled; None if nothing did."""
+def why_no_compiler(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, backend: str
+) -> str | None:
+    """What went wrong when a small block of this kind was trained compiled; None if nothing did.
+
+    A whole block in the run's own dtype: some compilers manage simpler code, or other dtypes.
+    """
+    small = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 256}
     try:
-        torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.ones(8, device=device))
+        block = Block(0, config.model_copy(update=small), seed=0).to(device, dtype).train()
+        block.compile(fullgraph=True, backend=backend)
+        x = torch.ones(16, 2, 64, device=device, dtype=dtype, requires_grad=True)
+        block(x).sum().backward()
     except Exception as error:  # a compiler may fail in any way; training goes on without it
         return " ".join(str(error).split())[:200]
+    finally:
+        torch.compiler.reset()  # else the real blocks would be a second shape of the same code
     return None

@@ -7,10 +7,11 @@ attributes in every layout.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from configs import Config
 from configs.schema import Parallel
 from l2e import Controller, L2ELayer, Sharding
+from launch.runtime import hardware
 from launch.runtime.compiling import compile_blocks
 from launch.runtime.meters import Stopwatch
 from model.block import Block
@@ -202,13 +204,15 @@ class Engine:
 
     def initialise(self, **options: Any) -> None:
         """Hand the model to DeepSpeed."""
-        self.deepspeed, self.optimizer, _, _ = import_deepspeed().initialize(
-            model=self.model,
-            optimizer=build_optimizer(self.config, self.model),
-            config=deepspeed_config(self.config, self.layout),
-            dist_init_required=False,
-            **options,
-        )
+        deepspeed = import_deepspeed()
+        with redirect_stdout(io.StringIO()):  # some of its optimizers print their memory use
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=self.model,
+                optimizer=build_optimizer(self.config, self.model),
+                config=deepspeed_config(self.config, self.layout),
+                dist_init_required=False,
+                **options,
+            )
 
     def measure(self, on: bool) -> None:
         """Whether the next step also gathers what only logs need: kurtosis, maxima, histograms."""
@@ -322,7 +326,8 @@ class WholeModelEngine(Engine):
         ).to(device)
         super().__init__(config, layout, model, device)
         if config.train.compile:
-            self.compiled = compile_blocks(model.gpt_neox.layers, device)
+            dtype = hardware.TORCH_DTYPES[config.train.dtype]
+            self.compiled = compile_blocks(model.gpt_neox.layers, config.model, device, dtype)
         self.initialise(mpu=ModelParallelUnit(layout))
         # Plain torch optimizers (fp32 at ZeRO-0) keep no gradient norm; it is taken here.
         self.takes_norm = isinstance(self.optimizer, torch.optim.Optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import time
 from functools import cache
@@ -10,6 +11,9 @@ import torch
 
 from configs import Config, ConfigError, Problem
 from launch.runtime.planning import GPUS
+
+# Of malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_INT = -1, -3, 2**31 - 1
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,6 +33,18 @@ def refuse_unsupported(config: Config) -> None:
         raise ConfigError("this machine", problems)
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep memory that a CPU run frees, for the next step's activations.
+
+    By default glibc hands large blocks back, and fetching their pages anew takes about a tenth of
+    a small model's step. Other libraries stay as they are.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            library.mallopt(threshold, LARGEST_INT)
+
+
 def describe(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
@@ -36,27 +52,36 @@ def describe(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads a process"
 
 
-def datasheet_peak(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of a GPU that is known here."""
+def emulated(device: torch.device, dtype: str) -> str | None:
+    """A warning where the processor computes in `dtype` only by way of others."""
+    if (
+        device.type == "cpu"
+        and dtype == "bf16"
+        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        return "WARNING: this processor has no bf16 arithmetic; train.dtype fp32 is much faster"
+    return None
+
+
+def datasheet_peak(device: torch.device, dtype: str) -> float | None:
+    """Dense FLOP/s of a GPU that is known here; fp32 is true fp32, not TF32."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((gpu.flops for known, gpu in GPUS.items() if known.upper() in name), None)
+    gpu = next((gpu for known, gpu in GPUS.items() if known.upper() in name), None)
+    return gpu and (gpu.fp32_flops if dtype == "fp32" else gpu.flops)
 
 
 @cache
 def peak_flops(device: torch.device, dtype: str) -> float:
-    """FLOP/s of one process's device: a known GPU's datasheet figure (half of it for fp32, which
-    runs as TF32), elsewhere the best of a few matrix products measured now (0.1 s)."""
-    peak = datasheet_peak(device)
-    if peak is None:
-        return measured_peak(device, TORCH_DTYPES[dtype])
-    return peak / 2 if dtype == "fp32" else peak
+    """FLOP/s of one process's device: a known GPU's datasheet figure, elsewhere the best of a few
+    matrix products measured now (0.1 s)."""
+    return datasheet_peak(device, dtype) or measured_peak(device, TORCH_DTYPES[dtype])
 
 
 def describe_peak(device: torch.device, dtype: str) -> str:
     """The peak in words, and where it comes from."""
-    source = "measured" if datasheet_peak(device) is None else "datasheet"
+    source = "measured" if datasheet_peak(device, dtype) is None else "datasheet"
     return f"{peak_flops(device, dtype) / 1e12:.3g} TFLOP/s, {source}"
 
 

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GPU:
-    """Datasheet figures of one GPU: dense bf16 FLOP/s, bytes, and bytes/s each way."""
+    """Datasheet figures of one GPU: dense bf16 and fp32 FLOP/s, bytes, and bytes/s each way."""
 
     name: str
     flops: float
+    fp32_flops: float
     memory: float
     memory_bandwidth: float
     link: float
@@ -32,17 +33,16 @@ class GPU:
 
 
 GPUS = {
-    "a100": GPU("A100 80 GB", 312e12, 80e9, 2.0e12, 300e9, network=25e9),
-    "h100": GPU("H100 80 GB", 989e12, 80e9, 3.35e12, 450e9),
-    "h200": GPU("H200 141 GB", 989e12, 141e9, 4.8e12, 450e9),
-    "b200": GPU("B200 180 GB", 2250e12, 180e9, 8.0e12, 900e9),
+    "a100": GPU("A100 80 GB", 312e12, 19.5e12, 80e9, 2.0e12, 300e9, network=25e9),
+    "h100": GPU("H100 80 GB", 989e12, 67e12, 80e9, 3.35e12, 450e9),
+    "h200": GPU("H200 141 GB", 989e12, 67e12, 141e9, 4.8e12, 450e9),
+    "b200": GPU("B200 180 GB", 2250e12, 75e12, 180e9, 8.0e12, 900e9),
 }
 
 EFFICIENCY = 0.4  # share of the peak that a whole training step's arithmetic reaches
 USABLE_MEMORY = 0.9  # the rest: CUDA context, communication buffers, fragmentation
 BLOCK_KERNELS = 60  # launches of one block, forward and backward
 KERNEL_SECONDS = 4e-6  # least time of one launch
-FP32_SLOWDOWN = 2  # TF32 against bf16
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def step_seconds(
     """
     tokens = layout.step_tokens / layout.ranks
     flops = cost.flops_per_token(model, layout.sequence_length) * tokens
-    peak = gpu.flops * efficiency / (FP32_SLOWDOWN if layout.dtype == "fp32" else 1)
+    peak = (gpu.fp32_flops if layout.dtype == "fp32" else gpu.flops) * efficiency
     blocks = cost.stage_blocks(model.num_layers, layout.pipeline, 0)
     launches = layout.accumulation * blocks * BLOCK_KERNELS * KERNEL_SECONDS
     arithmetic = max(flops / peak, launches) * (4 / 3 if layout.checkpointing else 1)

@@ -109,11 +109,15 @@ def process_group(process: Process, timeout: timedelta = timedelta(minutes=30)) 
     import torch
     import torch.distributed as dist
 
+    from launch.runtime import hardware
+
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(process.local_rank)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // process.local_size))
+    else:
+        hardware.keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // process.local_size))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     export(process)
     if process.launcher == "alone":

@@ -82,6 +82,8 @@ def describe(run: Run, engine: Engine) -> None:
     kernels = choose_kernels(config.l2e_settings, engine.device, dtype)
     run.say(f"l2e: {kernels}")
     run.say(f"blocks: {engine.compiled}")
+    if slow := hardware.emulated(engine.device, config.train.dtype):
+        run.say(slow)
     if run.process.is_first:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")

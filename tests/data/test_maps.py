@@ -70,7 +70,8 @@ def test_a_dead_builders_place_is_taken(tmp_path, stuck_builder):
     assert time.monotonic() - start < 5
 
 
-def test_a_stuck_builder_is_named_in_time(tmp_path, stuck_builder, capsys):
+def test_a_stuck_builder_is_named_in_time(tmp_path, stuck_builder, capsys, monkeypatch):
+    monkeypatch.setattr("data.maps.SILENT_SECONDS", 0.1)
     with pytest.raises(ValueError, match=f"waited 0.2 s for process {stuck_builder.pid}"):
         build_once(tmp_path, IDENTITY, arrays, timeout=0.2)
     assert f"waiting for process {stuck_builder.pid}" in capsys.readouterr().out

@@ -31,7 +31,8 @@ def train(backend=None) -> list[torch.Tensor]:
     inhibitors = [block.mlp.inhibitor for block in blocks if block.mlp.inhibitor is not None]
     controller = Controller(inhibitors, l2e)
     if backend is not None:
-        assert compiling.compile_blocks(blocks, CPU, backend).startswith("compiled")
+        said = compiling.compile_blocks(blocks, CONFIG, CPU, torch.float32, backend)
+        assert said.startswith("compiled")
     optimizer = torch.optim.SGD([p for block in blocks for p in block.parameters()], lr=0.1)
     generator = torch.Generator().manual_seed(0)
     results = []
@@ -62,16 +63,27 @@ def test_two_graphs_serve_all_blocks_and_steps(one_process):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
 
 
-def test_without_a_compiler_the_blocks_stay_as_they_are():
+def test_without_a_compiler_the_blocks_stay_as_they_are(one_process):
     def broken(graph, inputs):
         raise RuntimeError("no C++ compiler found\nand much more")
 
     block = torch.nn.Linear(4, 4)
-    said = compiling.compile_blocks([block], CPU, broken)
+    said = compiling.compile_blocks([block], CONFIG, CPU, torch.float32, broken)
     assert said.startswith("not compiled: ")
     assert "no C++ compiler found" in said
     assert "\n" not in said
     assert block._compiled_call_impl is None
+
+
+def test_a_compiler_that_fails_in_the_runs_dtype_alone_is_found_out(one_process):
+    def broken_in_half(graph, inputs):
+        if any(x.dtype == torch.bfloat16 for x in inputs if isinstance(x, torch.Tensor)):
+            raise RuntimeError("no vectors of bfloat16")
+        return graph
+
+    for dtype, found in ((torch.float32, None), (torch.bfloat16, "no vectors of bfloat16")):
+        said = compiling.why_no_compiler(CONFIG, CPU, dtype, broken_in_half)
+        assert (said is None) if found is None else (found in said)
 
 
 @pytest.mark.parametrize(
