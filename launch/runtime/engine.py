@@ -424,9 +424,8 @@ class PipelineEngine(Engine):
         tokens = tokens.to(self.device)
         self.deepspeed.reset_activation_shape()  # else stages exchange what is as long as before
         with self.watching(see):
-            self.deepspeed.eval_batch(
-                iter([(tokens, tokens)]), compute_loss=False, num_micro_batches=1
-            )
+            # Its last stage wants labels; any will do.
+            self.deepspeed.eval_batch(iter([(tokens, tokens)]), num_micro_batches=1)
         self.deepspeed.reset_activation_shape()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,0 +1,127 @@
+"""`l2e.monitor` in every kind of layout: the activations are the model's own, and training's not
+disturbed."""
+
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+from data.tokenizer import load_tokenizer
+from l2e.analysis.activations import watch
+from l2e.analysis.features import read_features
+from l2e.analysis.monitor import Monitor
+from l2e.analysis.networks import Network
+from launch.runtime import monitor as runtime_monitor
+from launch.runtime.monitor import PASSAGES, FeatureMonitor
+from model.huggingface import hugging_face_config
+from tests.distributed.checkpointing import SEQUENCE, VOCABULARY, make_config, running, train
+from tests.distributed.processes import run_on_processes
+from tests.launch.models import byte_tokenizer
+
+SETTINGS = {
+    1: {"one process": {"zero": 0}},
+    2: {
+        "zero-3": {"zero": 3},
+        "tensor": {"tensor": 2},
+        "pipeline": {"pipeline": 2, "micro": 2},
+        "recomputed": {"zero": 2, "recompute": True},
+    },
+}
+TOKENS = SEQUENCE - 4  # so that stages exchange other shapes than in training
+NAMES = [name for settings in SETTINGS.values() for name in settings]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> tuple[Path, Path]:
+    """Passages of three features, each of its own letters, and a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("features")
+    draw = random.Random(0)
+    letters = {"vowels": "aeiou", "digits": "0123456789", "marks": ".,;:!?"}
+    rows = [
+        {"text": "".join(draw.choices(alphabet, k=draw.randint(6, 30))), "feature": feature}
+        for feature, alphabet in letters.items()
+        for _ in range(PASSAGES)
+    ]
+    path = folder / "letters.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path, byte_tokenizer(folder)
+
+
+def measure_and_train(features: Path, tokenizer: Path, settings: dict[str, dict]) -> dict:
+    """For each setting: what was measured after two steps, and the losses of all four."""
+    outcomes = {}
+    runtime_monitor.TOKENS = TOKENS
+    for name, keys in settings.items():
+        monitored = {"method": "regularize", "layers": "all", "late_start_step": 2, "weight": 0.01}
+        with running(make_config(**keys, l2e=monitored | {"monitor": str(features)})) as engine:
+            monitor = FeatureMonitor(engine.config, engine, tokenizer)
+            losses = train(engine, 0, 2)
+            state = None
+            if name == "one process":
+                state = {key: value.detach().clone() for key, value in engine.named_parameters()}
+            found = monitor.measure()
+            losses += train(engine, 2, 2)
+        with running(make_config(**keys, l2e=monitored)) as engine:
+            undisturbed = train(engine, 0, 4)
+        outcomes[name] = {
+            "layers": found["monitor"],
+            "seconds": found["monitor_seconds"],
+            "losses": (losses, undisturbed),
+            "state": state,
+        }
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def outcomes(files, tmp_path_factory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("monitor")
+    found: dict[str, dict] = {}
+    for count, settings in SETTINGS.items():
+        found |= run_on_processes(measure_and_train, count, folder, *files, settings)[0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(files, outcomes) -> dict:
+    """The monitor's figures of transformers' model with the same weights."""
+    config = make_config().model
+    form = transformers.GPTNeoXConfig.from_dict(hugging_face_config(config))
+    model = transformers.GPTNeoXForCausalLM(form)
+    state = outcomes["one process"]["state"]
+    state = {name.replace("embed_out.", "lm_head."): value for name, value in state.items()}
+    for name in ("gpt_neox.embed_in.weight", "lm_head.weight"):
+        state[name] = state[name][:VOCABULARY]
+    model.load_state_dict(state)
+    network = Network(model, SimpleNamespace(), "theirs")  # type: ignore[arg-type]
+
+    def observe(tokens, see):
+        with torch.no_grad(), watch(network, lambda layer, _, post: see(str(layer), post)):
+            model(tokens)
+
+    features, tokenizer = files
+    monitor = Monitor(
+        read_features(features), load_tokenizer(tokenizer), batch_size=1, max_tokens=TOKENS
+    )
+    return monitor.run(observe)["layers"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_figures_are_those_of_the_models_own_activations(outcomes, expected, name):
+    layers = outcomes[name]["layers"]
+    assert layers.keys() == expected.keys() == {"0", "1"}
+    for number, figures in expected.items():
+        assert layers[number]["mean_ms"] == pytest.approx(figures["mean_ms"], rel=1e-3)
+        assert layers[number]["ks"] == pytest.approx(figures["ks"], abs=5e-3)
+        # One entry of the 2 % that are counted may fall on either side of the threshold.
+        assert layers[number]["fkr"] == pytest.approx(figures["fkr"], abs=1 / 60)
+    assert outcomes[name]["seconds"] > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_goes_on_as_if_nobody_had_looked(outcomes, name):
+    losses, undisturbed = outcomes[name]["losses"]
+    assert losses == undisturbed
