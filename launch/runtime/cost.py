@@ -12,6 +12,8 @@ from typing import Protocol
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32 = 4
+# What ZeRO-3 keeps whole at most (DeepSpeed's stage3_max_live_parameters and max_reuse_distance).
+LIVE_PARAMETERS = 10**9
 
 
 class ModelShape(Protocol):
@@ -223,28 +225,31 @@ def ring(size: int, ranks: int) -> int:
 def communication(model: ModelShape, layout: Layout) -> dict[str, int]:
     """Bytes each rank sends in one optimizer step, by purpose (the fullest stage's).
 
-    tensor: one all-reduce a block forward (the parallel residual's sum), two backward (each
-        LayerNorm feeds its own column-parallel linear); sequence parallelism moves as much as
-        reduce-scatters and gathers. Embedding and cross-entropy add one each way.
-    pipeline: the boundary's activations forward and their gradients backward.
-    data: gradients all-reduced (ZeRO 0, 1) or reduce-scattered every micro-batch (2, 3); weights
-        gathered once a step (1, 2) or twice a micro-batch (3).
-    l2e: one flat fp32 all-reduce of two sums a neuron, and three scalars a layer.
+    tensor: two all-reduces a block each way (attention and MLP; LayerNorms of their own feed them),
+        one for each embedding, and three fp32 numbers a token for the cross-entropy; sequence
+        parallelism moves as much as reduce-scatters and gathers.
+    pipeline: what crosses a stage's boundary, activations forward and their gradients backward.
+    data: gradients all-reduced in fp32, once a step (ZeRO 0, 1) or every micro-batch (2), or
+        reduce-scattered every micro-batch (3); weights gathered once a step, or at ZeRO-3, where
+        they are more than DeepSpeed keeps whole, twice a micro-batch.
+    l2e: one flat fp32 all-reduce of three sums a neuron, and two numbers a layer.
     """
     element = BYTES[layout.dtype]
     count = max(stage_parameters(model, layout, stage) for stage in range(layout.pipeline))
     hidden_bytes = layout.micro_tokens * model.hidden_size * element
     blocks = stage_blocks(model.num_layers, layout.pipeline, 0)
+    exchanged = (4 * blocks + 2) * hidden_bytes + 3 * layout.micro_tokens * FP32
     gradients, weights = ring(count * FP32, layout.data), ring(count * element, layout.data)
-    statistics = (2 * model.intermediate_size // layout.tensor + 3) * FP32
+    gathers = 1 if count <= LIVE_PARAMETERS else 2 * layout.accumulation
+    statistics = (3 * model.intermediate_size // layout.tensor + 2) * FP32
     return {
-        "tensor": layout.accumulation * (3 * blocks + 2) * 2 * ring(hidden_bytes, layout.tensor),
+        "tensor": layout.accumulation * 2 * ring(exchanged, layout.tensor),
         "pipeline": 2 * layout.accumulation * hidden_bytes if layout.pipeline > 1 else 0,
         "data": {
             0: 2 * gradients,
             1: 2 * gradients + weights,
-            2: layout.accumulation * gradients + weights,
-            3: layout.accumulation * (gradients + 2 * weights),
+            2: layout.accumulation * 2 * gradients + weights,
+            3: layout.accumulation * gradients + gathers * weights,
         }[layout.zero_stage],
         "l2e": layout.inhibited_layers * 2 * ring(statistics, layout.data),
     }

@@ -136,6 +136,8 @@ def deepspeed_config(config: Config, layout: Layout) -> dict[str, Any]:
     train = config.train
     settings = dict(config.deepspeed)
     settings["zero_optimization"] = {"stage": 1, **settings.get("zero_optimization", {})}
+    # The default is the model's own dtype: each rank's gradients would be rounded before their sum.
+    settings.setdefault("communication_data_type", "fp32")
     settings |= {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
