@@ -75,7 +75,8 @@ def _notes(verb: str, result: dict) -> list[str]:
     if verb == "ablate":
         return [
             f"Activation replaced ({result['how']}); rise of the next-token loss in percent. "
-            "Random neurons of the same layers are the control."
+            "Random neurons of the same layers are the control.",
+            *_sampled(result),
         ]
     if verb == "proxies":
         value = result["layer_rank_correlation"]["decorrelation_and_ms"]
@@ -88,6 +89,21 @@ def _notes(verb: str, result: dict) -> list[str]:
             "they share is no sign of structure."
         ]
     return []
+
+
+def _sampled(ablate: dict) -> list[str]:
+    """How far an ablation that was estimated can be off; nothing of one that was exact."""
+    if ablate["exact_passages"] is None:
+        return []
+    rows = [*ablate["neurons"], *ablate["random"]]
+    largest = max(error for row in rows for error in row["increase_percent_stderr"].values())
+    correlation = ablate["first_order_correlation"]
+    known = "not defined" if correlation is None else f"{correlation:.2f}"
+    return [
+        f"{ablate['exact_passages']} passages of each feature were run exactly, the others to "
+        f"first order (correlation of both: {known}); the largest standard error is "
+        f"{largest:.2g} percentage points."
+    ]
 
 
 def _tables(verb: str, result: dict) -> list[tuple[list[str], list[list]]]:

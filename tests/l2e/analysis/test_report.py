@@ -6,7 +6,7 @@ import re
 import pytest
 
 from l2e.analysis.figures import draw_neuromfa, draw_trajectory
-from l2e.analysis.report import top_neurons, write_report
+from l2e.analysis.report import _notes, top_neurons, write_report
 from l2e.analysis.results import finite, read_result, write_result
 from l2e.analysis.trajectory import gather, run_of
 
@@ -77,3 +77,18 @@ def test_the_page_stands_alone_and_shows_missing_values(tmp_path):
     assert not re.search(r"(src|href)='(?!data:)", text)
     assert "<td>n/a</td>" in text
     assert "pytest" in text  # the command that made it
+
+
+def test_an_estimated_ablation_says_how_far_off_it_can_be():
+    row = {
+        "neuron": "L0.N1",
+        "increase_percent": {"a": 0.3},
+        "increase_percent_stderr": {"a": 0.021},
+    }
+    result = {"how": "mean", "neurons": [row], "random": [], "loss": {"a": 2.0}}
+    result |= {"exact_passages": 3, "first_order_correlation": 0.987}
+    told = " ".join(_notes("ablate", result))
+    assert "3 passages of each feature were run exactly" in told
+    assert "0.99" in told
+    assert "0.021 percentage points" in told
+    assert "exactly" not in " ".join(_notes("ablate", result | {"exact_passages": None}))
