@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from launch.runtime import storage
 from launch.runtime.engine import Engine
 from launch.runtime.optimizer_state import local_shape
 from launch.runtime.tensorfile import TensorSpec
@@ -69,10 +67,15 @@ def own_slice(engine: Engine, parameter: Parameter, stored: Any) -> Tensor:
     return value
 
 
-def agree(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list[Any]:
+def agree(
+    work: Callable[[], Any],
+    in_words: Callable[[OSError], str],
+    group: dist.ProcessGroup | None = None,
+) -> list[Any]:
     """Do `work` on every rank; every rank gets all results, or the first failure.
 
-    group: all ranks again, for a thread's own exchanges; None: the default group.
+    in_words: what a failing disk means to a user. group: all ranks again, for a thread's own
+    exchanges; None: the default group.
 
     Raises:
         ValueError: some rank's disk or input failed; no rank is left waiting for it.
@@ -81,7 +84,7 @@ def agree(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> li
     try:
         result = work()
     except OSError as error:
-        failure = storage.cannot_write(Path(error.filename or "."), error)
+        failure = in_words(error)
     except ValueError as error:
         failure = str(error)
     everyone: list[Any] = [None] * dist.get_world_size()

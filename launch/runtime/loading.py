@@ -32,10 +32,10 @@ def load(engine: Engine, folder: Path, tokenizer: Path | None = None) -> dict[st
     optimizer = OptimizerState(engine.optimizer)
     moments = tuple(state["optimizer"]["moments"])
     expected = {name: spec for stage in all_specs(engine) for name, spec in stage.items()}
-    agree(lambda: check(engine, stored, expected, moments, tokenizer))
+    agree(lambda: check(engine, stored, expected, moments, tokenizer), stored.cannot)
     if moments:
         optimizer.create()
-        agree(lambda: check_moments(engine, state, optimizer.moments, moments))
+        agree(lambda: check_moments(engine, state, optimizer.moments, moments), stored.cannot)
     for kind in (MASTER, *moments):
         for name, parameter in engine.named_parameters():
             slices = stored.tensors[MODEL if kind == MASTER else kind]

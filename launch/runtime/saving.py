@@ -146,7 +146,7 @@ class Snapshot:
         self.final = Path(directory) / storage.folder_name(state["step"])
         self.aside = self.final.with_name(self.final.name + ".tmp")
         self.group, self.tokenizer, self.settings = group, tokenizer, engine.config.checkpoint
-        agree(lambda: storage.begin(self.final) if dist.get_rank() == 0 else None)
+        agree(lambda: storage.begin(self.final) if dist.get_rank() == 0 else None, self.cannot)
         optimizer = OptimizerState(engine.optimizer)
         self.small = {L2E: gather_l2e(engine), RANDOM: gather_random()}
         self.texts = {
@@ -154,6 +154,10 @@ class Snapshot:
             CONFIG: engine.config.model_dump_json(indent=1),
         }
         self.thread = write_tensors(engine, optimizer, self.aside, copies)
+
+    def cannot(self, error: OSError) -> str:
+        """What a failing disk means to a user."""
+        return storage.cannot_write(self.final, error)
 
     def finish(self) -> dict[str, FileRecord]:
         """This rank's files, which are on the disk when this returns."""
@@ -177,8 +181,12 @@ def complete(snapshot: Snapshot) -> Path:
         ValueError: on every rank, if any rank could not write; earlier checkpoints stay.
     """
     try:
-        records = agree(snapshot.finish, snapshot.group)
-        agree(lambda: name_it(snapshot, records) if dist.get_rank() == 0 else None, snapshot.group)
+        records = agree(snapshot.finish, snapshot.cannot, snapshot.group)
+        agree(
+            lambda: name_it(snapshot, records) if dist.get_rank() == 0 else None,
+            snapshot.cannot,
+            snapshot.group,
+        )
     except ValueError:
         if dist.get_rank() == 0:
             shutil.rmtree(snapshot.aside, ignore_errors=True)

@@ -28,6 +28,10 @@ class StoredCheckpoint:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
 
+    def cannot(self, error: OSError) -> str:
+        """What a failing disk means to a user."""
+        return f"cannot read the checkpoint {self.folder}: {error.strerror} (errno {error.errno})"
+
     @cached_property
     def state(self) -> dict[str, Any]:
         """What `checkpoint.save` was told, and how the state was made: see `state.json`."""

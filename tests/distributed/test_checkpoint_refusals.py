@@ -94,6 +94,7 @@ def refusals(tmp_path_factory) -> list[dict]:
 def test_full_disk_is_told_on_every_rank_and_costs_nothing(refusals):
     for found in refusals:
         assert "No space left on device" in found["full disk"]
+        assert "checkpoints/step_0000004: " in found["full disk"]
         assert "Earlier checkpoints are untouched" in found["full disk"]
         assert found["after full disk"] == ["latest", "step_0000002", "step_0000003"]
         assert found["still resumable"] == "step_0000003"
