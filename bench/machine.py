@@ -37,7 +37,19 @@ def processor(device: torch.device) -> str:
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def kind(device: torch.device) -> str:
+    """What results are kept apart by: `cuda`, or a CPU's vector instructions, such as `cpu-avx2`."""
+    if device.type == "cuda":
+        return "cuda"
+    return f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 itself; emulated, a step takes minutes."""
+    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def version(package: str) -> str | None:

@@ -22,7 +22,7 @@ import torch
 
 from bench import layer_speed, loading_speed, scaling_speed, train_speed
 from bench.contenders import Workload, one_process
-from bench.machine import default_device, describe_machine
+from bench.machine import default_device, describe_machine, has_bf16, kind
 from bench.report import write_report
 from model.config import ModelConfig
 
@@ -47,7 +47,7 @@ def main() -> None:
         "scaling": lambda: scaling_speed.measure(process_counts(device), steps=14),
     }
     chosen = arguments.only.split(",") if arguments.only else list(sections)
-    path = RESULTS / f"{device.type}.json"
+    path = RESULTS / f"{kind(device)}.json"
     results = json.loads(path.read_text()) if arguments.only and path.exists() else {}
     results["machine"] = describe_machine(device)
     results["machine"]["note"] = arguments.note
@@ -88,6 +88,7 @@ def workloads(device: torch.device) -> list[Workload]:
     return [
         Workload(ModelConfig(preset=preset), batch, length, dtype, device)
         for preset, dtype, batch, length in WORKLOADS[device.type]
+        if dtype == "fp32" or has_bf16(device)
     ]
 
 
@@ -103,7 +104,7 @@ def train(work: Workload, rounds: int) -> dict:
 
 def layer(device: torch.device, rounds: int) -> list[dict]:
     """`layer_speed` in the dtypes that count on this kind of machine."""
-    dtypes = ("bf16",) if device.type == "cuda" else ("fp32", "bf16")
+    dtypes = ["bf16"] if device.type == "cuda" else ["fp32", *["bf16"] * has_bf16(device)]
     return [row for dtype in dtypes for row in layer_speed.measure(dtype, rounds, device)]
 
 

@@ -39,17 +39,29 @@ def unique_names(runs: list[Run]) -> list[str]:
 
 
 def draw_losses(runs: list[Run], names: list[str], path: Path) -> Path:
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    """The losses; below, how far each run's lie from the first one's, where curves overlap."""
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(8, 7), layout="constrained", sharex=True, height_ratios=[3, 2]
+    )
+    first = compared_losses(runs[0])
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
-        training, validation = run.series("lm_loss"), run.series("validation_loss")
-        axes.plot(*columns(training), color=f"C{number}", alpha=0.4, linewidth=0.8)
-        kept = validation or training
-        title = f"{name}, validation" if validation else name
-        axes.plot(*columns(kept), color=f"C{number}", marker="o", markersize=3, label=title)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats/token)")
-    axes.legend()
+        line = {"color": f"C{number}", "marker": "o", "markersize": 3}
+        above.plot(*columns(run.series("lm_loss")), color=f"C{number}", alpha=0.4, linewidth=0.8)
+        title = f"{name}, validation" if run.series("validation_loss") else name
+        losses = compared_losses(run)
+        above.plot(*columns(losses), label=title, **line)
+        common = {step: loss - first[step] for step, loss in losses.items() if step in first}
+        below.plot(*columns(common), **line)
+    above.set_ylabel("loss (nats/token)")
+    above.legend()
+    below.set_ylabel(f"minus {names[0]}'s (nats/token)")
+    below.set_xlabel("step")
     return save(figure, path)
+
+
+def compared_losses(run: Run) -> dict[int, float]:
+    """Validation losses by step, training losses where there are none."""
+    return run.series("validation_loss") or run.series("lm_loss")
 
 
 def draw_layers(runs: list[Run], names: list[str], path: Path) -> Path:
