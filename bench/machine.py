@@ -41,7 +41,7 @@ def processor(device: torch.device) -> str:
 
 
 def kind(device: torch.device) -> str:
-    """What results are kept apart by: `cuda`, or a CPU's vector instructions, such as `cpu-avx2`."""
+    """What results are kept apart by: cuda, or a CPU's vector instructions, such as cpu-avx2."""
     if device.type == "cuda":
         return "cuda"
     return f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"

@@ -104,7 +104,8 @@ def train(work: Workload, rounds: int) -> dict:
 
 def layer(device: torch.device, rounds: int) -> list[dict]:
     """`layer_speed` in the dtypes that count on this kind of machine."""
-    dtypes = ["bf16"] if device.type == "cuda" else ["fp32", *["bf16"] * has_bf16(device)]
+    known = {"fp32": device.type == "cpu", "bf16": has_bf16(device)}
+    dtypes = [dtype for dtype, wanted in known.items() if wanted]
     return [row for dtype in dtypes for row in layer_speed.measure(dtype, rounds, device)]
 
 
