@@ -16,6 +16,7 @@ rank that loads reads its slices. What a folder `step_0000100` holds:
 
 from launch.runtime.loading import load
 from launch.runtime.resumable import find_resumable
-from launch.runtime.saving import Saver, save
+from launch.runtime.saver import Saver
+from launch.runtime.saving import save
 
 __all__ = ["Saver", "find_resumable", "load", "save"]
