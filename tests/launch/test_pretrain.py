@@ -131,6 +131,42 @@ def test_tensorboard_has_the_same_numbers(alone: Path) -> None:
     assert events.Histograms("ms_log2/layer_0")
 
 
+def test_what_is_kept_and_watched_on_the_way(config: Path, tmp_path: Path) -> None:
+    """Steps kept for good, step 0 among them, written in the background; features measured."""
+    features = tmp_path / "features.jsonl"
+    texts = {"code": "def f(x): return x", "prose": "Once upon a time there was a sea"}
+    rows = [
+        {"text": f"{text} {number}", "feature": feature}
+        for feature, text in texts.items()
+        for number in range(4)
+    ]
+    features.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "run"
+    settings = (
+        "train.stop_after=5", "checkpoint.interval=1", "checkpoint.keep_last=1",
+        "checkpoint.steps=[0,2]", "checkpoint.background=true", "logging.interval=1",
+        f"l2e.monitor={features}", "l2e.monitor_interval=2",
+    )  # fmt: skip
+    words = [word for setting in settings for word in ("--set", setting)]
+    done = python(VERB, "--config", config, "--run", folder, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "scale and fkr of 8 passages of 2 features (features), every 2 steps" in done.stdout
+    assert done.stdout.count("training was held up for") == 6
+    kept = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
+    assert kept == ["step_0000000", "step_0000002", "step_0000005"]
+    measured = {line["step"]: line["monitor"] for line in metrics(folder) if "monitor" in line}
+    assert list(measured) == [2, 4, 5]
+    assert all(set(measured[5][block]) == {"mean_ms", "ks", "fkr"} for block in ("0", "1"))
+
+    resumed = python(
+        VERB, "--config", config, "--run", tmp_path / "from_0", "--set", "train.stop_after=5",
+        "--set", "logging.interval=1", "--resume", folder / "checkpoints" / "step_0000000",
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    losses = [[line["lm_loss"] for line in metrics(run)] for run in (folder, tmp_path / "from_0")]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "srun"])
 def test_two_processes_train_the_same_run(
     launcher: str, config: Path, alone: Path, tmp_path: Path
