@@ -19,7 +19,7 @@ from launch.runtime import hub
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from launch.runtime.engine import Layout
+    from launch.runtime.layout import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
 HASHED_SAMPLES = 1024  # of the order; enough to notice a changed corpus, seed or length

@@ -12,7 +12,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs import Config
-from configs.schema import Parallel
 from l2e import Controller, L2ELayer, Sharding
 from launch.runtime import hardware
 from launch.runtime.compiling import compile_blocks
+from launch.runtime.layout import Layout, initialise_layout
 from launch.runtime.meters import Stopwatch
 from model.block import Block
 from model.gpt_neox import GPTNeoX
@@ -32,61 +31,6 @@ from model.pipeline import pipeline_layers, pipeline_loss
 
 # Read by DeepSpeed when it is imported, which otherwise guesses aloud.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where this rank stands in the grid of tensor x pipeline x data parallel ranks."""
-
-    tensor_rank: int
-    tensor_size: int
-    pipeline_rank: int
-    pipeline_size: int
-    data_rank: int
-    data_size: int
-    tensor_group: dist.ProcessGroup
-    pipeline_group: dist.ProcessGroup
-    data_group: dist.ProcessGroup
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank computes the loss."""
-        return self.pipeline_rank == self.pipeline_size - 1
-
-    def __str__(self) -> str:
-        return (
-            f"{self.tensor_size} tensor x {self.pipeline_size} pipeline x {self.data_size} data "
-            f"parallel"
-        )
-
-
-def initialise_layout(parallel: Parallel) -> Layout:
-    """Build megatron-core's process groups and read this rank's place off them."""
-    from megatron.core import parallel_state as state
-
-    state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        create_gloo_process_groups=False,
-    )
-    return Layout(
-        tensor_rank=state.get_tensor_model_parallel_rank(),
-        tensor_size=state.get_tensor_model_parallel_world_size(),
-        pipeline_rank=state.get_pipeline_model_parallel_rank(),
-        pipeline_size=state.get_pipeline_model_parallel_world_size(),
-        data_rank=state.get_data_parallel_rank(),
-        data_size=state.get_data_parallel_world_size(),
-        tensor_group=state.get_tensor_model_parallel_group(),
-        pipeline_group=state.get_pipeline_model_parallel_group(),
-        data_group=state.get_data_parallel_group(),
-    )
-
-
-def release_layout() -> None:
-    """Forget megatron-core's process groups, so that others can be built."""
-    from megatron.core import parallel_state as state
-
-    state.destroy_model_parallel()
 
 
 class ModelParallelUnit:
