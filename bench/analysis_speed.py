@@ -32,19 +32,20 @@ from l2e.analysis.neuromfa import Settings, analyze_neuromfa
 from l2e.analysis.results import provenance
 
 SERIES = 27
-PASSAGES, FEATURES, TOKENS = 600, 12, 64
-NEURONS = 100
+PASSAGES, FEATURES, ABLATED_TOKENS = 600, 12, 128
+NEURONS, RANDOM = 100, 10
+MONITORED_TOKENS = 64
 
 
 class RandomTokens:
-    """Stands in for a tokenizer: every text is TOKENS random ids."""
+    """Stands in for a tokenizer: every text is so many random ids."""
 
-    def __init__(self, vocabulary: int):
+    def __init__(self, vocabulary: int, length: int):
         self.random = np.random.default_rng(0)
-        self.vocabulary = vocabulary
+        self.vocabulary, self.length = vocabulary, length
 
     def encode(self, text: str) -> list[int]:
-        return self.random.integers(1, self.vocabulary, TOKENS).tolist()
+        return self.random.integers(1, self.vocabulary, self.length).tolist()
 
     def __call__(self, texts: list[str], **_) -> dict:
         return {"input_ids": [self.encode(text) for text in texts]}
@@ -124,26 +125,27 @@ def neuromfa_speed(model: GPTNeoXForCausalLM, folder: Path) -> dict:
     }
 
 
-def ablation_speed(model: GPTNeoXForCausalLM, neurons: int, precision: str) -> dict:
-    """Ablation of `neurons` spread evenly over the layers, scaled to 100."""
-    network = Network(model, RandomTokens(50304), "70m")  # type: ignore[arg-type]
+def ablation_speed(model: GPTNeoXForCausalLM) -> dict:
+    """Ablation of NEURONS spread evenly over the layers, and RANDOM random ones beside them."""
+    network = Network(model, RandomTokens(50304, ABLATED_TOKENS), "70m")  # type: ignore[arg-type]
     texts = [str(i) for i in range(PASSAGES)]
     features = make_features("x", texts, [f"f{i % FEATURES}" for i in range(PASSAGES)])
-    chosen = [(i % 6, 7 * i) for i in range(neurons)]
-    settings = AblationSettings(max_tokens=TOKENS, precision=precision)  # type: ignore[arg-type]
+    chosen = [(i % 6, 7 * i) for i in range(NEURONS)]
+    result: dict = {}
     wall, cpu = timed(
-        lambda: analyze_ablation(network, features, chosen, 0, settings, progress=False)
+        lambda: result.update(
+            analyze_ablation(network, features, chosen, RANDOM, AblationSettings(), progress=False)
+        )
     )
     return {
-        "neurons": neurons,
-        "tokens": PASSAGES * TOKENS,
-        "precision": precision,
+        "neurons": NEURONS,
+        "random_neurons": RANDOM,
+        "passages": PASSAGES,
+        "tokens_a_passage": ABLATED_TOKENS,
+        "exact_passages_a_feature": result["exact_passages"],
+        "first_order_correlation": result["first_order_correlation"],
         "threads": torch.get_num_threads(),
         "seconds": {"wall": wall, "cpu": cpu},
-        "seconds_for_100_neurons": {
-            "wall": wall * NEURONS / neurons,
-            "cpu": cpu * NEURONS / neurons,
-        },
     }
 
 
@@ -151,7 +153,8 @@ def monitor_speed(model: GPTNeoXForCausalLM) -> dict:
     """The monitor's seconds at its default interval over those of the training steps between."""
     texts = [str(i) for i in range(8 * FEATURES)]
     features = make_features("x", texts, [f"f{i % FEATURES}" for i in range(len(texts))])
-    monitor = Monitor(features, RandomTokens(50304), batch_size=8, max_tokens=TOKENS)
+    tokenizer = RandomTokens(50304, MONITORED_TOKENS)
+    monitor = Monitor(features, tokenizer, batch_size=8, max_tokens=MONITORED_TOKENS)
     optimizer = torch.optim.AdamW(model.parameters())
     tokens = torch.randint(0, 50304, (4, 512))
 
@@ -179,17 +182,12 @@ def monitor_speed(model: GPTNeoXForCausalLM) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("."))
-    parser.add_argument(
-        "--neurons", type=int, default=NEURONS, help="ablate fewer and scale up (default: 100)"
-    )
     options = parser.parse_args()
     model = model_of_70m()
     with tempfile.TemporaryDirectory() as folder:
         found: dict = {"neuromfa": neuromfa_speed(model, Path(folder))}
     print(json.dumps(found["neuromfa"], indent=1))
-    found["ablation"] = [
-        ablation_speed(model, options.neurons, precision) for precision in ("bfloat16", "float32")
-    ]
+    found["ablation"] = ablation_speed(model)
     print(json.dumps(found["ablation"], indent=1))
     found["monitor"] = monitor_speed(model)
     print(json.dumps(found["monitor"], indent=1))

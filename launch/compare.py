@@ -9,19 +9,29 @@ comparison.json and PNG figures. With --arms N the first N runs are seeds of one
 the second, in the same order: differences are then also paired over seeds.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.runtime import comparison
 from launch.runtime.cli import run_verb
+
+if TYPE_CHECKING:
+    from launch.runtime.comparison import Run
+
+# Published tolerance: equal runs in float32 agree this well after any number of ranks (relative).
+TOLERANCE = 1e-5
 
 
 def main() -> int:
     options = parser().parse_args()
+    from launch.runtime import comparison  # slow to import; --help should not wait
+
     runs = [comparison.read_run(folder) for folder in options.runs]
     if len(runs) < 2:
         raise ValueError(f"{options.runs[0]}: name at least two runs to compare")
@@ -44,11 +54,13 @@ def main() -> int:
     return 0
 
 
-def tell_differences(runs: list[comparison.Run], tolerance: float) -> int:
+def tell_differences(runs: list[Run], tolerance: float) -> int:
     """Exit status 1 if any run leaves the first one's tolerance."""
+    from launch.runtime.comparison import first_difference
+
     status = 0
     for other in runs[1:]:
-        told = comparison.first_difference(runs[0], other, tolerance)
+        told = first_difference(runs[0], other, tolerance)
         print(f"{runs[0].folder} and {other.folder}: {told or 'equal'} (tolerance {tolerance:g})")
         status = status or int(told is not None)
     return status
@@ -71,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--tolerance",
         type=float,
-        default=comparison.TOLERANCE,
+        default=TOLERANCE,
         metavar="R",
         help="largest relative difference of equal runs (default %(default)s: fp32, any layout)",
     )

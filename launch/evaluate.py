@@ -10,123 +10,23 @@ WSC), `l2e` adds MMLU and BIG-bench Lite. Any other task name of the harness wor
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-import torch.distributed as dist
-
-from launch.runtime import evaluation, scored, storage
 from launch.runtime.cli import run_verb
-from launch.runtime.harness import HarnessModel, Scored
-from launch.runtime.stored import STATE, StoredCheckpoint, open_checkpoint
-from launch.runtime.tasks import Selection, select
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main() -> None:
     options = parser().parse_args()
-    models = find_models(options.checkpoint, options.steps)
-    if options.limit is not None and options.limit < 1:
-        raise ValueError(f"--limit {options.limit}: at least one item a task")
-    if options.shots < 0:
-        raise ValueError(f"--shots {options.shots}: 0 or more")
-    for step, _ in models:
-        published(options, step)  # a wrong --reference should not wait for the scores
-    with scored.single_process():
-        group = dist.group.WORLD if dist.get_world_size() > 1 else None
-        for step, source in models:
-            # Tasks keep what a model answered, so every model gets its own.
-            selection = select(options.tasks.split(","), options.task_data)
-            model = load(source, options)
-            output = output_file(options, step, several=len(models) > 1)
-            score(model, selection, options, group, step, output)
+    from launch.runtime.scoring import score_models  # slow to import; --help should not wait
 
-
-def find_models(checkpoint: str, steps: str) -> list[tuple[int | None, str]]:
-    """(step, folder or hub id) of every model to score, in the order of their steps."""
-    folder = Path(checkpoint)
-    if (folder / STATE).is_file():
-        return [(StoredCheckpoint(folder).state["step"], checkpoint)]
-    found = storage.checkpoints(folder / "checkpoints")
-    if not found:
-        if steps != "latest":
-            raise ValueError(f"--steps {steps}: {folder / 'checkpoints'} holds no checkpoints")
-        return [(None, checkpoint)]
-    by_step = {storage.step_of(path): str(path) for path in reversed(found)}
-    if steps == "all":
-        return list(by_step.items())
-    if steps == "latest":
-        return [max(by_step.items())]
-    try:
-        wanted = [int(step) for step in steps.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"--steps {steps}: give numbers as in 100,200, or all, or latest"
-        ) from None
-    if missing := sorted(set(wanted) - by_step.keys()):
-        raise ValueError(
-            f"--steps: no checkpoint of step {missing[0]}; there are "
-            f"{', '.join(map(str, by_step))} in {folder / 'checkpoints'}"
-        )
-    return [(step, by_step[step]) for step in wanted]
-
-
-def load(source: str, options: argparse.Namespace) -> Scored:
-    dtype, device = DTYPES[options.dtype], torch.device(options.device)
-    if (Path(source) / storage.MANIFEST).is_file():
-        return scored.from_checkpoint(open_checkpoint(source), dtype, device)
-    return scored.from_huggingface(source, dtype, device, options.revision)
-
-
-def score(
-    model: Scored,
-    selection: Selection,
-    options: argparse.Namespace,
-    group: dist.ProcessGroup | None,
-    step: int | None,
-    output: Path,
-) -> None:
-    harness = HarnessModel(model, options.batch_tokens, group)
-    report = evaluation.evaluate(harness, selection, options.shots, options.limit)
-    if harness.turn != 0:
-        return
-    reference = published(options, step)
-    report |= {"step": step, "checkpoint": options.checkpoint, "reference": reference}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n")
-    print(evaluation.table(report, reference))
-    print(f"{'step ' + str(step) if step is not None else options.checkpoint}: {output}")
-
-
-def published(
-    options: argparse.Namespace, step: int | None
-) -> tuple[str, dict[str, dict[str, float]]] | None:
-    if options.reference is None:
-        return None
-    nearest, scores = evaluation.official(options.reference, options.shots, step)
-    return f"{options.reference} step {nearest}", scores
-
-
-def output_file(options: argparse.Namespace, step: int | None, several: bool) -> Path:
-    """Where the JSON goes; of several steps each has its own file."""
-    shots = f"{options.shots}shot"
-    name = f"evaluate_{shots}" if step is None else f"evaluate_{shots}_step_{step:07d}"
-    if options.output is None:
-        run = Path(options.checkpoint)
-        run = run.parent.parent if run.parent.name == "checkpoints" else run
-        return (run if run.is_dir() else Path()) / "results" / f"{name}.json"
-    output = Path(options.output)
-    return output.with_stem(f"{output.stem}_step_{step:07d}") if several else output
+    score_models(options)
 
 
 def parser() -> argparse.ArgumentParser:
-    gpu = torch.cuda.is_available()
     result = argparse.ArgumentParser(
         prog="evaluate.py",
         description=__doc__,
@@ -158,14 +58,18 @@ def parser() -> argparse.ArgumentParser:
         "published step beside ours",
     )
     add("--output", metavar="FILE.json", help="default: results/evaluate_*.json of the run")
-    add("--dtype", choices=DTYPES, default="fp32", help="of the weights; scores are fp32 always")
-    add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda or cuda:1")
+    add(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="of the weights; scores are fp32 always",
+    )
+    add("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
     add(
         "--batch-tokens",
         type=int,
-        default=32768 if gpu else 2048,
         metavar="N",
-        help="most tokens of one forward pass (default %(default)s)",
+        help="most tokens of one forward pass (default: 2048 on a CPU, 32768 on a GPU)",
     )
     add("--revision", default="main", help="of a hub id, e.g. step13000 (default main)")
     return result

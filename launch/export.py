@@ -14,11 +14,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-
 from launch.runtime.cli import run_verb
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main() -> None:
@@ -28,12 +24,13 @@ def main() -> None:
 
 def to_hf(options: argparse.Namespace) -> None:
     from launch.runtime.exporting import to_huggingface
+    from launch.runtime.hardware import TORCH_DTYPES
     from launch.runtime.scored import single_process
     from launch.runtime.stored import open_checkpoint
 
     source = open_checkpoint(options.checkpoint)
     with single_process():
-        difference = to_huggingface(source, options.output, DTYPES[options.dtype])
+        difference = to_huggingface(source, options.output, TORCH_DTYPES[options.dtype])
     if source.tokenizer is None:
         print(f"{source.folder} has no tokenizer: none was written")
     print(
@@ -78,7 +75,12 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("to-hf", help="write config, safetensors and tokenizer")
     verb.set_defaults(verb=to_hf)
     add_checkpoint(verb)
-    verb.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the written weights")
+    verb.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="of the written weights",
+    )
 
     verb = verbs.add_parser("from-hf", help="make a checkpoint to resume from")
     verb.set_defaults(verb=from_hf)

@@ -10,14 +10,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of launch/
 
-import configs
 from launch.runtime import cost, planning
 from launch.runtime.cli import run_verb
 from launch.runtime.cost import Layout
 from launch.runtime.planning import GPU, GPUS, Estimate
+
+if TYPE_CHECKING:
+    from configs import Config
 
 SHOWN_ALTERNATIVES = 8
 
@@ -25,6 +28,8 @@ SHOWN_ALTERNATIVES = 8
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and print the plan."""
     options = parser().parse_args(arguments)
+    import configs  # brings torch, for which --help should not wait
+
     config = configs.load(options.config, options.set, processes=options.gpus)
     gpu = GPUS[options.gpu]
     wanted = planning.layout_of(config, options.gpus)
@@ -64,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def heading(config: configs.Config, wanted: Layout, gpu: GPU, options: argparse.Namespace) -> str:
+def heading(config: Config, wanted: Layout, gpu: GPU, options: argparse.Namespace) -> str:
     """What is planned, and for which machine."""
     flops = cost.flops_per_token(config.model, wanted.sequence_length)
     tokens = config.train.steps * wanted.step_tokens

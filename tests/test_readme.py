@@ -33,10 +33,13 @@ def test_training_commands_are_valid(command: str) -> None:
 
 @pytest.mark.parametrize("verb", re.findall(r"\| `(launch/\w+\.py)` \|", TEXT))
 def test_every_verb_explains_itself(verb: str) -> None:
-    done = python(verb, "--help")
+    done = python("-X", "importtime", verb, "--help")
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
     assert f"launch/{Path(verb).name}" in done.stdout, "an example is missing"
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported
+    assert "torch" not in imported, "help has to wait for torch"
 
 
 def test_files_that_the_commands_name_exist() -> None:

@@ -9,10 +9,7 @@ from typing import Any
 import numpy as np
 
 from launch.runtime import storage
-from launch.runtime.stored import StoredCheckpoint
 
-# Published tolerance: equal runs in float32 agree this well after any number of ranks (relative).
-TOLERANCE = 1e-5
 RESAMPLES = 2000
 # Steps at the end whose mean stands for a run's loss.
 LAST_STEPS = 100
@@ -249,6 +246,8 @@ def relative_gap(left: float | None, right: float | None) -> float:
 
 def tensor_gaps(one: Path, other: Path) -> Iterator[tuple[str, float]]:
     """(checkpoint and tensor, largest difference over largest entry) of the newest shared step."""
+    from launch.runtime.stored import StoredCheckpoint  # brings the whole model with it
+
     steps = [
         {storage.step_of(path): path for path in storage.checkpoints(run / "checkpoints")}
         for run in (one, other)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from l2e import select_layers
 from launch.runtime import cost
 from launch.runtime.cost import Layout, ModelShape
 
@@ -120,6 +119,8 @@ def layout_of(config: Config, ranks: int) -> Layout:
 
     Raises ValueError where the ranks or the global batch cannot be dealt out that way.
     """
+    from l2e import select_layers  # brings torch
+
     parallel, train = config.parallel, config.train
     model_ranks = parallel.tensor * parallel.pipeline
     data, rest = divmod(ranks, model_ranks)

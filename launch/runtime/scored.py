@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, GPTNeoXForCausalLM
+from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from configs.schema import Parallel
@@ -66,6 +66,8 @@ def from_huggingface(
     Raises:
         ValueError: not such a model, another kind of model, or no tokenizer.
     """
+    from transformers import GPTNeoXForCausalLM  # seconds that our own checkpoints don't need
+
     config = huggingface_config(source, revision)
     tokenizer = load_tokenizer(huggingface_tokenizer(source, revision))
     transformers.utils.logging.disable_progress_bar()

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from launch.runtime import storage
-
 
 def in_hugging_face_form(source: str, folder: Path) -> str:
     """`source` itself, or, for a run or checkpoint of this trainer, its copy in `folder`.
@@ -16,6 +14,7 @@ def in_hugging_face_form(source: str, folder: Path) -> str:
         return source
     import torch
 
+    from launch.runtime import storage
     from launch.runtime.exporting import to_huggingface
     from launch.runtime.scored import single_process
     from launch.runtime.stored import open_checkpoint
