@@ -17,11 +17,18 @@ from transformers import AutoModelForCausalLM
 from data.tokenizer import load_tokenizer
 from l2e.analysis.weights import fetch_model
 from launch.runtime import storage
-from launch.runtime.optimizer_state import MASTER
-from launch.runtime.saving import file_name, write_small
 from launch.runtime.storage import FileRecord
-from launch.runtime.stored import CONFIG, L2E, RANDOM, STATE, TOKENIZER_FILES, StoredCheckpoint
-from launch.runtime.tensorfile import TensorFile, TensorSpec
+from launch.runtime.stored import (
+    CONFIG,
+    L2E,
+    MODEL,
+    RANDOM,
+    STATE,
+    TOKENIZER_FILES,
+    StoredCheckpoint,
+    file_name,
+)
+from launch.runtime.tensorfile import TensorFile, TensorSpec, write_tensor_file
 from launch.runtime.tokenizer_files import write_tokenizer
 from model.config import ModelConfig
 from model.huggingface import HuggingFaceWeights, read_config, write_hugging_face
@@ -115,7 +122,7 @@ def from_huggingface(source: str, output: Path, revision: str = "main") -> dict[
         settings = {"model": config.model_dump()}
         records[CONFIG] = storage.write_text(aside / CONFIG, json.dumps(settings, indent=1))
         for name in (L2E, RANDOM):
-            records[name] = write_small(aside / name, {})
+            records[name] = write_tensor_file(aside / name, {})
         records |= copy_files(aside, [folder / name for name in TOKENIZER_FILES])
         storage.commit(aside, output, records)
     except BaseException:
@@ -149,7 +156,7 @@ def write_weights(weights: HuggingFaceWeights, aside: Path) -> Iterator[tuple[st
         files[-1].append(name)
         size += spec.bytes
     for number, names in enumerate(files, 1):
-        path = aside / file_name(MASTER, number, len(files))
+        path = aside / file_name(MODEL, number, len(files))
         specs = {name: TensorSpec(weights.shapes[name], torch.float32) for name in names}
         file = TensorFile(path, specs)
         for name in names:

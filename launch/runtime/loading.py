@@ -38,7 +38,7 @@ def load(engine: Engine, folder: Path, tokenizer: Path | None = None) -> dict[st
         agree(lambda: check_moments(engine, state, optimizer.moments, moments), stored.cannot)
     for kind in (MASTER, *moments):
         for name, parameter in engine.named_parameters():
-            slices = stored.tensors[MODEL if kind == MASTER else kind]
+            slices = stored.tensors[kind]
             value = own_slice(engine, parameter, slices[name])
             optimizer.write(parameter, kind, value.to(engine.device))
     if moments:

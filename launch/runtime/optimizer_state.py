@@ -22,8 +22,10 @@ from deepspeed.utils import (
 from torch import Tensor
 from torch.nn import Parameter
 
+from launch.runtime.stored import MODEL
+
 # The name under which the master weight itself is asked for, beside the optimizer's own names.
-MASTER = "master"
+MASTER = MODEL
 
 
 class OptimizerState:

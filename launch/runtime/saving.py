@@ -20,8 +20,8 @@ from launch.runtime.canonical import agree, all_specs, whole
 from launch.runtime.engine import Engine
 from launch.runtime.optimizer_state import MASTER, OptimizerState
 from launch.runtime.storage import FileRecord
-from launch.runtime.stored import CONFIG, L2E, MODEL, RANDOM, STATE
-from launch.runtime.tensorfile import TensorFile, TensorSpec
+from launch.runtime.stored import CONFIG, L2E, RANDOM, STATE, file_name
+from launch.runtime.tensorfile import TensorSpec, write_tensor_file
 from launch.runtime.writing import WritingThread
 
 # What of the dynamic loss scale's state a checkpoint keeps.
@@ -84,7 +84,7 @@ class Snapshot:
             for name, text in self.texts.items():
                 records[name] = storage.write_text(self.aside / name, text + "\n")
             for name, tensors in self.small.items():
-                records[name] = write_small(self.aside / name, tensors)
+                records[name] = write_tensor_file(self.aside / name, tensors)
             if self.tokenizer is not None:
                 name = "tokenizer" + self.tokenizer.suffix
                 records[name] = storage.copy_file(self.tokenizer, self.aside / name)
@@ -180,20 +180,6 @@ def write_tensors(
     finally:
         thread.close()
     return thread
-
-
-def file_name(kind: str, number: int, total: int) -> str:
-    prefix = MODEL if kind == MASTER else kind
-    return f"{prefix}-{number:05d}-of-{total:05d}.safetensors"
-
-
-def write_small(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
-    file = TensorFile(
-        path, {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    )
-    for name, tensor in tensors.items():
-        file.write(name, tensor)
-    return file.close()
 
 
 def gather_l2e(engine: Engine) -> dict[str, Tensor]:

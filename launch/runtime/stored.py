@@ -22,6 +22,11 @@ RANDOM = "random.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
+def file_name(kind: str, number: int, total: int) -> str:
+    """Of the file that holds some of the `kind` tensors: the model's or an optimizer's moment."""
+    return f"{kind}-{number:05d}-of-{total:05d}.safetensors"
+
+
 class StoredCheckpoint:
     """The folder of one checkpoint; tensors are read when asked for."""
 

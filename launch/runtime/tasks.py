@@ -99,7 +99,7 @@ def select(names: Iterable[str], data: Path | None = None) -> Selection:
     name must be there.
 
     Raises:
-        ValueError: unknown task, missing or unreadable file, missing field.
+        ValueError: unknown task, missing or unreadable file, missing field, no way to the hub.
     """
     with harness_apart():
         return _select(names, data)
@@ -128,7 +128,14 @@ def _select(names: Iterable[str], data: Path | None = None) -> Selection:
             chosen += built if isinstance(built, list) else [built]
     if not chosen:
         raise ValueError(f"no task left to run: {'; '.join(skipped.values())}")
-    return Selection(manager.load(chosen), skipped)
+    try:
+        return Selection(manager.load(chosen), skipped)
+    except OSError as error:  # datasets' failures to reach or find something on the hub
+        raise ValueError(
+            f"tasks {', '.join(named)}: their items cannot be fetched from the hub "
+            f"({str(error).strip().splitlines()[0]}); give a folder of local "
+            "files (--task-data, or evaluate.task_data in training)"
+        ) from None
 
 
 @contextlib.contextmanager

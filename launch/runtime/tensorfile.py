@@ -104,3 +104,13 @@ class TensorFile:
         if length == CHUNK and hasattr(os, "posix_fadvise"):
             self.file.flush()
             os.posix_fadvise(self.file.fileno(), self.size, length, os.POSIX_FADV_DONTNEED)
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+    """Write a whole file at once."""
+    file = TensorFile(
+        path, {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    )
+    for name, tensor in tensors.items():
+        file.write(name, tensor)
+    return file.close()

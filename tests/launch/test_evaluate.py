@@ -282,6 +282,15 @@ def test_mistakes_are_messages(model_folder, task_data, tmp_path):
     )
 
 
+def test_no_way_to_the_hub(monkeypatch):
+    def unreachable(*_):
+        raise ConnectionError("Couldn't reach 'allenai/sciq' on the Hub")
+
+    monkeypatch.setattr(tasks.TaskManager, "load", unreachable)
+    with pytest.raises(ValueError, match=r"sciq: .*cannot be fetched.*'allenai/sciq'.*--task-data"):
+        tasks.select(["sciq"])
+
+
 def test_benchmark_file_with_missing_fields(task_data, tmp_path):
     rows = [json.loads(line) for line in (task_data / "sciq_test.jsonl").read_text().splitlines()]
 
