@@ -25,9 +25,10 @@ import torch
 
 from bench.machine import default_device, describe_machine
 from configs.loading import validate
-from launch.runtime import checkpoint, storage
+from launch.runtime import checkpoint
+from launch.runtime.checkpoint.optimizer_state import OptimizerState
+from launch.runtime.disk import storage
 from launch.runtime.engine import Engine, build
-from launch.runtime.optimizer_state import OptimizerState
 from launch.runtime.processes import find, process_group
 
 MEGABYTE = 10**6

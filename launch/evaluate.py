@@ -21,7 +21,7 @@ from launch.runtime.cli import run_verb
 
 def main() -> None:
     options = parser().parse_args()
-    from launch.runtime.scoring import score_models  # slow to import; --help should not wait
+    from launch.runtime.scores.scoring import score_models  # slow to import; --help should not wait
 
     score_models(options)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.runtime import storage
+from launch.runtime.disk import storage
 
 RESAMPLES = 2000
 # Steps at the end whose mean stands for a run's loss.
@@ -246,7 +246,7 @@ def relative_gap(left: float | None, right: float | None) -> float:
 
 def tensor_gaps(one: Path, other: Path) -> Iterator[tuple[str, float]]:
     """(checkpoint and tensor, largest difference over largest entry) of the newest shared step."""
-    from launch.runtime.stored import StoredCheckpoint  # brings the whole model with it
+    from launch.runtime.disk.stored import StoredCheckpoint  # brings the whole model with it
 
     steps = [
         {storage.step_of(path): path for path in storage.checkpoints(run / "checkpoints")}

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from data.tokenizer import load_tokenizer
 from l2e.analysis.weights import fetch_model
-from launch.runtime import storage
-from launch.runtime.storage import FileRecord
-from launch.runtime.stored import (
+from launch.runtime.disk import storage
+from launch.runtime.disk.storage import FileRecord
+from launch.runtime.disk.stored import (
     CONFIG,
     L2E,
     MODEL,
@@ -28,8 +28,8 @@ from launch.runtime.stored import (
     StoredCheckpoint,
     file_name,
 )
-from launch.runtime.tensorfile import TensorFile, TensorSpec, write_tensor_file
-from launch.runtime.tokenizer_files import write_tokenizer
+from launch.runtime.disk.tensorfile import TensorFile, TensorSpec, write_tensor_file
+from launch.runtime.disk.tokenizer_files import write_tokenizer
 from model.config import ModelConfig
 from model.huggingface import HuggingFaceWeights, read_config, write_hugging_face
 

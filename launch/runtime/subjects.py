@@ -14,10 +14,10 @@ def in_hugging_face_form(source: str, folder: Path) -> str:
         return source
     import torch
 
-    from launch.runtime import storage
+    from launch.runtime.disk import storage
+    from launch.runtime.disk.stored import open_checkpoint
     from launch.runtime.exporting import to_huggingface
-    from launch.runtime.scored import single_process
-    from launch.runtime.stored import open_checkpoint
+    from launch.runtime.scores.scored import single_process
 
     stored = open_checkpoint(path)
     content = storage.file_hash(stored.folder / storage.MANIFEST)[:12]

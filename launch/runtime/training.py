@@ -185,7 +185,7 @@ def check_tasks(config: Config, data: Corpus) -> None:
         return
     if data.paths.tokenizer is None:
         raise ValueError("evaluate.tasks: the corpus names no tokenizer; set tokenizer.path")
-    from launch.runtime.tasks import select
+    from launch.runtime.scores.tasks import select
 
     select(config.evaluate.tasks, task_folder(config))
 
@@ -199,7 +199,8 @@ def score_tasks(run: Run, engine: Engine, data: Corpus, step: int) -> dict[str, 
 
     The report, item by item, goes into the run's results, where `compare.py` finds it.
     """
-    from launch.runtime import evaluation, harness, scored, tasks  # the harness takes seconds
+    from launch.runtime import tasks  # the harness takes seconds
+    from launch.runtime.scores import evaluation, harness, scored
 
     wanted = run.config.evaluate
     assert data.paths.tokenizer is not None, "check_tasks has seen to it"

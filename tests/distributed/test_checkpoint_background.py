@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from launch.runtime import checkpoint, storage
-from launch.runtime.tensorfile import TensorFile
-from launch.runtime.writing import WritingThread
+from launch.runtime import checkpoint
+from launch.runtime.disk import storage
+from launch.runtime.disk.tensorfile import TensorFile
+from launch.runtime.disk.writing import WritingThread
 from tests.distributed.checkpointing import (
     differences,
     everything,

@@ -8,8 +8,9 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from launch.runtime import checkpoint, storage
-from launch.runtime.tensorfile import TensorFile
+from launch.runtime import checkpoint
+from launch.runtime.disk import storage
+from launch.runtime.disk.tensorfile import TensorFile
 from tests.distributed.checkpointing import (
     differences,
     everything,

@@ -11,8 +11,8 @@ import pytest
 from safetensors import safe_open
 
 from launch.runtime import checkpoint
-from launch.runtime.saving import gather_l2e
-from launch.runtime.stored import RANDOM, StoredCheckpoint
+from launch.runtime.checkpoint.saving import gather_l2e
+from launch.runtime.disk.stored import RANDOM, StoredCheckpoint
 from tests.distributed.checkpointing import folder_of, make_config, running, train
 from tests.distributed.processes import run_on_processes
 

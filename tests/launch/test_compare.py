@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from launch.compare import main
-from launch.runtime import comparison, storage
-from launch.runtime.tensorfile import TensorFile, TensorSpec
+from launch.runtime import comparison
+from launch.runtime.disk import storage
+from launch.runtime.disk.tensorfile import TensorFile, TensorSpec
 
 
 def make_run(

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.runtime import evaluation, scored, tasks
-from launch.runtime.harness import HarnessModel, batches_by_length
+from launch.runtime.scores import evaluation, scored, tasks
+from launch.runtime.scores.harness import HarnessModel, batches_by_length
 from tests.launch.models import huggingface_model, write_sciq
 
 ROOT = Path(__file__).resolve().parents[2]

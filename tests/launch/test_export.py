@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.export import main
 from launch.runtime import exporting
-from launch.runtime.stored import StoredCheckpoint
+from launch.runtime.disk.stored import StoredCheckpoint
 from tests.launch.models import huggingface_model
 from tests.launch.running import python
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from launch.runtime.tensorfile import FileRecord
+from launch.runtime.disk.tensorfile import FileRecord
 
 MANIFEST = "manifest.json"
 LATEST = "latest"

@@ -12,9 +12,9 @@ from transformers.utils import cached_file
 from configs.schema import Parallel
 from data.tokenizer import load_tokenizer
 from launch.runtime import processes
-from launch.runtime.harness import Scored
+from launch.runtime.disk.stored import TOKENIZER_FILES, StoredCheckpoint
 from launch.runtime.layout import initialise_layout, release_layout
-from launch.runtime.stored import TOKENIZER_FILES, StoredCheckpoint
+from launch.runtime.scores.harness import Scored
 from model.gpt_neox import GPTNeoX
 
 

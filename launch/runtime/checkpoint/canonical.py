@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from launch.runtime.checkpoint.optimizer_state import local_shape
+from launch.runtime.disk.tensorfile import TensorSpec
 from launch.runtime.engine import Engine
-from launch.runtime.optimizer_state import local_shape
-from launch.runtime.tensorfile import TensorSpec
 
 # Parameters whose first dimension is the vocabulary, which layouts pad.
 VOCABULARY = ("gpt_neox.embed_in.weight", "embed_out.weight")

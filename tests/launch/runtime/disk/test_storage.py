@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.runtime import storage
-from launch.runtime.tensorfile import TensorFile, TensorSpec
+from launch.runtime.disk import storage
+from launch.runtime.disk.tensorfile import TensorFile, TensorSpec
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def save(folder: Path, step: int, value: float = 1.0, size: int = 1000) -> Path:
@@ -123,11 +123,11 @@ def test_read_only_folder_is_a_message(tmp_path, monkeypatch):
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/launch/runtime"]
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/launch/runtime/disk"]
 import torch
 torch.set_num_threads(1)
 from test_storage import save
-from launch.runtime import storage
+from launch.runtime.disk import storage
 
 folder, kills = Path(sys.argv[2]), int(sys.argv[3])
 start = time.monotonic()

@@ -22,7 +22,7 @@ from deepspeed.utils import (
 from torch import Tensor
 from torch.nn import Parameter
 
-from launch.runtime.stored import MODEL
+from launch.runtime.disk.stored import MODEL
 
 # The name under which the master weight itself is asked for, beside the optimizer's own names.
 MASTER = MODEL

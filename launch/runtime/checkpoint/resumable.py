@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from launch.runtime import storage
+from launch.runtime.disk import storage
 
 
 def find_resumable(run_folder: Path, resume: str) -> Path | None:

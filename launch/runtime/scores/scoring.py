@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launch.runtime import evaluation, scored, storage
+from launch.runtime.disk import storage
+from launch.runtime.disk.stored import STATE, StoredCheckpoint, open_checkpoint
 from launch.runtime.hardware import TORCH_DTYPES
-from launch.runtime.harness import HarnessModel, Scored
-from launch.runtime.stored import STATE, StoredCheckpoint, open_checkpoint
-from launch.runtime.tasks import Selection, select
+from launch.runtime.scores import evaluation, scored
+from launch.runtime.scores.harness import HarnessModel, Scored
+from launch.runtime.scores.tasks import Selection, select
 
 # Most tokens of one forward pass, by kind of device.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}

@@ -3,7 +3,7 @@
 import pytest
 
 from launch.runtime.checkpoint import find_resumable
-from launch.runtime.storage import MANIFEST
+from launch.runtime.disk.storage import MANIFEST
 from tests.launch.runtime.test_storage import save
 
 

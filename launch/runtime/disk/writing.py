@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from launch.runtime.tensorfile import FileRecord, TensorFile, TensorSpec
+from launch.runtime.disk.tensorfile import FileRecord, TensorFile, TensorSpec
 
 # Tensors waiting for the disk while training waits too; more would cost memory and win no time.
 WAITING = 2

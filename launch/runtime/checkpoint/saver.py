@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from launch.runtime.checkpoint.saving import Snapshot, complete
 from launch.runtime.engine import Engine
-from launch.runtime.saving import Snapshot, complete
 
 
 class Saver:

@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.runtime import storage
-from launch.runtime.canonical import agree, all_specs, whole
+from launch.runtime.checkpoint.canonical import agree, all_specs, whole
+from launch.runtime.checkpoint.optimizer_state import MASTER, OptimizerState
+from launch.runtime.disk import storage
+from launch.runtime.disk.storage import FileRecord
+from launch.runtime.disk.stored import CONFIG, L2E, RANDOM, STATE, file_name
+from launch.runtime.disk.tensorfile import TensorSpec, write_tensor_file
+from launch.runtime.disk.writing import WritingThread
 from launch.runtime.engine import Engine
-from launch.runtime.optimizer_state import MASTER, OptimizerState
-from launch.runtime.storage import FileRecord
-from launch.runtime.stored import CONFIG, L2E, RANDOM, STATE, file_name
-from launch.runtime.tensorfile import TensorSpec, write_tensor_file
-from launch.runtime.writing import WritingThread
 
 # What of the dynamic loss scale's state a checkpoint keeps.
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

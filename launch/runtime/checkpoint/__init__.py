@@ -14,9 +14,9 @@ rank that loads reads its slices. What a folder `step_0000100` holds:
     manifest.json                         size and SHA-256 of every file
 """
 
-from launch.runtime.loading import load
-from launch.runtime.resumable import find_resumable
-from launch.runtime.saver import Saver
-from launch.runtime.saving import save
+from launch.runtime.checkpoint.loading import load
+from launch.runtime.checkpoint.resumable import find_resumable
+from launch.runtime.checkpoint.saver import Saver
+from launch.runtime.checkpoint.saving import save
 
 __all__ = ["Saver", "find_resumable", "load", "save"]

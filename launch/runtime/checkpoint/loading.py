@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from launch.runtime import storage
-from launch.runtime.canonical import agree, all_specs, own_slice
+from launch.runtime.checkpoint.canonical import agree, all_specs, own_slice
+from launch.runtime.checkpoint.optimizer_state import MASTER, OptimizerState
+from launch.runtime.disk import storage
+from launch.runtime.disk.stored import L2E, MODEL, RANDOM, StoredCheckpoint
+from launch.runtime.disk.tensorfile import TensorSpec
 from launch.runtime.engine import Engine
-from launch.runtime.optimizer_state import MASTER, OptimizerState
-from launch.runtime.stored import L2E, MODEL, RANDOM, StoredCheckpoint
-from launch.runtime.tensorfile import TensorSpec
 
 
 def load(engine: Engine, folder: Path, tokenizer: Path | None = None) -> dict[str, Any]:

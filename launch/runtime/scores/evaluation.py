@@ -8,8 +8,8 @@ from typing import Any
 
 import lm_eval
 
-from launch.runtime.harness import HarnessModel
-from launch.runtime.tasks import Selection, harness_apart
+from launch.runtime.scores.harness import HarnessModel
+from launch.runtime.scores.tasks import Selection, harness_apart
 
 REFERENCE = Path(__file__).with_name("pythia_reference.json")
 # Resamples for the standard errors that have no formula (perplexity).

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from launch.runtime import storage
+from launch.runtime.disk import storage
 from model.config import ModelConfig
 from model.gpt_neox import GPTNeoX
 

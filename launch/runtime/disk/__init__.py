@@ -1,0 +1,1 @@
+"""Checkpoints as folders of files: written safely, verified, and read without an engine."""
