@@ -93,6 +93,14 @@ class Profiler:
         self.steps, self.folder, self.rank = steps, folder, rank
         self.running: profile | None = None
 
+    def expect(self, coming: range) -> None:
+        """Raise ValueError if a chosen step is not among those that will run."""
+        if set(self.steps) - set(coming):
+            raise ValueError(
+                f"--profile: steps {self.steps[0]} to {self.steps[-1]} were chosen, but steps "
+                f"{coming[0]} to {coming[-1]} will run; choose some of these"
+            )
+
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Record step `number` if it was chosen; write the trace after the last one."""

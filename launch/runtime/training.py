@@ -98,6 +98,7 @@ def fit(
     if start >= last:
         run.say(f"nothing left to do: step {start} of {last} is done")
         return
+    run.profiler.expect(range(start + 1, last + 1))
     on_gpu = engine.device.type == "cuda"
     batches = prefetch(data.training_batches(start, engine.layout), pin=on_gpu)
     stop = StopSignal()

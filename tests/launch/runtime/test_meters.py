@@ -90,6 +90,14 @@ def test_exchanges_of_two_ranks_are_found(tmp_path):
         assert 0 < found["exposed"] <= found["communication"] < 60
 
 
+def test_steps_that_will_not_run_are_refused(tmp_path):
+    Profiler(range(0), tmp_path, rank=0).expect(range(1, 9))
+    Profiler(range(6, 9), tmp_path, rank=0).expect(range(6, 9))
+    for steps in (range(5, 7), range(8, 10)):
+        with pytest.raises(ValueError, match=r"steps 6 to 8 will run"):
+            Profiler(steps, tmp_path, rank=0).expect(range(6, 9))
+
+
 def test_nothing_is_recorded_unasked(tmp_path):
     profiler = Profiler(parse_steps(None), tmp_path / "profile", rank=0)
     with profiler.step(1):
