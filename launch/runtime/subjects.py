@@ -14,13 +14,14 @@ def in_hugging_face_form(source: str, folder: Path) -> str:
         return source
     import torch
 
-    from launch.runtime.disk import storage
+    from data.files import sha256
+    from launch.runtime.disk.storage import MANIFEST
     from launch.runtime.disk.stored import open_checkpoint
     from launch.runtime.exporting import to_huggingface
     from launch.runtime.scores.scored import single_process
 
     stored = open_checkpoint(path)
-    content = storage.file_hash(stored.folder / storage.MANIFEST)[:12]
+    content = sha256(stored.folder / MANIFEST)[:12]
     run = stored.folder.resolve().parents[1].name
     exported = folder / f"{run}-{content}" / stored.folder.name
     if not exported.is_dir():

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from data.files import sha256
 from launch.runtime.checkpoint.canonical import agree, all_specs, own_slice
 from launch.runtime.checkpoint.optimizer_state import MASTER, OptimizerState
-from launch.runtime.disk import storage
 from launch.runtime.disk.stored import L2E, MODEL, RANDOM, StoredCheckpoint
 from launch.runtime.disk.tensorfile import TensorSpec
 from launch.runtime.engine import Engine
@@ -71,7 +71,7 @@ def check(
         )
     kept = stored.tokenizer
     if tokenizer is not None and kept is not None and Path(tokenizer).suffix == kept.suffix:
-        hashes = [storage.file_hash(Path(path)) for path in (tokenizer, kept)]
+        hashes = [sha256(Path(path)) for path in (tokenizer, kept)]
         if hashes[0] != hashes[1]:
             raise ValueError(
                 f"{stored.folder} was trained with another tokenizer than {tokenizer}: their "

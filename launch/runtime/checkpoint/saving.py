@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.files import sync
 from launch.runtime.checkpoint.canonical import agree, all_specs, whole
 from launch.runtime.checkpoint.optimizer_state import MASTER, OptimizerState
 from launch.runtime.disk import storage
@@ -88,7 +89,7 @@ class Snapshot:
             if self.tokenizer is not None:
                 name = "tokenizer" + self.tokenizer.suffix
                 records[name] = storage.copy_file(self.tokenizer, self.aside / name)
-            storage.sync_folder(self.aside)
+            sync(self.aside)
         return records
 
 

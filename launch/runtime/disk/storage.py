@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from data.files import sha256, sync
 from launch.runtime.disk.tensorfile import FileRecord
 
 MANIFEST = "manifest.json"
@@ -70,13 +71,13 @@ def commit(aside: Path, final: Path, records: Mapping[str, FileRecord]) -> None:
     """Make `aside` the checkpoint `final`. Every file in it must be on the disk already."""
     files = {name: asdict(record) for name, record in sorted(records.items())}
     write_text(aside / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
-    sync_folder(aside)
+    sync(aside)
     replaced = final.with_name(final.name + ".replaced")
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     aside.rename(final)
-    sync_folder(final.parent)
+    sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -85,16 +86,7 @@ def point_latest(final: Path) -> None:
     pointer = final.with_name(LATEST + ".tmp")
     write_text(pointer, final.name + "\n")
     pointer.rename(final.with_name(LATEST))
-    sync_folder(final.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Names of new and renamed files survive a power cut only once their folder is synced."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)
 
 
 def cannot_write(path: Path, error: OSError) -> str:
@@ -140,7 +132,7 @@ def damage(folder: Path, names: Iterable[str] | None = None) -> list[str]:
             found.append(f"{path} is missing{unlisted(folder, records)}")
         elif path.stat().st_size != record.bytes:
             found.append(f"{path} has {path.stat().st_size} bytes instead of {record.bytes}")
-        elif file_hash(path) != record.sha256:
+        elif sha256(path) != record.sha256:
             found.append(f"{path} has changed: its SHA-256 is not the manifest's")
     return found
 
@@ -148,14 +140,6 @@ def damage(folder: Path, names: Iterable[str] | None = None) -> list[str]:
 def unlisted(folder: Path, records: Mapping[str, FileRecord]) -> str:
     extra = sorted({path.name for path in folder.iterdir()} - set(records) - {MANIFEST})
     return f" (in its place, unknown to the manifest: {', '.join(extra)})" if extra else ""
-
-
-def file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def checkpoints(folder: Path) -> list[Path]:
