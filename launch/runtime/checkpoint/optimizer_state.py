@@ -4,21 +4,8 @@ ZeRO cuts them into flat pieces that no rank has whole. This is the one place th
 (ZeRO stage, dtype) keeps them; the checkpoint sees float32 tensors of the parameter's own shape.
 """
 
-from collections.abc import Iterable
-
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_get_local_fp32_param,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -36,6 +23,11 @@ class OptimizerState:
     """
 
     def __init__(self, optimizer):
+        # Not at the top of this file: the engine must set DS_ACCELERATOR before the first import.
+        import deepspeed
+        from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+        self.deepspeed = deepspeed
         self.optimizer = optimizer
         self.basic = getattr(optimizer, "optimizer", optimizer)
         self.masters: dict[Parameter, Parameter] = {}
@@ -118,8 +110,8 @@ class OptimizerState:
         """The whole master weight or moment `name` of a parameter, float32."""
         if partitioned(parameter) or hasattr(parameter, "_hp_mapping"):
             if name == MASTER:
-                return safe_get_full_fp32_param(parameter)
-            return safe_get_full_optimizer_state(parameter, name)
+                return self.deepspeed.utils.safe_get_full_fp32_param(parameter)
+            return self.deepspeed.utils.safe_get_full_optimizer_state(parameter, name)
         return self._held(parameter, name)
 
     @torch.no_grad()
@@ -129,9 +121,9 @@ class OptimizerState:
             self._write_piece(parameter, name, value)
         elif hasattr(parameter, "_hp_mapping"):
             if name == MASTER:
-                safe_set_full_fp32_param(parameter, value)
+                self.deepspeed.utils.safe_set_full_fp32_param(parameter, value)
             else:
-                safe_set_full_optimizer_state(parameter, value, name)
+                self.deepspeed.utils.safe_set_full_optimizer_state(parameter, value, name)
         else:
             self._held(parameter, name).copy_(value)
         if name == MASTER and not partitioned(parameter):
@@ -145,17 +137,17 @@ class OptimizerState:
     def _write_piece(self, parameter: Parameter, name: str, value: Tensor) -> None:
         """ZeRO-3: this rank's piece. The last rank's is padded, which DeepSpeed's own
         whole-tensor setter does not allow for."""
-        size = safe_get_local_fp32_param(parameter).numel()
+        size = self.deepspeed.utils.safe_get_local_fp32_param(parameter).numel()
         start = size * dist.get_rank(parameter.ds_process_group)
         piece = value.new_zeros(size)
         own = value.flatten()[start : start + size]
         piece[: own.numel()] = own
         if name != MASTER:
-            safe_set_local_optimizer_state(parameter, piece, name)
+            self.deepspeed.utils.safe_set_local_optimizer_state(parameter, piece, name)
             return
-        safe_set_local_fp32_param(parameter, piece)
+        self.deepspeed.utils.safe_set_local_fp32_param(parameter, piece)
         # The modifier is a rank of the data-parallel group; all of them have the same value.
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        with self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)
 
 
@@ -167,9 +159,3 @@ def partitioned(parameter: Parameter) -> bool:
 def local_shape(parameter: Parameter) -> tuple[int, ...]:
     """Shape of this tensor-parallel shard, also while ZeRO-3 holds it in pieces."""
     return tuple(parameter.ds_shape if partitioned(parameter) else parameter.shape)
-
-
-def all_state(optimizer: OptimizerState, parameters: Iterable[Parameter]) -> list[Tensor]:
-    """Every master and moment, in order: for comparing two engines."""
-    names = (MASTER, *optimizer.moments)
-    return [optimizer.read(parameter, name).clone() for parameter in parameters for name in names]

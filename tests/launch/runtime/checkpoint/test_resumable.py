@@ -4,7 +4,7 @@ import pytest
 
 from launch.runtime.checkpoint import find_resumable
 from launch.runtime.disk.storage import MANIFEST
-from tests.launch.runtime.test_storage import save
+from tests.launch.runtime.disk.test_storage import save
 
 
 def damage(folder) -> str:
