@@ -23,11 +23,6 @@ class Layout:
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
 
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank computes the loss."""
-        return self.pipeline_rank == self.pipeline_size - 1
-
     def __str__(self) -> str:
         return (
             f"{self.tensor_size} tensor x {self.pipeline_size} pipeline x {self.data_size} data "
