@@ -15,11 +15,11 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from l2e.analysis.activations import length_batches, pad, tokenize, watch
 from l2e.analysis.features import FeatureSet
 from l2e.analysis.networks import Network
+from l2e.analysis.progress import Progress
 
 How = Literal["mean", "zero", "resample"]
 SEED = 42
@@ -128,12 +128,12 @@ def ablate(
 ) -> np.ndarray:
     """Losses of the passages `rows`, float64 [1 + neurons, rows]: as they are, then ablated."""
     losses = np.zeros((1 + len(neurons), len(rows)))
-    bar = tqdm(
+    bar = Progress(
         total=len(rows) * (1 + len(neurons)),
-        desc="ablated",
+        desc="ablating",
         unit="passages",
         unit_scale=True,
-        disable=not progress,
+        progress=progress,
     )
     with torch.no_grad(), _precision(network, settings), bar:
         for batch in data.batches(rows, TOKENS_PER_BATCH):
@@ -161,7 +161,7 @@ def first_order(
     base, rise = np.zeros(len(data)), np.zeros((len(neurons), len(data)))
     layers = sorted({layer for layer, _ in neurons})
     everything = np.arange(len(data))
-    bar = tqdm(total=len(data), desc="gradients", unit="passages", disable=not progress)
+    bar = Progress(total=len(data), desc="gradients", unit="passages", progress=progress)
     with _precision(network, settings), bar:
         for batch in data.batches(everything, TOKENS_PER_BATCH):
             z: dict[int, torch.Tensor] = {}

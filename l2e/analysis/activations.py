@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from l2e.analysis.features import FeatureSet
 from l2e.analysis.networks import Network
+from l2e.analysis.progress import Progress
 
 # What can be kept of a passage: the activation after (post) or before (pre) the non-linearity,
 # its maximum or its mean over the passage's valid tokens.
@@ -116,7 +116,9 @@ def collect(
         }
         batches = length_batches(lengths, settings.tokens_per_batch)
         replicas = _replicas(network, devices)
-        with tqdm(total=len(tokens), unit="passages", disable=not progress) as bar:
+        with Progress(
+            total=len(tokens), desc="activations", unit="passages", progress=progress
+        ) as bar:
 
             def run(share: int) -> None:
                 for rows in batches[share :: len(replicas)]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from l2e.analysis.features import FeatureSet
 from l2e.analysis.networks import Network
+from l2e.analysis.progress import Progress
 from l2e.attach import Handle
 from l2e.config import L2EConfig, LayerChoice, select_layers
 from l2e.sharding import Sharding
@@ -68,7 +68,8 @@ def analyze_decrease(
     statistics = _statistics(network, modules, batches[: settings.batches], settings)
     ratios: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
     measured = batches[settings.batches :]
-    bar = tqdm(total=len(measured) * len(ARMS), unit="steps", disable=not progress)
+    total = len(measured) * len(ARMS)
+    bar = Progress(total=total, desc="decrease", unit="steps", progress=progress)
     try:
         with bar:
             for batch in measured:

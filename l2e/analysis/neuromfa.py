@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from l2e.analysis.interaction import (
     Checkpoint,
@@ -20,6 +19,7 @@ from l2e.analysis.interaction import (
     sampled_network,
 )
 from l2e.analysis.multifractal import MOMENTS, Spectrum, spectrum
+from l2e.analysis.progress import Progress
 
 CONTROLS = ("rescaled", "shuffled", "gaussian")
 
@@ -59,7 +59,9 @@ def analyze_neuromfa(checkpoints: list[Checkpoint], settings: Settings, progress
         origin = [sampled_network(start, sample, settings.layout) for sample in samples]
     measured = [
         _measure(checkpoint, samples, origin, settings)
-        for checkpoint in tqdm(checkpoints, unit="checkpoints", disable=not progress)
+        for checkpoint in Progress(
+            checkpoints, desc="networks", unit="checkpoints", progress=progress
+        )
     ]
     if all(m["trained"]["alpha_0"] is None for m in measured):
         raise ValueError(f"{first.name}: {measured[0]['trained']['reason']}")

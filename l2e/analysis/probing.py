@@ -5,6 +5,7 @@ and a balanced L2 logistic regression on the first k of them is scored on the he
 """
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -12,10 +13,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, matthews_corrcoef, precision_score, recall_score
 from sklearn.model_selection import train_test_split
-from tqdm import tqdm
 
 from l2e.analysis.activations import Activations
 from l2e.analysis.features import FeatureSet
+from l2e.analysis.progress import Progress
 
 SEED = 42
 PROBED_KIND = "pre_mean"
@@ -126,11 +127,15 @@ def best_first(probes: list[Probe]) -> list[Probe]:
     return sorted(probes, key=lambda probe: (-probe.f1, -probe.mcc))
 
 
+def by_layer(activations: Activations, progress: bool) -> Iterable[int]:
+    return Progress(range(activations.num_layers), desc="probing", unit="layers", progress=progress)
+
+
 def find_monosemantic(activations: Activations, kind: str, progress: bool = True) -> list[Probe]:
     """The monosemantic search over all layers, best F1 first."""
     split = split_passages(activations.features)
     probes = []
-    for layer in tqdm(range(activations.num_layers), unit="layers", disable=not progress):
+    for layer in by_layer(activations, progress):
         z = scale_neurons(activations.layer(kind, layer), split)
         probes += search_layer(z, layer, activations.features, split)
     return best_first(probes)
@@ -142,7 +147,7 @@ def analyze_probe(activations: Activations, kind: str, progress: bool = True) ->
     split = split_passages(features)
     shuffled = permuted(features)
     probes, control, sizes = [], [], []
-    for layer in tqdm(range(activations.num_layers), unit="layers", disable=not progress):
+    for layer in by_layer(activations, progress):
         z = scale_neurons(activations.layer(kind, layer), split)
         probes += search_layer(z, layer, features, split)
         control += search_layer(z, layer, shuffled, split)

@@ -16,7 +16,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from tqdm import tqdm
+
+from l2e.analysis.progress import Progress
 
 # Rows of fp32 logits held at once while scoring; 512 rows of 50k tokens are 100 MB.
 ROWS_PER_SOFTMAX = 512
@@ -127,7 +128,7 @@ class HarnessModel(TemplateLM):
             sharing.setdefault(tuple(tokens[:-1]), []).append(index)
         scores: dict[int, Score] = {}
         batches = list(batches_by_length(list(sharing), self.batch_tokens))
-        for batch in self._progress(batches[self.turn :: self.turns], "log-likelihoods", quiet):
+        for batch in self._progress(batches[self.turn :: self.turns], "scoring", quiet):
             users = [[(index, pairs[index][1]) for index in sharing[inputs]] for inputs in batch]
             scores.update(self._score_batch(batch, users))
         for other in self._exchange(scores):
@@ -179,7 +180,7 @@ class HarnessModel(TemplateLM):
         """Greedy continuations up to a stop string. Each new token costs a whole forward pass."""
         answers = [""] * len(requests)
         mine = range(self.turn, len(requests), self.turns)
-        for index in self._progress(mine, "generation", disable_tqdm):
+        for index in self._progress(mine, "generating", disable_tqdm):
             context, settings = requests[index].args
             limit = settings.get("max_gen_toks", 256)
             stops = handle_stop_sequences(settings.get("until"), eos=None)
@@ -212,8 +213,8 @@ class HarnessModel(TemplateLM):
         return everyone
 
     def _progress(self, work: Sequence, what: str, quiet: bool) -> Iterable:
-        quiet = quiet or self.turn > 0
-        return tqdm(work, desc=what, file=sys.__stderr__, disable=quiet or None, leave=False)
+        shown = not quiet and self.turn == 0
+        return Progress(work, desc=what, unit="batches", progress=shown, file=sys.__stderr__)
 
 
 def batches_by_length(
