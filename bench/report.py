@@ -43,8 +43,9 @@ def machine_sections(results: dict) -> list[str]:
     """One machine's tables."""
     machine = results["machine"]
     versions = ", ".join(f"{n} {v}" for n, v in machine["versions"].items() if v)
+    commands = "; ".join(f"bench/run.py {options}" for options in results["commands"].values())
     parts = [
-        f"## {machine['name']}\n\n{machine['date']}, `{results['command']}`, {machine['cores']} "
+        f"## {machine['name']}\n\n{machine['date']}, `{commands}`, {machine['cores']} "
         f"cores, {machine['threads']} thread(s) a process, Python {machine['python']}, {versions}."
         f"\n{machine.get('note', '')}\n"
     ]

@@ -49,14 +49,15 @@ def main() -> None:
     chosen = arguments.only.split(",") if arguments.only else list(sections)
     path = RESULTS / f"{kind(device)}.json"
     results = json.loads(path.read_text()) if arguments.only and path.exists() else {}
-    results["machine"] = describe_machine(device)
-    results["machine"]["note"] = arguments.note
-    results["command"] = " ".join(["python", "bench/run.py", *sys.argv[1:]])
+    note = arguments.note or results.get("machine", {}).get("note", "")
+    results["machine"] = describe_machine(device) | {"note": note}
+    commands = results.setdefault("commands", {})
     for name in chosen:
         begin = time.monotonic()
         print(f"{name} ...", flush=True)
         try:
             results[name] = sections[name]()
+            commands[name] = f"--only {name} --rounds {arguments.rounds}"
         except Exception as error:  # the other sections are still worth having
             print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)

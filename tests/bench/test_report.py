@@ -36,7 +36,7 @@ def test_every_section_finds_its_way_into_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(loading_speed, "TOKENS", 2**20)
     results = {
         "machine": MACHINE,
-        "command": "python bench/run.py --rounds 15",
+        "commands": {"train": "--only train --rounds 15"},
         "train": [TRAIN],
         "layer": layer_speed.measure("fp32", 1, layer_speed.default_device(), entries=2**10),
         "loading": loading_speed.measure(rounds=1, steps=1),
