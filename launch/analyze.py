@@ -200,9 +200,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _network(options: argparse.Namespace, source: str) -> Network:
     import torch
+    import transformers
 
     from l2e.analysis.networks import open_network
 
+    transformers.utils.logging.disable_progress_bar()  # of loading; ours are those to see
     source = in_hugging_face_form(source, options.output / "exported")
     return open_network(source, device=options.devices[0], dtype=getattr(torch, options.dtype))
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from data.tokenizer import load_tokenizer
 from l2e.analysis.weights import fetch_model
@@ -96,6 +97,7 @@ def compare(tokens: Tensor, ours: Callable[[], Any], theirs: Callable[[], Any]) 
 
 
 def load_exported(folder: Path) -> Any:
+    disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 

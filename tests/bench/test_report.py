@@ -50,7 +50,7 @@ def test_every_section_finds_its_way_into_the_report(tmp_path, monkeypatch):
     report = (tmp_path / "docs" / "benchmarks.md").read_text()
     for expected in (
         "## Abacus 9",
-        "2026-11-20, `python bench/run.py --rounds 15`",
+        "2026-11-20, `bench/run.py --only train --rounds 15`",
         "torch 2.13.0",
         "| ours + l2e mid2 | 2.000 [1.500, 2.500] | 1,200 | 39.0% | 0.70 [0.10, 1.30] |",
         "Ours over transformers: 2.00 [1.50, 2.50] x",
