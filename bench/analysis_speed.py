@@ -26,11 +26,12 @@ from l2e.analysis.ablated_runs import Settings as AblationSettings
 from l2e.analysis.ablation import analyze_ablation
 from l2e.analysis.features import make_features
 from l2e.analysis.interaction import draw_samples, node_counts, open_checkpoint, sampled_network
-from l2e.analysis.monitor import Monitor
+from l2e.analysis.monitor import Monitor, See
 from l2e.analysis.multifractal import MIN_KEPT, MOMENTS, spectrum
 from l2e.analysis.networks import Network
 from l2e.analysis.neuromfa import Settings, analyze_neuromfa
 from l2e.analysis.results import provenance
+from launch.runtime.hardware import keep_freed_memory
 
 SERIES = 27
 PASSAGES, FEATURES, ABLATED_TOKENS = 600, 12, 128
@@ -165,10 +166,19 @@ def monitor_speed(model: GPTNeoXForCausalLM) -> dict:
         optimizer.step()
         optimizer.zero_grad()
 
-    layers = {str(i): block.mlp.act for i, block in enumerate(model.gpt_neox.layers)}
+    @torch.no_grad()
+    def observe(tokens: torch.Tensor, see: See) -> None:
+        handles = [
+            block.mlp.act.register_forward_hook(lambda _, __, z, name=str(i): see(name, z))
+            for i, block in enumerate(model.gpt_neox.layers)
+        ]
+        model(tokens)
+        for handle in handles:
+            handle.remove()
+
     step()
     steps = [timed(step) for _ in range(3)]
-    runs = [timed(lambda: monitor.run(lambda t: model(t), layers)) for _ in range(3)]
+    runs = [timed(lambda: monitor.run(observe)) for _ in range(3)]
     interval = monitor.interval(tokens.numel())
     share = min(cpu for _, cpu in runs) / (interval * min(cpu for _, cpu in steps))
     return {
@@ -185,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("."))
     options = parser.parse_args()
+    keep_freed_memory()  # as launch/analyze.py does
     model = model_of_70m()
     with tempfile.TemporaryDirectory() as folder:
         found: dict = {"neuromfa": neuromfa_speed(model, Path(folder))}

@@ -184,7 +184,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     from l2e.analysis import figures
     from l2e.analysis.results import write_result
+    from launch.runtime.hardware import keep_freed_memory
 
+    keep_freed_memory()
     if options.verb == "report":
         return _report(options)
     result = {

@@ -34,7 +34,7 @@ def refuse_unsupported(config: Config) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep memory that a CPU run frees, for the next step's activations.
+    """Let the C library keep memory that work on a CPU frees, for the next step or batch.
 
     By default glibc hands large blocks back, and fetching their pages anew takes about a tenth of
     a small model's step. Other libraries stay as they are.
