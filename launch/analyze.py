@@ -387,7 +387,7 @@ def _report(options: argparse.Namespace) -> None:
         keep(folder, "ablate", _ablate_neurons(options, network, file, neurons))
     if options.checkpoints:
         keep(options.output, "neuromfa", _neuromfa(options))
-    print(f"wrote {write_report(options.output / 'report.html', network.name, sections)}")
+    print(f"wrote {write_report(options.output / 'report.html', options.model, sections)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of results: figures embedded, tables, and the exact commands."""
+"""One self-contained HTML page of results: figures embedded, tables, and the exact command."""
 
 import base64
 import html
@@ -30,16 +30,28 @@ def write_report(path: Path, title: str, sections: list[tuple[str, str, dict, li
     parts = [
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>",
         f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>",
+        *_subject([result for _, _, result, _ in sections]),
     ]
     for where, verb, result, images in sections:
         parts.append(f"<h2>{TITLES[verb]}: {html.escape(where)}</h2>")
         parts += [f"<p>{note}</p>" for note in _notes(verb, result)]
         parts += [_table(*table) for table in _tables(verb, result)]
         parts += [_image(image) for image in images]
-        parts.append(_origin(result["provenance"]))
+    parts.append(_origin(sections[-1][2]["provenance"]))  # one command made them all
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts) + "\n</html>\n")
     return path
+
+
+def _subject(results: list[dict]) -> list[str]:
+    """The model's size and the feature sets, as far as the results tell them."""
+    size = next((result["parameters"] for result in results if "parameters" in result), None)
+    told = [] if size is None else [f"{size:,} parameters."]
+    sets = {one["features"]["name"]: one["features"] for one in results if "features" in one}
+    for name, features in sets.items():
+        passages = features["passages"]
+        told.append(f"{name}: {sum(passages.values()):,} passages of {len(passages)} features.")
+    return [f"<p>{html.escape(' '.join(told))}</p>"] if told else []
 
 
 def top_neurons(probe: dict, count: int) -> list[str]:

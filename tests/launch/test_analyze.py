@@ -102,6 +102,9 @@ def test_report_is_one_page(place):
         "NeuroMFA",
     ):
         assert title in page
+    assert f"<h1>{place / 'step5'}</h1>" in page
+    assert "letters: 24 passages of 2 features." in page
+    assert page.count("<code>") == 1, "the command is told once"
     assert (out / "letters" / "fkr.json").is_file()
     assert (out / "neuromfa.json").is_file()
 
