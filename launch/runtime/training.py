@@ -200,12 +200,8 @@ def score_tasks(run: Run, engine: Engine, data: Corpus, step: int) -> dict[str, 
 
     The report, item by item, goes into the run's results, where `compare.py` finds it.
     """
-    from launch.runtime.scores import (
-        evaluation,
-        harness,
-        scored,
-        tasks,  # the harness takes seconds
-    )
+    # The harness takes seconds to import.
+    from launch.runtime.scores import evaluation, harness, scored, tasks
 
     wanted = run.config.evaluate
     assert data.paths.tokenizer is not None, "check_tasks has seen to it"
