@@ -31,7 +31,7 @@ from l2e.analysis.multifractal import MIN_KEPT, MOMENTS, spectrum
 from l2e.analysis.networks import Network
 from l2e.analysis.neuromfa import Settings, analyze_neuromfa
 from l2e.analysis.results import provenance
-from launch.runtime.hardware import keep_freed_memory
+from launch.engine.hardware import keep_freed_memory
 
 SERIES = 27
 PASSAGES, FEATURES, ABLATED_TOKENS = 600, 12, 128

@@ -25,11 +25,11 @@ import torch
 
 from bench.machine import default_device, describe_machine
 from configs.loading import validate
-from launch.runtime import checkpoint
-from launch.runtime.checkpoint.optimizer_state import OptimizerState
-from launch.runtime.disk import storage
-from launch.runtime.engine import Engine, build
-from launch.runtime.processes import find, process_group
+from launch import checkpoint
+from launch.checkpoint import folders
+from launch.checkpoint.optimizer_state import OptimizerState
+from launch.engine.engine import Engine, build
+from launch.engine.processes import find, process_group
 
 MEGABYTE = 10**6
 
@@ -76,7 +76,7 @@ def measure(engine: Engine, folder: Path) -> dict:
     peak = resident("VmHWM")
     size = sum(path.stat().st_size for path in saved[0].iterdir())
     disk.append(disk_speed(folder, size))
-    verify_seconds = seconds(lambda: storage.damage(saved[0]))
+    verify_seconds = seconds(lambda: folders.damage(saved[0]))
     load_seconds = seconds(lambda: checkpoint.load(engine, saved[0]))
     return {
         "megabytes": size / MEGABYTE,

@@ -31,7 +31,7 @@ from data.corpus import Fields, find_sources, read_units
 from data.index import bin_path, idx_path, write_index
 from data.prepare import Preparation, prepare
 from data.records import Record, parse
-from launch.runtime.cli import run_verb
+from launch.cli import run_verb
 
 WAYS = ("ours", "bare", "one_by_one")
 

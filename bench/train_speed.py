@@ -32,8 +32,8 @@ from bench.contenders import (
 )
 from bench.machine import default_device, describe_machine
 from bench.timing import added, estimate, interleave
-from launch.runtime.cost import flops_per_token
-from launch.runtime.hardware import measured_peak
+from launch.engine.hardware import measured_peak
+from launch.planning.cost import flops_per_token
 from model.config import ModelConfig
 
 

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import numpy as np
+
 from data.problem import Problem
 
 # What other parts of the code rely on.
@@ -49,3 +51,21 @@ def read(prefix: str | Path) -> dict | None:
 def recorded(prefix: str | Path, key: str) -> str | None:
     """One entry of the manifest, None where there is no manifest."""
     return (read(prefix) or {}).get(key)
+
+
+class Subsets:
+    """PREFIX.subsets: which subset a document is from; all empty for another tool's files."""
+
+    def __init__(self, prefix: str | Path):
+        self.names = list((read(prefix) or {}).get("subsets", {})) or [""]
+        path = Path(f"{prefix}.subsets")
+        # A corpus of one subset has no such file.
+        self.numbers = np.memmap(path, np.int32, "r") if path.exists() else None
+
+    def name_of(self, document: int) -> str:
+        """The subset a document is from."""
+        return self.names[0 if self.numbers is None else int(self.numbers[document])]
+
+    def number_of_each(self, documents: int) -> np.ndarray:
+        """Every document's subset, as a number into `names` [documents]."""
+        return np.zeros(documents, np.int32) if self.numbers is None else self.numbers

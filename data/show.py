@@ -7,7 +7,7 @@ import numpy as np
 
 from data.dataset import Piece, Samples
 from data.index import TokenFile
-from data.subsets import Subsets
+from data.manifest import Subsets
 from data.tokenizer import Tokenizer
 
 

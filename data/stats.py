@@ -8,8 +8,8 @@ import numpy as np
 from data import manifest
 from data.check import check_manifest
 from data.index import TokenFile
+from data.manifest import Subsets
 from data.problem import Problem
-from data.subsets import Subsets
 
 
 def describe_corpus(prefix: str) -> Iterator[str]:

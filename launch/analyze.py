@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.runtime.cli import run_verb
-from launch.runtime.subjects import in_hugging_face_form
+from launch.cli import run_verb
 
 if TYPE_CHECKING:
     from l2e.analysis.activations import Activations
@@ -184,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     from l2e.analysis import figures
     from l2e.analysis.results import write_result
-    from launch.runtime.hardware import keep_freed_memory
+    from launch.engine.hardware import keep_freed_memory
 
     keep_freed_memory()
     if options.verb == "report":
@@ -207,6 +206,8 @@ def _network(options: argparse.Namespace, source: str) -> Network:
     from l2e.analysis.networks import open_network
 
     transformers.utils.logging.disable_progress_bar()  # of loading; ours are those to see
+    from launch.checkpoint.huggingface import in_hugging_face_form
+
     source = in_hugging_face_form(source, options.output / "exported")
     return open_network(source, device=options.devices[0], dtype=getattr(torch, options.dtype))
 
@@ -308,6 +309,7 @@ def _decrease(options: argparse.Namespace) -> dict:
 def _neuromfa(options: argparse.Namespace) -> dict:
     from l2e.analysis.interaction import open_checkpoint
     from l2e.analysis.neuromfa import analyze_neuromfa
+    from launch.checkpoint.huggingface import in_hugging_face_form
 
     exported = options.output / "exported"
     sources = [in_hugging_face_form(source, exported) for source in options.checkpoints]
@@ -327,6 +329,7 @@ def _interaction_settings(options: argparse.Namespace):
 def _trajectory(options: argparse.Namespace) -> dict:
     from l2e.analysis.interaction import open_checkpoint, step_of
     from l2e.analysis.trajectory import MEASURES, gather, neuromfa_points, run_of
+    from launch.checkpoint.huggingface import in_hugging_face_form
 
     on_activations = [name for name in options.measures if name in MEASURES]
     if on_activations and not options.features:

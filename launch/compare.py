@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.runtime.cli import run_verb
+from launch.cli import run_verb
 
 if TYPE_CHECKING:
-    from launch.runtime.comparison import Run
+    from launch.comparison.comparison import Run
 
 # Published tolerance: equal runs in float32 agree this well after any number of ranks (relative).
 TOLERANCE = 1e-5
@@ -30,7 +30,7 @@ TOLERANCE = 1e-5
 
 def main() -> int:
     options = parser().parse_args()
-    from launch.runtime import comparison  # slow to import; --help should not wait
+    from launch.comparison import comparison  # slow to import; --help should not wait
 
     runs = [comparison.read_run(folder) for folder in options.runs]
     if len(runs) < 2:
@@ -45,7 +45,7 @@ def main() -> int:
     output.mkdir(parents=True, exist_ok=True)
     report = comparison.compare(runs, options.arms)
     (output / "comparison.json").write_text(json.dumps(report, indent=1) + "\n")
-    from launch.runtime.figures import draw
+    from launch.comparison.plots import draw
 
     print(comparison.table(report))
     for figure in draw(runs, output):
@@ -56,7 +56,7 @@ def main() -> int:
 
 def tell_differences(runs: list[Run], tolerance: float) -> int:
     """Exit status 1 if any run leaves the first one's tolerance."""
-    from launch.runtime.comparison import first_difference
+    from launch.comparison.comparison import first_difference
 
     status = 0
     for other in runs[1:]:

@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from launch.runtime.cli import run_verb
+from launch.cli import run_verb
 
 CONFIG = "configs/demo.json"
 PASSAGE_WORDS, LONGEST_DOCUMENT = 30, 600

@@ -16,12 +16,12 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.runtime.cli import run_verb
+from launch.cli import run_verb
 
 
 def main() -> None:
     options = parser().parse_args()
-    from launch.runtime.scores.scoring import score_models  # slow to import; --help should not wait
+    from launch.evaluation.run import score_models  # slow to import; --help should not wait
 
     score_models(options)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.runtime.cli import run_verb
+from launch.cli import run_verb
 
 
 def main() -> None:
@@ -23,10 +23,10 @@ def main() -> None:
 
 
 def to_hf(options: argparse.Namespace) -> None:
-    from launch.runtime.disk.stored import open_checkpoint
-    from launch.runtime.exporting import to_huggingface
-    from launch.runtime.hardware import TORCH_DTYPES
-    from launch.runtime.scores.scored import single_process
+    from launch.checkpoint.huggingface import to_huggingface
+    from launch.checkpoint.stored import open_checkpoint
+    from launch.engine.hardware import TORCH_DTYPES
+    from launch.engine.processes import single_process
 
     source = open_checkpoint(options.checkpoint)
     with single_process():
@@ -41,8 +41,8 @@ def to_hf(options: argparse.Namespace) -> None:
 
 
 def from_hf(options: argparse.Namespace) -> None:
-    from launch.runtime.disk.stored import StoredCheckpoint
-    from launch.runtime.exporting import from_huggingface
+    from launch.checkpoint.huggingface import from_huggingface
+    from launch.checkpoint.stored import StoredCheckpoint
 
     from_huggingface(options.model, options.output, options.revision)
     config = StoredCheckpoint(options.output).model_config
@@ -54,8 +54,8 @@ def from_hf(options: argparse.Namespace) -> None:
 
 
 def reshard(options: argparse.Namespace) -> None:
-    from launch.runtime.disk.stored import open_checkpoint
-    from launch.runtime.exporting import reshard as copy
+    from launch.checkpoint.huggingface import reshard as copy
+    from launch.checkpoint.stored import open_checkpoint
 
     source = open_checkpoint(options.checkpoint)
     copy(source, options.output, options.tensor, options.pipeline)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of launch/
 
-from launch.runtime import cost, planning
-from launch.runtime.cli import run_verb
-from launch.runtime.cost import Layout
-from launch.runtime.planning import GPU, GPUS, Estimate
+from launch.cli import run_verb
+from launch.planning import cost, layouts
+from launch.planning.cost import Layout
+from launch.planning.layouts import GPU, GPUS, Estimate
 
 if TYPE_CHECKING:
     from configs import Config
@@ -32,9 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     config = configs.load(options.config, options.set, processes=options.gpus)
     gpu = GPUS[options.gpu]
-    wanted = planning.layout_of(config, options.gpus)
-    ranked = planning.rank_layouts(config.model, wanted, options.gpus, gpu, options.efficiency)
-    configured = planning.estimate(config.model, wanted, gpu, options.efficiency)
+    wanted = layouts.layout_of(config, options.gpus)
+    ranked = layouts.rank_layouts(config.model, wanted, options.gpus, gpu, options.efficiency)
+    configured = layouts.estimate(config.model, wanted, gpu, options.efficiency)
     print(heading(config, wanted, gpu, options))
     if configured == ranked[0] and configured.fits:
         print(describe("Chosen, as configured", configured, gpu, config.train.steps))
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--efficiency",
         type=float,
-        default=planning.EFFICIENCY,
+        default=layouts.EFFICIENCY,
         help="share of the datasheet's FLOP/s that a step's arithmetic reaches, as measured by "
         "the MFU of a run of yours (default: %(default)s)",
     )
@@ -98,7 +98,7 @@ def describe(title: str, chosen: Estimate, gpu: GPU, steps: int) -> str:
         f"\n{title}: {name(chosen.layout)}\n"
         f"  memory a GPU, of the fullest stage\n{memory}\n"
         f"    {'total':<12}{chosen.total_memory / 1e9:>9.2f} GB of {gpu.memory / 1e9:.0f}, "
-        f"{planning.USABLE_MEMORY:.0%} of it usable: {verdict}\n"
+        f"{layouts.USABLE_MEMORY:.0%} of it usable: {verdict}\n"
         f"  step {chosen.step_seconds:.3g} s ({spent})\n"
         f"  {chosen.tokens_per_second:,.0f} tokens/s, {days:.2f} days, "
         f"{days * 24 * chosen.layout.ranks:,.1f} GPU-hours"
@@ -144,7 +144,7 @@ def nothing_fits(smallest: Estimate, gpu: GPU) -> str:
     """What to do when no layout fits."""
     return (
         f"\nNothing fits: the smallest layout takes {smallest.total_memory / 1e9:.0f} GB a GPU of "
-        f"{planning.USABLE_MEMORY * gpu.memory / 1e9:.0f} usable ({name(smallest.layout)}). "
+        f"{layouts.USABLE_MEMORY * gpu.memory / 1e9:.0f} usable ({name(smallest.layout)}). "
         "Use more GPUs or a larger kind."
     )
 

@@ -18,21 +18,39 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data import builtin
+from data import builtin, hub
 from data.corpus import Fields, Source, find_sources, read_units
+from data.features import FeatureSet, build_features
 from data.prepare import Preparation, prepare
 from data.records import Record, parse
 from data.tokenizer import train_sentencepiece
-from launch.runtime import feature_sets, hub, looking
-from launch.runtime.cli import run_verb
+from launch.cli import run_verb
+
+SHOW = """Print the sequences of a training step, decoded, with where each part is from.
+
+    python launch/prepare.py show --config configs/demo.json --step 100
+    python launch/prepare.py show --config configs/410m.json --step 1000 \\
+        --set data.path=preshuffled/document --set tokenizer.path=20B_tokenizer.json
+"""
+STATS = """Print what prepared token files hold: subsets, lengths, duplicates; checks their hashes.
+
+    python launch/prepare.py stats prepared/pile
+"""
+FEATURES = """Build a feature set: balanced passages, none twice, split by document.
+
+    python launch/prepare.py features --input texts --by folder --output languages.jsonl.gz
+    python launch/prepare.py features --input /usr/include /usr/lib /usr/share --by extension \\
+        --group Python=.py --group 'C headers=.h' --group JavaScript=.js \\
+        --group Perl=.pl,.pm --group Shell=.sh --group HTML=.html,.htm --output code.jsonl.gz
+    python launch/prepare.py features --input 'pile/*.jsonl.zst' --by field \\
+        --label meta.pile_set_name --output subsets.jsonl.gz
+"""
 
 
 def main() -> None:
     verb, *rest = sys.argv[1:] or [""]
-    if verb in ("show", "stats"):
-        getattr(looking, verb)(rest)
-    elif verb == "features":
-        feature_sets.features(rest)
+    if verb in VERBS:
+        VERBS[verb](rest)
     else:
         build(_parser().parse_args())
 
@@ -151,6 +169,126 @@ def _parser() -> argparse.ArgumentParser:
     )
     return parser
 
+
+def show(arguments: list[str]) -> None:
+    """The verb `show`."""
+    parser = _verb_parser("show", SHOW)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run's configuration")
+    parser.add_argument("--step", required=True, type=int, help="training step, from 0")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--run", metavar="DIR", help="the run's folder, as for pretrain.py")
+    parser.add_argument("--rows", type=int, default=4, help="sequences to print (default 4)")
+    parser.add_argument(
+        "--characters", type=int, default=600, help="text to print of each (default 600)"
+    )
+    options = parser.parse_args(arguments)
+    import configs
+    from data import load_tokenizer, manifest
+    from data.show import describe_step
+    from launch.training import data
+
+    config = configs.load(options.config, options.set)
+    folder = Path(options.run or Path("runs") / Path(options.config).stem)
+    paths = data.fetch(config, folder)
+    prepared_with = None
+    if isinstance(paths.training, str):
+        prepared_with = manifest.recorded(paths.training, "tokenizer_path")
+    tokenizer = paths.tokenizer or prepared_with
+    lines = describe_step(
+        data.open_training(config, folder, paths),
+        load_tokenizer(tokenizer) if tokenizer else None,
+        options.step,
+        config.train.global_batch_size,
+        options.rows,
+        options.characters,
+    )
+    for line in lines:
+        print(line)
+
+
+def stats(arguments: list[str]) -> None:
+    """The verb `stats`."""
+    parser = _verb_parser("stats", STATS)
+    parser.add_argument("prefix", nargs="+", help="prefix of a .bin/.idx pair")
+    options = parser.parse_args(arguments)
+    from data.stats import describe_corpus
+
+    for prefix in options.prefix:
+        for line in describe_corpus(prefix):
+            print(line)
+
+
+def features(arguments: list[str]) -> None:
+    """The verb `features`."""
+    options = _features_options(arguments)
+    what = FeatureSet(
+        inputs=options.input,
+        by=options.by,
+        label=options.label,
+        groups=_groups(options.group),
+        passages=options.passages,
+        characters=options.characters,
+        per_document=options.per_document,
+        seed=options.seed,
+    )
+    built = build_features(what, options.output)
+    for name, documents in built["documents"].items():
+        print(f"{name}: {built['passages']} passages of {documents} documents")
+    for name, count in built["left_out"].items():
+        print(f"left out: {name}, which has {count} passages only")
+
+
+def _groups(assignments: list[str]) -> dict[str, list[str]]:
+    """{"Perl": [".pl", ".pm"]} of "Perl=.pl,.pm"."""
+    groups = {}
+    for assignment in assignments:
+        name, equals, endings = assignment.partition("=")
+        groups[name] = [ending for ending in endings.split(",") if ending]
+        if not (equals and name and groups[name]):
+            raise ValueError(f"--group {assignment}: write NAME=.ending,.ending")
+    return groups
+
+
+def _features_options(arguments: list[str]) -> argparse.Namespace:
+    parser = _verb_parser("features", FEATURES)
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH")
+    parser.add_argument(
+        "--by",
+        choices=["folder", "extension", "field"],
+        required=True,
+        help="a feature is a sub-folder of the input, a file's ending, or a field of the records",
+    )
+    parser.add_argument("--label", default="feature", help="the field, for --by field")
+    parser.add_argument(
+        "--group",
+        action="append",
+        default=[],
+        metavar="NAME=.END,.END",
+        help="put endings together; others are then left out; may be repeated",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl.gz")
+    parser.add_argument("--passages", type=int, default=500, help="of each feature (default 500)")
+    parser.add_argument("--characters", type=int, default=600, help="a passage's (default 600)")
+    parser.add_argument(
+        "--per-document", type=int, default=5, help="passages a document gives at most (default 5)"
+    )
+    parser.add_argument("--seed", type=int, default=42)
+    options = parser.parse_args(arguments)
+    for name in ("passages", "characters", "per_document"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
+    return options
+
+
+def _verb_parser(verb: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"prepare.py {verb}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+VERBS = {"show": show, "stats": stats, "features": features}
 
 if __name__ == "__main__":
     run_verb(main)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.runtime.cli import run_verb
+from launch.cli import run_verb
 
 if TYPE_CHECKING:
     from configs import Config
-    from launch.runtime.processes import Process
+    from launch.engine.processes import Process
 
 EXAMPLES = """examples:
   python launch/pretrain.py --config configs/demo.json
@@ -77,11 +77,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.help_config:
         print(configs.help_text())
         return
-    from launch.runtime import processes
+    from launch.engine import processes
 
     process = processes.find()
     if options.dry_run:
-        from launch.runtime.dry_run import print_plan
+        from launch.planning.dry_run import print_plan
 
         print_plan(configs.load(options.config, options.set))
         return
@@ -106,20 +106,22 @@ def start(config: Config, folder: Path, options: argparse.Namespace, process: Pr
             f"--run {folder}: holds a run already; go on with it by --resume auto, or give "
             "another folder"
         )
-    from launch.runtime import checkpoint, corpus, hardware
-    from launch.runtime.meters import Profiler, parse_steps
-    from launch.runtime.processes import process_group
-    from launch.runtime.training import Run, train
+    from launch import checkpoint
+    from launch.engine import hardware
+    from launch.engine.processes import process_group
+    from launch.engine.profiling import Profiler, parse_steps
+    from launch.training import data
+    from launch.training.loop import Run, train
 
     hardware.refuse_unsupported(config)
     profiler = Profiler(parse_steps(options.profile), folder / "profile", process.rank)
-    paths = corpus.fetch(config, folder) if process.local_rank == 0 else None
+    paths = data.fetch(config, folder) if process.local_rank == 0 else None
     with process_group(process):  # the other ranks wait here for the first one's data
-        paths = paths or corpus.fetch(config, folder)
+        paths = paths or data.fetch(config, folder)
         # Inside the group, so that the ranks share the hashing of a checkpoint's files.
         found = checkpoint.find_resumable(folder, resume)
-        data = corpus.open_corpus(config, folder, paths)
-        train(Run(config, folder, process, profiler), data, found)
+        corpus = data.open_corpus(config, folder, paths)
+        train(Run(config, folder, process, profiler), corpus, found)
 
 
 if __name__ == "__main__":

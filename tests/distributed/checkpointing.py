@@ -12,9 +12,9 @@ from torch import Tensor
 
 from configs import Config
 from configs.loading import validate
-from launch.runtime.checkpoint.optimizer_state import MASTER, OptimizerState
-from launch.runtime.engine import Engine, build
-from launch.runtime.layout import release_layout
+from launch.checkpoint.optimizer_state import MASTER, OptimizerState
+from launch.engine.engine import Engine, build
+from launch.engine.layout import release_layout
 
 SEQUENCE = 16
 BATCH = 4

@@ -9,10 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from launch.runtime import checkpoint
-from launch.runtime.disk import storage
-from launch.runtime.disk.tensorfile import TensorFile
-from launch.runtime.disk.writing import WritingThread
+from launch import checkpoint
+from launch.checkpoint import folders
+from launch.checkpoint.tensorfile import TensorFile, WritingThread
 from tests.distributed.checkpointing import (
     differences,
     everything,
@@ -59,7 +58,7 @@ def save_and_go_on(folder: str, settings: list[dict]) -> list[dict]:
                     saver.save({"step": 4, "tokens": 0})
                     before = everything(engine)
                     train(engine, 4, 2)
-                    unfinished = storage.checkpoints(run) == []
+                    unfinished = folders.checkpoints(run) == []
                 moved = len(differences(before, everything(engine)))
         with running(config) as engine:
             found = checkpoint.find_resumable(run.parent, "auto")
@@ -108,7 +107,7 @@ def fail_behind(folder: str) -> dict:
         TensorFile._write = write
         dist.barrier()
         saver.save({"step": 3, "tokens": 0})
-    kept = [path.name for path in storage.checkpoints(run)]
+    kept = [path.name for path in folders.checkpoints(run)]
     return {"said": said[1], "raised": raised, "losses": losses, "kept": kept}
 
 

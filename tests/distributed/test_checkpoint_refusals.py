@@ -8,9 +8,9 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from launch.runtime import checkpoint
-from launch.runtime.disk import storage
-from launch.runtime.disk.tensorfile import TensorFile
+from launch import checkpoint
+from launch.checkpoint import folders
+from launch.checkpoint.tensorfile import TensorFile
 from tests.distributed.checkpointing import (
     differences,
     everything,
@@ -47,7 +47,7 @@ def refuse(folder: str) -> dict:
         train(engine, 0, 3)
         for step in (1, 2, 3):
             saved = checkpoint.save(engine, run, {"step": step, "tokens": 0}, tokenizer)
-        found["kept"] = [path.name for path in storage.checkpoints(run)]
+        found["kept"] = [path.name for path in folders.checkpoints(run)]
 
         original = TensorFile._write
         if not first:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from launch.runtime import checkpoint
-from launch.runtime.checkpoint.saving import gather_l2e
-from launch.runtime.disk.stored import RANDOM, StoredCheckpoint
+from launch import checkpoint
+from launch.checkpoint.saving import gather_l2e
+from launch.checkpoint.stored import RANDOM, StoredCheckpoint
 from tests.distributed.checkpointing import folder_of, make_config, running, train
 from tests.distributed.processes import run_on_processes
 

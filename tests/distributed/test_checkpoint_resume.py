@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.runtime import checkpoint
+from launch import checkpoint
 from tests.distributed.checkpointing import (
     differences,
     everything,

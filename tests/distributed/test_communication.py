@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launch.runtime import cost
-from launch.runtime.planning import layout_of
+from launch.planning import cost
+from launch.planning.layouts import layout_of
 from tests.distributed.checkpointing import batches, make_config, running
 from tests.distributed.processes import run_on_processes
 

@@ -15,8 +15,8 @@ from l2e.analysis.activations import watch
 from l2e.analysis.features import read_features
 from l2e.analysis.monitor import Monitor
 from l2e.analysis.networks import Network
-from launch.runtime import monitor as runtime_monitor
-from launch.runtime.monitor import PASSAGES, FeatureMonitor
+from launch.training import feature_monitor as runtime_monitor
+from launch.training.feature_monitor import PASSAGES, FeatureMonitor
 from model.huggingface import hugging_face_config
 from tests.distributed.checkpointing import SEQUENCE, VOCABULARY, make_config, running, train
 from tests.distributed.processes import run_on_processes

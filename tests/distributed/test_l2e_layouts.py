@@ -86,7 +86,7 @@ def train(settings, loss_scale=None):
     from megatron.core import parallel_state
 
     from configs import Config
-    from launch.runtime.engine import build
+    from launch.engine.engine import build
 
     os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())  # DeepSpeed insists
     engine = build(Config.model_validate(settings))

@@ -25,9 +25,9 @@ def test_two_ranks_hold_what_was_predicted(tmp_path, dtype, stage):
 def held(dtype: str, stage: int, folder) -> tuple[int, int]:
     """Most bytes of this rank's tensors after a micro-batch of step 2, and what was predicted."""
     import configs
-    from launch.runtime import cost
-    from launch.runtime.engine import build
-    from launch.runtime.planning import layout_of
+    from launch.engine.engine import build
+    from launch.planning import cost
+    from launch.planning.layouts import layout_of
 
     os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())  # DeepSpeed insists
     path = folder / f"config_{torch.distributed.get_rank()}.json"

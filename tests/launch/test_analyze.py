@@ -119,7 +119,7 @@ def test_a_users_mistake_ends_with_status_2_and_its_message_alone(place):
 
 
 def test_a_checkpoint_of_the_trainer_gives_what_its_hugging_face_form_gives(place):
-    from launch.runtime.exporting import from_huggingface
+    from launch.checkpoint.huggingface import from_huggingface
 
     checkpoint = place / "run" / "checkpoints" / "step_0000007"
     checkpoint.parent.mkdir(parents=True)

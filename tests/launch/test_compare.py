@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from launch.checkpoint import folders
+from launch.checkpoint.tensorfile import TensorFile, TensorSpec
 from launch.compare import main
-from launch.runtime import comparison
-from launch.runtime.disk import storage
-from launch.runtime.disk.tensorfile import TensorFile, TensorSpec
+from launch.comparison import comparison
 
 
 def make_run(
@@ -118,15 +118,15 @@ def test_equal_runs_and_the_first_step_that_differs(tmp_path, capsys):
 def test_equal_losses_but_another_tensor(tmp_path, capsys):
     for name, value in (("a", 1.0), ("b", 1.001)):
         run = make_run(tmp_path / name)
-        final = run / "checkpoints" / storage.folder_name(50)
-        aside = storage.begin(final)
+        final = run / "checkpoints" / folders.folder_name(50)
+        aside = folders.begin(final)
         file = TensorFile(
             aside / "model-00001-of-00001.safetensors",
             {n: TensorSpec((4,), torch.float32) for n in ("first", "second")},
         )
         file.write("first", torch.ones(4))
         file.write("second", torch.full((4,), value))
-        storage.commit(aside, final, {"model-00001-of-00001.safetensors": file.close()})
+        folders.commit(aside, final, {"model-00001-of-00001.safetensors": file.close()})
     assert compare(tmp_path / "a", tmp_path / "b", "--equal") == 1
     assert "step_0000050 model second differs" in capsys.readouterr().out
 

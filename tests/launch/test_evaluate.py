@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.runtime.scores import evaluation, scored, tasks
-from launch.runtime.scores.harness import HarnessModel, batches_by_length
+from launch.evaluation import models, scores, tasks
+from launch.evaluation.harness import HarnessModel, batches_by_length
 from tests.launch.models import huggingface_model, write_sciq
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,8 +27,8 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(model_folder) -> scored.Scored:
-    return scored.from_huggingface(model_folder, torch.float32, CPU)
+def model(model_folder) -> models.Scored:
+    return models.from_huggingface(model_folder, torch.float32, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_generation_is_greedy_and_stops(model):
 
 def test_report_has_scores_chance_items_and_versions(model, task_data):
     selection = tasks.select(["sciq"], task_data)
-    report = evaluation.evaluate(HarnessModel(model), selection)
+    report = scores.evaluate(HarnessModel(model), selection)
     items = report["items"]["sciq"]
     accuracy = report["results"]["sciq"]["acc"]
     assert items["count"] == 12
@@ -133,7 +133,7 @@ def test_report_has_scores_chance_items_and_versions(model, task_data):
     assert report["chance"]["sciq"] == 0.25
     assert report["versions"]["lm_eval"] == "0.4.13"
     assert report["versions"]["sciq"] == 1.0
-    shots = evaluation.evaluate(HarnessModel(model), tasks.select(["sciq"], task_data), shots=2)
+    shots = scores.evaluate(HarnessModel(model), tasks.select(["sciq"], task_data), shots=2)
     assert shots["shots"] == {"sciq": 2}
     assert shots["items"]["sciq"]["hash"] == items["hash"]
 
@@ -154,7 +154,7 @@ def test_evaluation_leaves_random_states(model, task_data):
     seed()
     expected = draw()
     seed()
-    evaluation.evaluate(HarnessModel(model), tasks.select(["sciq"], task_data), shots=1)
+    scores.evaluate(HarnessModel(model), tasks.select(["sciq"], task_data), shots=1)
     assert draw() == expected
 
 
@@ -166,11 +166,11 @@ def test_scores_are_those_of_the_harness_own_model(shared_data, tmp_path):
     folder = tmp_path / "model"
     huggingface_model(folder, positions=1024)
     theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=16)
-    ours = HarnessModel(scored.from_huggingface(folder, torch.float32, CPU))
+    ours = HarnessModel(models.from_huggingface(folder, torch.float32, CPU))
     results = []
     for model in (ours, theirs):
         selection = tasks.select(["sciq", "piqa", "lambada_openai"], shared_data / "benchmarks")
-        results.append(evaluation.evaluate(model, selection, limit=200)["results"])
+        results.append(scores.evaluate(model, selection, limit=200)["results"])
     for task, metrics in results[0].items():
         assert metrics == pytest.approx(results[1][task], rel=1e-6), task
 
@@ -193,22 +193,22 @@ def test_suites_from_local_files(shared_data):
 
 
 def test_official_numbers_are_the_published_ones():
-    step, scores = evaluation.official("pythia-410m", 5, 14300)
+    step, found = scores.official("pythia-410m", 5, 14300)
     assert step == 13000
     published = {"sciq": 83.8, "arc_easy": 47.4, "arc_challenge": 20.2, "piqa": 63.3}
     published |= {"lambada_openai": 33.9, "logiqa": 23.3, "winogrande": 50.2, "wsc": 36.5}
     for task, value in published.items():
-        assert 100 * scores[task]["acc"] == pytest.approx(value, abs=0.051), task
-    assert evaluation.official("pythia-70m", 0, None)[0] == 143000
+        assert 100 * found[task]["acc"] == pytest.approx(value, abs=0.051), task
+    assert scores.official("pythia-70m", 0, None)[0] == 143000
 
 
 def test_official_numbers_are_the_whole_source(shared_data):
     records = json.loads((shared_data / "pythia_official_evals.json").read_text())["records"]
     for record in records:
-        _, scores = evaluation.official(record["model"], record["num_fewshot"], record["step"])
-        assert scores["piqa"]["acc"] == record["results"]["piqa"]["acc"]
-        assert scores["sciq"]["acc_stderr"] == record["results"]["sciq"]["acc_stderr"]
-        assert scores["mmlu"]["acc"] == record["mmlu_unweighted_mean_acc"]
+        _, found = scores.official(record["model"], record["num_fewshot"], record["step"])
+        assert found["piqa"]["acc"] == record["results"]["piqa"]["acc"]
+        assert found["sciq"]["acc_stderr"] == record["results"]["sciq"]["acc_stderr"]
+        assert found["mmlu"]["acc"] == record["mmlu_unweighted_mean_acc"]
 
 
 def test_table_shows_official_scores_errors_and_chance():
@@ -223,8 +223,8 @@ def test_table_shows_official_scores_errors_and_chance():
         "groups": {},
         "skipped": {"winogrande": "no file"},
     }
-    step, published = evaluation.official("pythia-70m", 0, 13000)
-    lines = evaluation.table(report, (f"pythia-70m step {step}", published)).splitlines()
+    step, published = scores.official("pythia-70m", 0, 13000)
+    lines = scores.table(report, (f"pythia-70m step {step}", published)).splitlines()
     assert lines[1].split() == ["sciq", "acc", "60.0", "±", "1.0", "65.0", "±", "1.5", "25.0"]
     assert lines[3].endswith("at chance")
     assert lines[4].endswith("below chance")

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launch.checkpoint import huggingface
+from launch.checkpoint.stored import StoredCheckpoint
 from launch.export import main
-from launch.runtime import exporting
-from launch.runtime.disk.stored import StoredCheckpoint
 from tests.launch.models import huggingface_model
 from tests.launch.running import python
 
@@ -100,7 +100,7 @@ def test_a_hub_id_is_fetched_in_any_revision(folders, tmp_path, revision):
 
 
 def test_large_models_are_written_in_shards(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 50_000)
     export("to-hf", "--checkpoint", folders["checkpoint"], "--output", tmp_path / "sharded")
     assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 1
     sharded = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded").state_dict()
@@ -129,7 +129,7 @@ def test_low_precision_export(folders, tmp_path):
 
 def test_wrong_logits_stop_the_export(folders, tmp_path, monkeypatch):
     """The comparison is there to fail: an exporter that mixes up two matrices must not pass."""
-    write = exporting.write_hugging_face
+    write = huggingface.write_hugging_face
 
     def mixed_up(folder, config, read, **options):
         def read_mixed_up(name: str) -> torch.Tensor:
@@ -138,7 +138,7 @@ def test_wrong_logits_stop_the_export(folders, tmp_path, monkeypatch):
 
         return write(folder, config, read_mixed_up, **options)
 
-    monkeypatch.setattr(exporting, "write_hugging_face", mixed_up)
+    monkeypatch.setattr(huggingface, "write_hugging_face", mixed_up)
     output = tmp_path / "wrong"
     assert "logits differ" in refusal(
         "to-hf", "--checkpoint", folders["checkpoint"], "--output", output

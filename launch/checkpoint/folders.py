@@ -1,0 +1,191 @@
+"""Folders that are either whole or not there: how checkpoints reach the disk.
+
+A checkpoint `step_0000100` is written into `step_0000100.tmp`. When all its files and their
+manifest (sizes and SHA-256) are on the disk, the folder is renamed, and only then does the file
+`latest` name it. A process killed at any moment leaves the earlier checkpoints as they were.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from data.files import sha256, sync
+from launch.checkpoint.tensorfile import FileRecord
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+FORMAT = 1
+# A checkpoint, or one that a new save of the same step was about to replace when it was killed.
+STEP_FOLDER = re.compile(r"step_(\d+)(\.replaced)?$")
+CHUNK = 1 << 22
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:07d}"
+
+
+def begin(final: Path) -> Path:
+    """An empty folder beside `final` to write into; what a killed save left there is removed.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    aside = final.with_name(final.name + ".tmp")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(cannot_write(aside, error)) from None
+    return aside
+
+
+def write_text(path: Path, text: str) -> FileRecord:
+    """Write a small file to the disk."""
+    data = text.encode()
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+
+
+def copy_file(source: Path, target: Path) -> FileRecord:
+    """Copy a file to the disk, hashed on the way."""
+    digest, size = hashlib.sha256(), 0
+    with open(source, "rb", buffering=0) as old, open(target, "wb") as new:
+        while chunk := old.read(CHUNK):
+            new.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        new.flush()
+        os.fsync(new.fileno())
+    return FileRecord(size, digest.hexdigest())
+
+
+def commit(aside: Path, final: Path, records: Mapping[str, FileRecord]) -> None:
+    """Make `aside` the checkpoint `final`. Every file in it must be on the disk already."""
+    files = {name: asdict(record) for name, record in sorted(records.items())}
+    write_text(aside / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
+    sync(aside)
+    replaced = final.with_name(final.name + ".replaced")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    aside.rename(final)
+    sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def point_latest(final: Path) -> None:
+    """Let the file `latest` beside `final` name it."""
+    pointer = final.with_name(LATEST + ".tmp")
+    write_text(pointer, final.name + "\n")
+    pointer.rename(final.with_name(LATEST))
+    sync(final.parent)
+
+
+def cannot_write(path: Path, error: OSError) -> str:
+    return (
+        f"cannot write the checkpoint {path}: {error.strerror} (errno {error.errno}). Earlier "
+        "checkpoints are untouched. Free space or make the folder writable, then resume with "
+        "`--resume auto`"
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, FileRecord]:
+    """File name -> record of a finished checkpoint.
+
+    Raises:
+        ValueError: no manifest, or not one.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is no finished checkpoint: {MANIFEST} is missing (a save that was "
+            "interrupted, or another kind of folder)"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+        files = {name: FileRecord(**record) for name, record in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {manifest.get('format')}, this version reads {FORMAT}")
+    return files
+
+
+def damage(folder: Path, names: Iterable[str] | None = None) -> list[str]:
+    """What is wrong with a checkpoint's files (those of `names`; default: all); [] if intact."""
+    try:
+        records = read_manifest(folder)
+    except ValueError as error:
+        return [str(error)]
+    found = []
+    for name in records if names is None else names:
+        path, record = folder / name, records[name]
+        if not path.is_file():
+            found.append(f"{path} is missing{unlisted(folder, records)}")
+        elif path.stat().st_size != record.bytes:
+            found.append(f"{path} has {path.stat().st_size} bytes instead of {record.bytes}")
+        elif sha256(path) != record.sha256:
+            found.append(f"{path} has changed: its SHA-256 is not the manifest's")
+    return found
+
+
+def unlisted(folder: Path, records: Mapping[str, FileRecord]) -> str:
+    extra = sorted({path.name for path in folder.iterdir()} - set(records) - {MANIFEST})
+    return f" (in its place, unknown to the manifest: {', '.join(extra)})" if extra else ""
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints in `folder`, newest first, intact or not."""
+    if not folder.is_dir():
+        return []
+    found = {path: match for path in folder.iterdir() if (match := STEP_FOLDER.match(path.name))}
+    # Of a checkpoint and the one it was about to replace, the newer comes first.
+    return sorted(found, key=lambda path: (-int(found[path][1]), path.name))
+
+
+def step_of(folder: Path) -> int:
+    match = STEP_FOLDER.match(folder.name)
+    if not match:
+        raise ValueError(f"{folder} is not named like a checkpoint (step_0000100)")
+    return int(match[1])
+
+
+def prune(
+    folder: Path, keep_last: int, keep_every: int, keep_steps: Collection[int] = ()
+) -> list[Path]:
+    """Delete all but the newest `keep_last` checkpoints and those that are kept for good.
+
+    These are of every `keep_every`-th step and of `keep_steps`. 0 switches a rule off; with
+    `keep_last` 0 no checkpoint is deleted. The one `latest` names stays. What killed saves left
+    behind goes too. Returns the deleted checkpoints.
+    """
+    for leftover in folder.glob("step_*.tmp"):
+        shutil.rmtree(leftover)
+    if keep_last == 0:
+        return []
+    pointer = folder / LATEST
+    latest = pointer.read_text().strip() if pointer.is_file() else None
+
+    def kept_for_good(step: int) -> bool:
+        return step in keep_steps or (keep_every > 0 and step % keep_every == 0)
+
+    old = [
+        path
+        for path in checkpoints(folder)[keep_last:]
+        if path.name != latest and not kept_for_good(step_of(path))
+    ]
+    for path in old:
+        # Renamed first: a half-deleted folder must not look like a checkpoint.
+        doomed = path.with_name(path.name + ".tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+    return old

@@ -1,0 +1,67 @@
+"""Which checkpoint a run goes on from."""
+
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+from launch.checkpoint import folders
+
+
+def find_resumable(run_folder: Path, resume: str) -> Path | None:
+    """The checkpoint `--resume` means, every file of it verified.
+
+    "auto": the newest intact one of the run, after saying what is wrong with newer ones; None if
+    the run has none. "none": None. Otherwise a checkpoint's folder, or a run's for its newest.
+    Before process groups exist each process may call it; with one, ranks share the hashing.
+
+    Raises:
+        ValueError: a named checkpoint is damaged, or all of a run's are.
+    """
+    if resume == "none":
+        return None
+    named = Path(run_folder if resume == "auto" else resume)
+    if resume != "auto" and not (named / "checkpoints").is_dir():
+        problems = verify(named)
+        if problems:
+            raise ValueError(
+                f"--resume {resume}: {'; '.join(problems)}. Use `--resume auto` for the newest "
+                "intact checkpoint of the run, or name another one"
+            )
+        return named
+    found = folders.checkpoints(named / "checkpoints")
+    for candidate in found:
+        problems = verify(candidate)
+        if not problems:
+            return candidate
+        if first_rank():
+            print(f"{candidate} is damaged and passed over: {'; '.join(problems)}", flush=True)
+    if found:
+        raise ValueError(
+            f"--resume {resume}: all {len(found)} checkpoints in {named / 'checkpoints'} are "
+            "damaged (see above). Restore one from a copy, or start over with --resume none"
+        )
+    if resume != "auto":
+        raise ValueError(f"--resume {resume}: {named / 'checkpoints'} holds no checkpoint")
+    return None
+
+
+def verify(folder: Path) -> list[str]:
+    """`folders.damage`, the hashing shared between the ranks where there are several."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return folders.damage(folder)
+    try:
+        names = sorted(folders.read_manifest(folder))
+    except ValueError as error:
+        return [str(error)]
+    own = folders.damage(folder, names[dist.get_rank() :: dist.get_world_size()])
+    everyone: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return [problem for problems in everyone for problem in problems]
+
+
+def first_rank() -> bool:
+    """Whether this process speaks for the run, also before process groups exist."""
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0

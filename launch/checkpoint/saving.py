@@ -1,0 +1,282 @@
+"""Write a checkpoint: every rank its share of the whole tensors, the first rank the rest.
+
+Two parts. `Snapshot` needs all ranks and the engine: it gathers the state, tensor by tensor.
+`complete` needs the disk alone, and may run in a thread while training goes on; `Saver` does so
+for a run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.files import sync
+from launch.checkpoint import folders
+from launch.checkpoint.canonical import agree, all_specs, whole
+from launch.checkpoint.folders import FileRecord
+from launch.checkpoint.optimizer_state import MASTER, OptimizerState
+from launch.checkpoint.stored import CONFIG, L2E, RANDOM, STATE, file_name
+from launch.checkpoint.tensorfile import TensorSpec, WritingThread, write_tensor_file
+from launch.engine.engine import Engine
+
+# What of the dynamic loss scale's state a checkpoint keeps.
+LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def save(
+    engine: Engine, directory: Path, state: dict[str, Any], tokenizer: Path | None = None
+) -> Path:
+    """Write the checkpoint of `state["step"]` into `directory`; all ranks call it together.
+
+    `state` is given back by `load`; `tokenizer` is the run's tokenizer file.
+
+    Then deletes old checkpoints as the configuration says. Returns the checkpoint's folder.
+
+    Raises:
+        ValueError: on every rank, if any rank could not write; earlier checkpoints stay.
+    """
+    return complete(Snapshot(engine, directory, state, tokenizer))
+
+
+class Snapshot:
+    """An engine's state on its way to the disk.
+
+    Building it is collective and takes all exchanges of the engine's own groups. With `copies` the
+    state is whole in memory afterwards and the engine may change; without, it is on the disk but
+    for the last tensors, and no more than a few lie in memory at once.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        directory: Path,
+        state: dict[str, Any],
+        tokenizer: Path | None = None,
+        copies: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ):
+        """`group`: the ranks that complete it together, if not by the default group."""
+        self.final = Path(directory) / folders.folder_name(state["step"])
+        self.aside = self.final.with_name(self.final.name + ".tmp")
+        self.group, self.tokenizer, self.settings = group, tokenizer, engine.config.checkpoint
+        agree(lambda: folders.begin(self.final) if dist.get_rank() == 0 else None, self.cannot)
+        optimizer = OptimizerState(engine.optimizer)
+        self.small = {L2E: gather_l2e(engine), RANDOM: gather_random()}
+        self.texts = {
+            STATE: json.dumps(state | describe(engine, optimizer), indent=1),
+            CONFIG: engine.config.model_dump_json(indent=1),
+        }
+        self.thread = write_tensors(engine, optimizer, self.aside, copies)
+
+    def cannot(self, error: OSError) -> str:
+        """What a failing disk means to a user."""
+        return folders.cannot_write(self.final, error)
+
+    def finish(self) -> dict[str, FileRecord]:
+        """This rank's files, which are on the disk when this returns."""
+        records = self.thread.finish()
+        if dist.get_rank() == 0:
+            for name, text in self.texts.items():
+                records[name] = folders.write_text(self.aside / name, text + "\n")
+            for name, tensors in self.small.items():
+                records[name] = write_tensor_file(self.aside / name, tensors)
+            if self.tokenizer is not None:
+                name = "tokenizer" + self.tokenizer.suffix
+                records[name] = folders.copy_file(self.tokenizer, self.aside / name)
+            sync(self.aside)
+        return records
+
+
+def complete(snapshot: Snapshot) -> Path:
+    """Bring a snapshot to the disk and give it its name; all ranks call it together.
+
+    Raises:
+        ValueError: on every rank, if any rank could not write; earlier checkpoints stay.
+    """
+    try:
+        records = agree(snapshot.finish, snapshot.cannot, snapshot.group)
+        agree(
+            lambda: name_it(snapshot, records) if dist.get_rank() == 0 else None,
+            snapshot.cannot,
+            snapshot.group,
+        )
+    except ValueError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(snapshot.aside, ignore_errors=True)
+        raise
+    return snapshot.final
+
+
+def name_it(snapshot: Snapshot, records: list[dict[str, FileRecord]]) -> None:
+    """The finished files become the newest checkpoint; old ones go."""
+    files = {name: record for part in records for name, record in part.items()}
+    folders.commit(snapshot.aside, snapshot.final, files)
+    folders.point_latest(snapshot.final)
+    settings = snapshot.settings
+    folders.prune(
+        snapshot.final.parent, settings.keep_last, settings.keep_every, set(settings.steps)
+    )
+
+
+def describe(engine: Engine, optimizer: OptimizerState) -> dict[str, Any]:
+    """The part of state.json that is the engine's."""
+    layout = engine.layout
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return {
+        "dtype": engine.config.train.dtype,
+        "zero_stage": engine.config.zero_stage,
+        "layout": {
+            "tensor": layout.tensor_size,
+            "pipeline": layout.pipeline_size,
+            "data": layout.data_size,
+        },
+        "optimizer": {
+            "type": engine.config.optimizer.type,
+            "moments": list(optimizer.moments),
+            "steps": optimizer.steps,
+        },
+        "loss_scaler": {key: getattr(scaler, key) for key in LOSS_SCALER if hasattr(scaler, key)},
+    }
+
+
+def spread(specs: dict[str, TensorSpec], writers: int) -> list[list[str]]:
+    """The names each of a stage's ranks writes: about the same number of bytes each."""
+    shares: list[list[str]] = [[] for _ in range(writers)]
+    load = [0] * writers
+    for name in sorted(specs, key=lambda name: (-specs[name].bytes, name)):
+        lightest = load.index(min(load))
+        shares[lightest].append(name)
+        load[lightest] += specs[name].bytes
+    order = {name: place for place, name in enumerate(specs)}
+    return [sorted(share, key=order.__getitem__) for share in shares if share]
+
+
+def write_tensors(
+    engine: Engine, optimizer: OptimizerState, aside: Path, copies: bool
+) -> WritingThread:
+    """Master weights and moments: each tensor is whole on its ranks for a moment, one writes it."""
+    layout = engine.layout
+    stages = all_specs(engine)
+    shares = [spread(specs, layout.tensor_size * layout.data_size) for specs in stages]
+    before = sum(len(stage) for stage in shares[: layout.pipeline_rank])
+    total = sum(len(stage) for stage in shares)
+    writer = layout.data_rank * layout.tensor_size + layout.tensor_rank
+    mine = shares[layout.pipeline_rank][writer : writer + 1]
+    own = {name: stages[layout.pipeline_rank][name] for share in mine for name in share}
+    names = (MASTER, *optimizer.moments)
+    files = {file_name(kind, before + writer + 1, total): own for kind in names if own}
+    thread = WritingThread(aside, files, copies)
+    try:
+        for kind in names:
+            for name, parameter in engine.named_parameters():
+                tensor = whole(engine, name, parameter, optimizer.read(parameter, kind))
+                if name in own:
+                    thread.put(tensor)
+    finally:
+        thread.close()
+    return thread
+
+
+def gather_l2e(engine: Engine) -> dict[str, Tensor]:
+    """The inhibited layers' state, of all pipeline stages."""
+    own = {} if engine.controller is None else engine.controller.state_dict()
+    stages: list[dict[str, Tensor]] = [{}] * engine.layout.pipeline_size
+    dist.all_gather_object(stages, own, group=engine.layout.pipeline_group)
+    return {name: tensor for stage in stages for name, tensor in stage.items()}
+
+
+def gather_random() -> dict[str, Tensor]:
+    own = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        own["cuda"] = torch.cuda.get_rng_state()
+    ranks: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    return {f"{rank}.{name}": t for rank, state in enumerate(ranks) for name, t in state.items()}
+
+
+class Saver:
+    """Saves a run's checkpoints, in the background if the configuration says so.
+
+    By default on a GPU: the copy that is written lies in the host's memory, beside the device's.
+    A failed save in the background is told at once, and raised by the next `save` or at the end of
+    the `with` block, which waits for the last one.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        directory: Path,
+        tokenizer: Path | None,
+        say: Callable[[str], None],
+    ):
+        """`say` prints a line of the run's first rank. All ranks build it together."""
+        self.engine, self.directory, self.tokenizer, self.say = engine, directory, tokenizer, say
+        wanted = engine.config.checkpoint.background
+        self.background = engine.device.type == "cuda" if wanted is None else wanted
+        # The threads' exchanges, beside training's.
+        self.group = dist.new_group(backend="gloo") if self.background else None
+        self.thread: threading.Thread | None = None
+        self.failure: Exception | None = None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Save the engine's state; returns as soon as training may go on.
+
+        Raises:
+            ValueError: as `save` does, or of the save before this one.
+        """
+        begin = time.monotonic()
+        self.wait()
+        snapshot = Snapshot(
+            self.engine, self.directory, state, self.tokenizer, self.background, self.group
+        )
+        held_up = time.monotonic() - begin
+        if not self.background:
+            final = complete(snapshot)
+            self.say(f"checkpoint {final} written in {time.monotonic() - begin:.1f} s")
+            return
+
+        def work() -> None:
+            try:
+                final = complete(snapshot)
+            except Exception as error:  # not the end of a thread that nobody waits for yet
+                self.failure = error
+                self.say(f"saving failed, training goes on to the next checkpoint: {error}")
+                return
+            self.say(
+                f"checkpoint {final} written in {time.monotonic() - begin:.1f} s, training was "
+                f"held up for {held_up:.2f} s"
+            )
+
+        self.thread = threading.Thread(target=work, name="checkpoint")
+        self.thread.start()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self.wait()
+        elif self.thread is not None:
+            self.thread.join()  # what the run has failed by is told, not this
+
+    def wait(self) -> None:
+        """Until the last save is on the disk.
+
+        Raises:
+            ValueError: on every rank, if any rank could not write it.
+        """
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure

@@ -1,0 +1,101 @@
+"""A checkpoint on disk without an engine: its configuration, tensors, tokenizer and model."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from launch.checkpoint import folders
+from model.config import ModelConfig
+from model.gpt_neox import GPTNeoX
+
+MODEL = "model"
+STATE = "state.json"
+CONFIG = "config.json"
+L2E = "l2e.safetensors"
+RANDOM = "random.safetensors"
+# The tokenizer lies beside the weights, here and in Hugging Face's form, under one of these names.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def file_name(kind: str, number: int, total: int) -> str:
+    """Of the file that holds some of the `kind` tensors: the model's or an optimizer's moment."""
+    return f"{kind}-{number:05d}-of-{total:05d}.safetensors"
+
+
+class StoredCheckpoint:
+    """The folder of one checkpoint; tensors are read when asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+
+    def cannot(self, error: OSError) -> str:
+        """What a failing disk means to a user."""
+        return f"cannot read the checkpoint {self.folder}: {error.strerror} (errno {error.errno})"
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What `checkpoint.save` was told, and how the state was made: see `state.json`."""
+        return json.loads((self.folder / STATE).read_text())
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The run's configuration, as its sections."""
+        return json.loads((self.folder / CONFIG).read_text())
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return ModelConfig.model_validate(self.config["model"])
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer's file, if the checkpoint has one."""
+        found = [self.folder / name for name in TOKENIZER_FILES]
+        return next((path for path in found if path.is_file()), None)
+
+    @cached_property
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """{"model": {name: slice}, "exp_avg": ...}: safetensors slices, nothing read yet."""
+        kinds: dict[str, dict[str, Any]] = {MODEL: {}}
+        for path in sorted(self.folder.glob("*-*-of-*.safetensors")):
+            kind = path.name.rsplit("-", 3)[0]
+            file = safe_open(path, framework="pt")
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            kinds.setdefault(kind, {}).update(slices)
+        return kinds
+
+    def read(self, name: str, kind: str = MODEL) -> Tensor:
+        return self.tensors[kind][name][:]
+
+    @torch.no_grad()
+    def build_model(self) -> GPTNeoX:
+        """The whole model in float32, in evaluation; needs a layout of one process a model."""
+        model = GPTNeoX(self.model_config, seed=0)
+        for name, parameter in model.named_parameters():
+            value = self.read(name)
+            parameter[: len(value)] = value  # the rest are padded vocabulary rows
+        return model.eval()
+
+
+def open_checkpoint(path: str | Path) -> StoredCheckpoint:
+    """The checkpoint `path`, or the newest one of the run `path`, every file verified.
+
+    Raises:
+        ValueError: no checkpoint there, or a damaged one.
+    """
+    folder = Path(path)
+    if not (folder / folders.MANIFEST).is_file() or (folder / "checkpoints").is_dir():
+        found = folders.checkpoints(folder / "checkpoints")
+        if not found:
+            raise ValueError(
+                f"{path}: neither a checkpoint (no {folders.MANIFEST}) nor the folder of a run "
+                "with checkpoints"
+            )
+        folder = found[0]
+    if problems := folders.damage(folder):
+        raise ValueError(f"{'; '.join(problems)}. Name another checkpoint of the run")
+    return StoredCheckpoint(folder)

@@ -1,0 +1,270 @@
+"""Two or more runs side by side: paired differences with bootstrap intervals, or none at all."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launch.checkpoint import folders
+
+RESAMPLES = 2000
+# Steps at the end whose mean stands for a run's loss.
+LAST_STEPS = 100
+# What of a step must agree between equal runs, in the order of telling.
+EQUAL_KEYS = ("lm_loss", "ms_loss", "grad_norm", "lr", "loss_scale")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, its metrics by step, and its scores by (task, shots)."""
+
+    folder: Path
+    steps: dict[int, dict[str, Any]]
+    scores: dict[str, dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def series(self, key: str) -> dict[int, float]:
+        """{step: value} of a figure, where it was written and is a number."""
+        return {
+            step: row[key]
+            for step, row in self.steps.items()
+            if isinstance(row.get(key), int | float)
+        }
+
+    def layers(self, key: str) -> dict[str, dict[int, float]]:
+        """{layer: {step: value}} of an inhibited layer's figure."""
+        found: dict[str, dict[int, float]] = {}
+        for step, row in self.steps.items():
+            for layer, figures in (row.get("l2e") or {}).items():
+                if isinstance(figures.get(key), int | float):
+                    found.setdefault(layer, {})[step] = figures[key]
+        return found
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        ValueError: no metrics there, or a line that is not JSON.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no run (metrics.jsonl is missing); name the folder of a run")
+    steps = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            steps[int(row["step"])] = row  # of a step trained twice, the later one
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: no step's record ({error})") from None
+    if not steps:
+        raise ValueError(f"{path}: holds no steps yet")
+    return Run(folder, dict(sorted(steps.items())), read_scores(folder / "results"))
+
+
+def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
+    """{"sciq 0-shot": {"score", "error", "items", "hash", "step"}}, newest step of each."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        report = json.loads(path.read_text())
+        if not isinstance(report, dict) or not {"results", "shots", "items"} <= report.keys():
+            continue  # another tool's results
+        for task, items in report["items"].items():
+            name = f"{task} {report['shots'].get(task, 0)}-shot"
+            step = report.get("step") or 0
+            if "acc" not in items or found.get(name, {"step": -1})["step"] > step:
+                continue
+            metrics = report["results"][task]
+            found[name] = {
+                "score": metrics["acc"],
+                "error": metrics.get("acc_stderr"),
+                "items": items["acc"],
+                "hash": items["hash"],
+                "step": step,
+            }
+    return found
+
+
+def compare(runs: list[Run], arms: int | None = None) -> dict[str, Any]:
+    """All figures of all runs, and each run (or the second arm) against the first."""
+    pairs = list(zip(runs[:arms], runs[arms:], strict=True)) if arms else []
+    others = [(runs[0], other) for other in runs[1:]] if not arms else pairs
+    return {
+        "runs": {str(run.folder): figures(run) for run in runs},
+        "differences": [difference(one, other) for one, other in others],
+        "over_seeds": over_seeds(pairs) if len(pairs) > 1 else None,
+    }
+
+
+def figures(run: Run) -> dict[str, Any]:
+    return {
+        "last_step": max(run.steps),
+        "lm_loss": last_mean(run.series("lm_loss")),
+        "validation_loss": last_value(run.series("validation_loss")),
+        "l2e": {
+            key: {layer: last_value(values) for layer, values in run.layers(key).items()}
+            for key in ("mean_ms", "kurtosis", "std", "mlp_to_residual", "selected_fraction")
+        },
+        "scores": {
+            name: {key: score[key] for key in ("score", "error", "step")}
+            for name, score in run.scores.items()
+        },
+    }
+
+
+def last_mean(values: dict[int, float]) -> float | None:
+    """Mean over the last `LAST_STEPS` steps."""
+    return float(np.mean(list(values.values())[-LAST_STEPS:])) if values else None
+
+
+def last_value(values: dict[int, float]) -> float | None:
+    return values[max(values)] if values else None
+
+
+def difference(one: Run, other: Run) -> dict[str, Any]:
+    """`other` minus `one`, with 95 % intervals from paired resampling over steps or items."""
+    found: dict[str, Any] = {"from": str(one.folder), "to": str(other.folder)}
+    for key in ("lm_loss", "validation_loss"):
+        pairs = paired(one.series(key), other.series(key))[-LAST_STEPS:]
+        found[key] = interval(pairs[:, 1] - pairs[:, 0]) if len(pairs) else None
+    found["scores"] = {
+        name: interval(np.subtract(other.scores[name]["items"], score["items"]))
+        for name, score in one.scores.items()
+        if name in other.scores and other.scores[name]["hash"] == score["hash"]
+    }
+    return found
+
+
+def paired(one: dict[int, float], other: dict[int, float]) -> np.ndarray:
+    """[steps, 2]: the values of the steps that both have."""
+    return np.array([(one[step], other[step]) for step in one if step in other]).reshape(-1, 2)
+
+
+def interval(differences: Any) -> dict[str, float]:
+    """Mean of paired differences, its standard error and 95 % bootstrap interval."""
+    values = np.asarray(differences, dtype=float)
+    generator = np.random.default_rng(0)
+    means = np.array([generator.choice(values, len(values)).mean() for _ in range(RESAMPLES)])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {
+        "mean": float(values.mean()),
+        "error": float(means.std(ddof=1)),
+        "low": float(low),
+        "high": float(high),
+        "count": len(values),
+    }
+
+
+def over_seeds(pairs: list[tuple[Run, Run]]) -> dict[str, Any]:
+    """The second arm minus the first, resampled over pairs of runs: what another seed would do."""
+    found: dict[str, Any] = {}
+    for key in ("lm_loss", "validation_loss"):
+        ends = [(figures(one)[key], figures(other)[key]) for one, other in pairs]
+        if all(None not in end for end in ends):
+            found[key] = interval([after - before for before, after in ends])
+    shared = set.intersection(*({*run.scores} for pair in pairs for run in pair))
+    for name in sorted(shared):
+        found[name] = interval(
+            [other.scores[name]["score"] - one.scores[name]["score"] for one, other in pairs]
+        )
+    return found
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report in lines."""
+    lines = []
+    for folder, values in report["runs"].items():
+        shown = [f"step {values['last_step']}"]
+        for key, title in (("lm_loss", "loss"), ("validation_loss", "validation loss")):
+            if values[key] is not None:
+                shown.append(f"{title} {values[key]:.4f}")
+        lines.append(f"{folder}: {', '.join(shown)}")
+        for key, layers in values["l2e"].items():
+            if layers:
+                each = ", ".join(f"{layer}: {value:.4g}" for layer, value in layers.items())
+                lines.append(f"  {key:<18} {each}")
+        for name, score in values["scores"].items():
+            error = f" ± {100 * score['error']:.1f}" if score["error"] is not None else ""
+            lines.append(f"  {name:<18} {100 * score['score']:.1f}{error} %")
+    for change in report["differences"]:
+        lines.append(f"{change['to']} minus {change['from']}, 95 % interval")
+        for key in ("lm_loss", "validation_loss"):
+            if change[key]:
+                lines.append(f"  {key:<18} {in_words(change[key])} over steps")
+        lines += [
+            f"  {name:<18} {in_words(value, 100)} points over {value['count']} items"
+            for name, value in change["scores"].items()
+        ]
+    if report["over_seeds"]:
+        lines.append("second arm minus first, 95 % interval over seeds")
+        lines += [f"  {name:<18} {in_words(v)}" for name, v in report["over_seeds"].items()]
+    return "\n".join(lines)
+
+
+def in_words(value: dict[str, float], scale: float = 1) -> str:
+    told = "" if value["low"] <= 0 <= value["high"] else " *"
+    mean, low, high = (scale * value[key] for key in ("mean", "low", "high"))
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]{told}"
+
+
+# --- equality ----------------------------------------------------------------------------------
+
+
+def first_difference(one: Run, other: Run, tolerance: float) -> str | None:
+    """Where two runs that should be equal part, in words; None if they don't.
+
+    Steps are compared one by one, then the tensors of the newest checkpoint that both have.
+    """
+    shared = sorted(one.steps.keys() & other.steps.keys())
+    if not shared:
+        return "they share no step"
+    for step in shared:
+        for key in EQUAL_KEYS:
+            left, right = one.steps[step].get(key), other.steps[step].get(key)
+            if left is None and right is None:
+                continue
+            gap = relative_gap(left, right)
+            if not gap <= tolerance:
+                return f"{key} differs first at step {step}: {left} and {right} ({gap:.1e})"
+    for name, gap in tensor_gaps(one.folder, other.folder):
+        if not gap <= tolerance:
+            return f"losses agree, but {name} differs by {gap:.1e} of its largest entry"
+    return None
+
+
+def relative_gap(left: float | None, right: float | None) -> float:
+    if left is None or right is None:
+        return float("inf")
+    return abs(left - right) / max(abs(left), abs(right), 1e-30) if left != right else 0.0
+
+
+def tensor_gaps(one: Path, other: Path) -> Iterator[tuple[str, float]]:
+    """(checkpoint and tensor, largest difference over largest entry) of the newest shared step."""
+    from launch.checkpoint.stored import StoredCheckpoint  # brings the whole model with it
+
+    steps = [
+        {folders.step_of(path): path for path in folders.checkpoints(run / "checkpoints")}
+        for run in (one, other)
+    ]
+    if not (shared := steps[0].keys() & steps[1].keys()):
+        return
+    left, right = (StoredCheckpoint(found[max(shared)]) for found in steps)
+    for kind, tensors in left.tensors.items():
+        theirs = right.tensors.get(kind, {})
+        for name in sorted(tensors.keys() | theirs.keys()):
+            title = f"{left.folder.name} {kind} {name}"
+            if name not in tensors or name not in theirs:
+                yield title, float("inf")
+                continue
+            ours, others = left.read(name, kind), right.read(name, kind)
+            if ours.shape != others.shape:
+                yield title, float("inf")
+            else:
+                largest = max(float(ours.abs().max()), 1e-30)
+                yield title, float((ours - others).abs().max()) / largest

@@ -1,0 +1,1 @@
+"""DeepSpeed and the process groups behind one adapter: layout, hardware, profiling."""

@@ -1,0 +1,96 @@
+"""What the machine can do: the peak that MFU is a share of."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import time
+from functools import cache
+
+import torch
+
+from configs import Config, ConfigError, Problem
+from launch.planning.layouts import GPUS
+
+# Of malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_INT = -1, -3, 2**31 - 1
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def refuse_unsupported(config: Config) -> None:
+    """Raise a ConfigError for what this machine cannot run, before anything is started."""
+    if torch.cuda.is_available():
+        return
+    problems = []
+    if config.parallel.sequence:
+        reason = "megatron-core's sequence parallelism needs CUDA, and there is none here"
+        problems.append(Problem("parallel.sequence", True, reason, "set it to false"))
+    if config.train.dtype == "fp16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        reason = "this processor has no fp16 arithmetic"
+        problems.append(Problem("train.dtype", "fp16", reason, "set it to bf16 or fp32"))
+    if problems:
+        raise ConfigError("this machine", problems)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep memory that work on a CPU frees, for the next step or batch.
+
+    By default glibc hands large blocks back, and fetching their pages anew takes about a tenth of
+    a small model's step. Other libraries stay as they are.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            library.mallopt(threshold, LARGEST_INT)
+
+
+def describe(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads a process"
+
+
+def emulated(device: torch.device, dtype: str) -> str | None:
+    """A warning where the processor computes in `dtype` only by way of others."""
+    if (
+        device.type == "cpu"
+        and dtype == "bf16"
+        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        return "WARNING: this processor has no bf16 arithmetic; train.dtype fp32 is much faster"
+    return None
+
+
+def datasheet_peak(device: torch.device, dtype: str) -> float | None:
+    """Dense FLOP/s of a GPU that is known here; fp32 is true fp32, not TF32."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    gpu = next((gpu for known, gpu in GPUS.items() if known.upper() in name), None)
+    return gpu and (gpu.fp32_flops if dtype == "fp32" else gpu.flops)
+
+
+@cache
+def peak_flops(device: torch.device, dtype: str) -> float:
+    """FLOP/s of one process's device: a known GPU's datasheet figure, elsewhere the best of a few
+    matrix products measured now (0.1 s)."""
+    return datasheet_peak(device, dtype) or measured_peak(device, TORCH_DTYPES[dtype])
+
+
+def describe_peak(device: torch.device, dtype: str) -> str:
+    """The peak in words, and where it comes from."""
+    source = "measured" if datasheet_peak(device, dtype) is None else "datasheet"
+    return f"{peak_flops(device, dtype) / 1e12:.3g} TFLOP/s, {source}"
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """FLOP/s of the best of a few square matrix products."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(5):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best

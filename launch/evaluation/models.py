@@ -1,0 +1,100 @@
+"""Models on disk, ready to be scored: Hugging Face folders and our own checkpoints."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig
+from transformers.utils import cached_file
+
+from data.tokenizer import load_tokenizer
+from launch.checkpoint.stored import TOKENIZER_FILES, StoredCheckpoint
+from launch.evaluation.harness import Scored
+from model.gpt_neox import GPTNeoX
+
+
+def from_checkpoint(source: StoredCheckpoint, dtype: torch.dtype, device: torch.device) -> Scored:
+    """One of our checkpoints; needs `single_process`.
+
+    Raises:
+        ValueError: it has no tokenizer.
+    """
+    if source.tokenizer is None:
+        raise ValueError(
+            f"{source.folder} has no tokenizer; put the run's tokenizer.json or tokenizer.model "
+            "into that folder"
+        )
+    model = source.build_model().to(device, dtype)
+    return from_model(model, source.tokenizer, device)
+
+
+def from_model(model: GPTNeoX, tokenizer_file: Path, device: torch.device) -> Scored:
+    """Our own model; tensor-parallel ranks must score the same batches."""
+    tokenizer = load_tokenizer(tokenizer_file)
+    return Scored(
+        # Our residual stream has the sequence first: [positions, batch, hidden].
+        hidden=lambda tokens: model.gpt_neox(tokens).transpose(0, 1),
+        head=lambda states: model.embed_out(states[:, None])[0],
+        tokenizer=tokenizer,
+        maximum_length=model.config.max_position_embeddings,
+        end_of_document=tokenizer.eod,
+        device=device,
+    )
+
+
+def from_huggingface(
+    source: str | Path, dtype: torch.dtype, device: torch.device, revision: str = "main"
+) -> Scored:
+    """A GPT-NeoX model and its tokenizer in Hugging Face form, from a folder or a hub id.
+
+    Raises:
+        ValueError: not such a model, another kind of model, or no tokenizer.
+    """
+    from transformers import GPTNeoXForCausalLM  # seconds that our own checkpoints don't need
+
+    config = huggingface_config(source, revision)
+    tokenizer = load_tokenizer(huggingface_tokenizer(source, revision))
+    transformers.utils.logging.disable_progress_bar()
+    model = GPTNeoXForCausalLM.from_pretrained(
+        source, config=config, dtype=dtype, revision=revision
+    )
+    model = model.to(device).eval()
+    return Scored(
+        hidden=lambda tokens: model.gpt_neox(tokens, use_cache=False).last_hidden_state,
+        head=model.get_output_embeddings(),
+        tokenizer=tokenizer,
+        maximum_length=config.max_position_embeddings,
+        end_of_document=tokenizer.eod,
+        device=device,
+    )
+
+
+def huggingface_config(source: str | Path, revision: str = "main") -> transformers.GPTNeoXConfig:
+    """config.json of a GPT-NeoX model in Hugging Face form."""
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source}: neither one of our checkpoints (manifest.json) nor a model in Hugging "
+            f"Face form ({str(error).strip().splitlines()[0]})"
+        ) from None
+    if config.model_type != "gpt_neox":
+        raise ValueError(
+            f"{source}: config.json says model_type {config.model_type!r}; this project reads "
+            "'gpt_neox' (the Pythia models). lm-eval's own `--model hf` scores other kinds"
+        )
+    return config
+
+
+def huggingface_tokenizer(source: str | Path, revision: str = "main") -> Path:
+    """The tokenizer's file, fetched if `source` is a hub id."""
+    for name in TOKENIZER_FILES:
+        found = cached_file(
+            source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+        if found:
+            return Path(found)
+    raise ValueError(
+        f"{source}: has no {' or '.join(TOKENIZER_FILES)}; put the model's tokenizer file beside "
+        "its config.json"
+    )

@@ -1,0 +1,1 @@
+"""What a run costs and which layout suits it, from its configuration alone."""

@@ -1,1 +1,0 @@
-"""Checkpoints as folders of files: written safely, verified, and read without an engine."""

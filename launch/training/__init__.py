@@ -1,0 +1,1 @@
+"""The training loop: what it reads, records, watches, and how it ends."""

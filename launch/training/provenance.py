@@ -1,0 +1,83 @@
+"""`manifest.json`: what would have to be the same for the same numbers to come out."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from configs import Config
+from launch.engine.engine import Engine
+from launch.engine.hardware import describe
+
+PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "tokenizers")
+
+
+def write(
+    folder: Path, config: Config, engine: Engine, data: dict[str, Any], launcher: str
+) -> None:
+    """Write the manifest of a run; collective, rank 0 writes."""
+    deviations = initial_deviations(engine)
+    if dist.get_rank() != 0:
+        return
+    manifest = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "launcher": launcher,
+        "layout": str(engine.layout),
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "hardware": describe(engine.device),
+        "data": data,
+        "initial_std": deviations,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, with '+' behind it where files have changed since."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        commit = run_git(root, "rev-parse", "HEAD")
+        return commit + ("+" if run_git(root, "status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def run_git(root: Path, *arguments: str) -> str:
+    """What git prints."""
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@torch.no_grad()
+def initial_deviations(engine: Engine) -> dict[str, float]:
+    """The measured standard deviation of every weight matrix, all its shards together.
+
+    Sums over the shards of a tensor are added over tensor-parallel ranks, and the stages' tables
+    are joined. ZeRO-3 keeps no whole parameter on a rank; there the table is left empty.
+    """
+    table: dict[str, float] = {}
+    for name, parameter in engine.named_parameters():
+        if parameter.dim() < 2 or hasattr(parameter, "ds_id"):
+            continue
+        values = parameter.double()
+        sums = torch.stack(
+            [values.sum(), values.square().sum(), torch.tensor(float(values.numel())).to(values)]
+        )
+        if getattr(parameter, "tensor_model_parallel", False):
+            dist.all_reduce(sums, group=engine.layout.tensor_group)
+        total, squares, count = sums.tolist()
+        table[name] = max(0.0, squares / count - (total / count) ** 2) ** 0.5
+    stages: list[dict[str, float]] = [{} for _ in range(engine.layout.pipeline_size)]
+    dist.all_gather_object(stages, table, group=engine.layout.pipeline_group)
+    return {name: value for stage in stages for name, value in stage.items()}

@@ -1,0 +1,142 @@
+"""A step's numbers, collected on the device and fetched every few steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launch.engine import hardware
+from launch.engine.engine import Engine
+from launch.engine.profiling import peak_memory
+from launch.planning.cost import flops_per_token
+from launch.training.logs import MetricsFile, Progress, TensorBoard
+from launch.training.run import Run
+
+
+class Recorder:
+    """Collects a step's numbers as tensors and fetches them from the device every few steps."""
+
+    def __init__(self, run: Run, engine: Engine, start: int, last: int) -> None:
+        config = run.config
+        self.run, self.engine = run, engine
+        self.step_tokens = config.train.global_batch_size * config.data.sequence_length
+        self.step_flops = self.step_tokens * flops_per_token(
+            config.model, config.data.sequence_length
+        )
+        self.peak = hardware.peak_flops(engine.device, config.train.dtype) * run.process.world_size
+        self.pending: list[dict[str, Any]] = []
+        self.since = time.monotonic()
+        self.board: TensorBoard | None = None
+        if run.process.is_first:
+            self.file = MetricsFile(run.folder / "metrics.jsonl", start)
+            self.progress = Progress(last, start)
+            if config.logging.tensorboard:
+                self.board = TensorBoard(run.folder / "tensorboard", start)
+
+    def add(self, step: int, loss: Tensor, rate: float) -> None:
+        """Remember one step; nothing is fetched from the device."""
+        self.pending.append(
+            {
+                "step": step,
+                "tokens": step * self.step_tokens,
+                "lm_loss": loss.detach(),
+                "ms_loss": self.engine.ms_loss(),
+                "grad_norm": self.engine.gradient_norm(),
+                "lr": rate,
+                "loss_scale": self.engine.loss_scale,
+            }
+        )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside is not training time."""
+        begin = time.monotonic()
+        yield
+        self.since += time.monotonic() - begin
+
+    def annotate(self, values: dict[str, Any]) -> None:
+        """What was measured after the newest step, beside its own numbers."""
+        self.pending[-1] |= values
+
+    def flush(self) -> None:
+        """Fetch, check and write what has been remembered."""
+        if not self.pending:
+            return
+        records, self.pending = self.pending, []
+        self.add_up_stages(records)
+        self.fetch(records)
+        l2e, histograms = self.engine.l2e_metrics(), self.engine.l2e_histograms()
+        now = time.monotonic()
+        seconds = (now - self.since) / len(records)
+        parts = {name: spent / len(records) for name, spent in self.engine.stopwatch.take().items()}
+        self.since = now
+        for record in records:
+            record["loss"] = record["lm_loss"] + record["ms_loss"]
+            record["tokens_per_second"] = self.step_tokens / seconds
+            record["mfu"] = self.step_flops / seconds / self.peak
+            record["step_seconds"] = seconds
+            record["seconds"] = parts
+            record["peak_memory_bytes"] = peak_memory(self.engine.device)
+            record["l2e"] = None
+        records[-1]["l2e"] = l2e
+        self.write(records)
+        if self.board is not None:
+            self.board.write_histograms(histograms, records[-1]["step"])
+        self.check(records)
+
+    def add_up_stages(self, records: list[dict[str, Any]]) -> None:
+        """L_MS arises in every pipeline stage; the run's is their sum."""
+        layout = self.engine.layout
+        if layout.pipeline_size > 1:
+            losses = torch.stack([record["ms_loss"] for record in records])
+            dist.all_reduce(losses, group=layout.pipeline_group)
+            for record, loss in zip(records, losses, strict=True):
+                record["ms_loss"] = loss
+
+    def fetch(self, records: list[dict[str, Any]]) -> None:
+        """Turn the records' tensors into numbers, by one copy from the device."""
+        places = [(r, k) for r in records for k, v in r.items() if isinstance(v, Tensor)]
+        values = torch.stack([record[key].float().reshape(()) for record, key in places])
+        for (record, key), value in zip(places, values.tolist(), strict=True):
+            record[key] = value
+
+    def write(self, records: list[dict[str, Any]]) -> None:
+        """Hand the records to the files and the newest to the progress line."""
+        if not self.run.process.is_first:
+            return
+        for record in records:
+            self.file.write(record)
+            if self.board is not None:
+                self.board.write(record)
+        newest = records[-1]
+        shown = {
+            "loss": f"{newest['lm_loss']:.4f}",
+            "tokens/s": f"{newest['tokens_per_second']:,.0f}",
+            "MFU": f"{newest['mfu']:.1%}",
+        }
+        validations = [r for r in records if "validation_loss" in r]
+        if validations:
+            shown["validation"] = f"{validations[-1]['validation_loss']:.4f}"
+        self.progress.advance(newest["step"], shown)
+
+    def check(self, records: list[dict[str, Any]]) -> None:
+        """Stop at a loss that is no number: every later step would be lost."""
+        for record in records:
+            if not abs(record["lm_loss"]) < float("inf"):
+                raise ValueError(
+                    f"the loss is {record['lm_loss']} at step {record['step']}; resume from the "
+                    "last checkpoint with a lower optimizer.learning_rate or l2e.weight"
+                )
+
+    def close(self) -> None:
+        """End the progress line."""
+        if self.run.process.is_first:
+            self.progress.close()
+        if self.board is not None:
+            self.board.close()
