@@ -26,7 +26,7 @@ from l2e.analysis.ablated_runs import Settings as AblationSettings
 from l2e.analysis.ablation import analyze_ablation
 from l2e.analysis.features import make_features
 from l2e.analysis.interaction import draw_samples, node_counts, open_checkpoint, sampled_network
-from l2e.analysis.monitor import Monitor, See
+from l2e.analysis.monitor import Hook, Monitor
 from l2e.analysis.multifractal import MIN_KEPT, MOMENTS, spectrum
 from l2e.analysis.networks import Network
 from l2e.analysis.neuromfa import Settings, analyze_neuromfa
@@ -167,9 +167,9 @@ def monitor_speed(model: GPTNeoXForCausalLM) -> dict:
         optimizer.zero_grad()
 
     @torch.no_grad()
-    def observe(tokens: torch.Tensor, see: See) -> None:
+    def observe(tokens: torch.Tensor, hook: Hook) -> None:
         handles = [
-            block.mlp.act.register_forward_hook(lambda _, __, z, name=str(i): see(name, z))
+            block.mlp.act.register_forward_hook(lambda _, __, z, name=str(i): hook(name, z))
             for i, block in enumerate(model.gpt_neox.layers)
         ]
         model(tokens)

@@ -126,7 +126,7 @@ def live_variance_loss(z: Tensor, fraction: float = 0.02) -> Tensor:
 
 
 def run(arm: str, data: Tensor, settings: Settings, progress: bool = True) -> dict[str, float]:
-    """Train one arm and return its figures."""
+    """Train one arm and return its metrics."""
     model = build(settings, arm).train()
     blocks = [model.gpt_neox.layers[n] for n in l2e.select_layers("mid2", settings.layers)]
     watches = [Watch() for _ in blocks]
@@ -147,11 +147,11 @@ def run(arm: str, data: Tensor, settings: Settings, progress: bool = True) -> di
         loss.backward()
         optimizer.step()
         handle.step()
-    figures = list(handle.metrics().values())
+    metrics = list(handle.metrics().values())
     return {
         "validation_loss": validate(model, data[held_out:], settings),
-        "std": mean(figure["std"] for figure in figures),
-        "kurtosis": mean(figure["kurtosis"] for figure in figures),
+        "std": mean(layer["std"] for layer in metrics),
+        "kurtosis": mean(layer["kurtosis"] for layer in metrics),
         "mlp_to_residual": mean(watch.ratio for watch in watches),
         "std_before_activation": mean(float(w.before.std(0).mean()) for w in watches),
     }
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--weight", type=float, default=Settings.weight, help="of L_MS")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--output", type=Path, help="write the metrics as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = read_bytes(options.corpus)

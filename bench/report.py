@@ -8,7 +8,7 @@ from pathlib import Path
 PREFACE = """# Benchmarks
 
 Written by `make bench` (`python bench/run.py`) from the JSON files in `bench/results/`; do not
-edit. Contenders take turns round by round, in both orders; figures are medians, brackets hold
+edit. Contenders take turns round by round, in both orders; numbers are medians, brackets hold
 95 % bootstrap intervals. A step is forward, backward and update, all with torch's fused AdamW.
 FLOPs a token are 6 x matmul parameters (the output embedding included) + 12 x layers x hidden x
 length; the peak is the best of a few large matrix products on the same machine. On a CPU with

@@ -28,7 +28,7 @@ def key(default: Any, help: str, unit: str = "", **bounds: Any) -> Any:
 
 
 def section_of(dataclass_type: type) -> type[Section]:
-    """A section with the keys, help and bounds that a room's own dataclass declares."""
+    """A section with the keys, help and bounds that a package's own dataclass declares."""
     types = typing.get_type_hints(dataclass_type)
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(dataclass_type):
@@ -223,7 +223,7 @@ class Config(Section):
 
     @property
     def l2e_settings(self) -> L2EConfig:
-        """The section `l2e` as the method's own room takes it."""
+        """The section `l2e` as the method's own package takes it."""
         return L2EConfig(**self.l2e.model_dump(include=set(L2EKeys.model_fields)))
 
     @property

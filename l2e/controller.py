@@ -197,7 +197,7 @@ class Controller:
         return self._ms_loss
 
     def metrics(self) -> dict[str, dict[str, float]]:
-        """Each layer's figures after the last step, the same on all data and tensor ranks.
+        """Each layer's numbers after the last step, the same on all data and tensor ranks.
 
         `mean_ms`, `max_ms`, `kurtosis` (the median neuron's) and `mlp_to_residual` (RMS of the
         MLP's output over the residual stream's) are of the last measured step, NaN before it;
@@ -207,7 +207,7 @@ class Controller:
             ValueError: an activation was NaN or Inf; names layer and step.
         """
         measured = ("mean_ms", "max_ms", "kurtosis", "mlp_to_residual")
-        figures = {}
+        metrics = {}
         for state in (state for state in self.states if state.name in self._metrics):
             if state.bad_step >= 0:
                 raise ValueError(
@@ -216,11 +216,11 @@ class Controller:
                     "the learning rate or the loss scale, or resume from an earlier checkpoint"
                 )
             kept = self._metrics[state.name]
-            figures[state.name] = dict.fromkeys(measured, float("nan")) | {
+            metrics[state.name] = dict.fromkeys(measured, float("nan")) | {
                 name: float(value) for name, value in kept.items()
             }
-            self._warn_of_collapse(state, figures[state.name]["std"])
-        return figures
+            self._warn_of_collapse(state, metrics[state.name]["std"])
+        return metrics
 
     def _warn_of_collapse(self, state: LayerState, std: float) -> None:
         start = float(state.std_at_start)

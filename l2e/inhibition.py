@@ -12,8 +12,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from l2e import kernels, path, selection, threshold
+from l2e import backends, kernels, selection
+from l2e.kernels import KernelArguments
 from l2e.state import LayerState
+from l2e.threshold import histogram
 
 _states: WeakValueDictionary[int, LayerState] = WeakValueDictionary()
 _handles = itertools.count()
@@ -51,18 +53,18 @@ def inhibit(
     state = _states[int(handle)]
     recomputing = in_backward()
     rows = _as_rows(pre, state)
-    observed = state.rule(None, None, bias)
+    observed = state.kernel_arguments(None, None, bias)
     if state.phase.step == 0 and not recomputing:
         _start(state, rows, observed)
-    limit, replacement, mask = selection.select(
+    threshold, replacement, mask = selection.select(
         state, rows, observed, sequence=pre.shape[-2] if pre.dim() > 2 else 1
     )
-    rule = state.rule(limit, replacement, bias)
+    arguments = state.kernel_arguments(threshold, replacement, bias)
     sums = None if recomputing else torch.zeros_like(state.core_sums)
-    out = path.choose(state.config, rows.device, rows.dtype).forward(rows, rule, sums)
+    out = backends.choose(state.config, rows.device, rows.dtype).forward(rows, arguments, sums)
     loss = torch.zeros((), device=pre.device)
     if sums is not None:
-        loss = _record(state, rows, rule, sums)
+        loss = _record(state, rows, arguments, sums)
     return out.view(pre.shape), loss, mask.view(pre.shape) if len(mask) else mask
 
 
@@ -90,14 +92,14 @@ def inhibit_backward(
     """
     state = _states[int(handle)]
     rows = _as_rows(pre, state)
-    limit = None
+    threshold = None
     if state.phase.selecting:
-        limit = mask.view(rows.shape) if len(mask) else state.limit
+        threshold = mask.view(rows.shape) if len(mask) else state.threshold
     injected = state.phase.gradient_scale * state.loss_factor(len(rows))
-    pull = injected if loss_grad is None else loss_grad
-    chosen = path.choose(state.config, rows.device, rows.dtype)
-    rule = state.rule(limit, None, bias)
-    out, bias_grad = chosen.backward(grad.reshape(rows.shape), rows, rule, pull)
+    loss_gradient = injected if loss_grad is None else loss_grad
+    chosen = backends.choose(state.config, rows.device, rows.dtype)
+    arguments = state.kernel_arguments(threshold, None, bias)
+    out, bias_grad = chosen.backward(grad.reshape(rows.shape), rows, arguments, loss_gradient)
     if bias_grad is None:
         bias_grad = pre.new_empty(0)
     else:  # of every position's neurons, which share it
@@ -171,33 +173,33 @@ def _as_rows(pre: Tensor, state: LayerState) -> Tensor:
     return pre.detach().reshape(-1, state.neurons).contiguous()
 
 
-def _start(state: LayerState, rows: Tensor, rule: kernels.Rule) -> None:
+def _start(state: LayerState, rows: Tensor, arguments: KernelArguments) -> None:
     """Before there are statistics, sums are taken around the first call's own mean."""
     if not state.started:
         state.started = True
-        z = kernels.activate(rule.biased(rows), rule.activation).float()
+        z = kernels.activate(arguments.biased(rows), arguments.activation).float()
         state.statistics.mean.copy_(z.mean(0))
 
 
-def _record(state: LayerState, rows: Tensor, rule: kernels.Rule, sums: Tensor) -> Tensor:
+def _record(state: LayerState, rows: Tensor, arguments: KernelArguments, sums: Tensor) -> Tensor:
     """Add one call's sums to the step's; returns the call's sum of logs."""
-    if rule.balance is not None:
+    if arguments.balance is not None:
         selected, var = sums[:-1].view(3, -1)[2], state.statistics.var
         sums[-1] -= (selected * torch.where(var > 0, var, 1).log()).sum()
     state.core_sums.add_(sums)
     state.sums["samples"].add_(len(rows))
     if state.phase.measuring:
-        _measure(state, rows, rule)
+        _measure(state, rows, arguments)
     return sums[-1].clone()
 
 
-def _measure(state: LayerState, rows: Tensor, rule: kernels.Rule) -> None:
+def _measure(state: LayerState, rows: Tensor, arguments: KernelArguments) -> None:
     """What is only logged: fourth moments, the largest MS, and the histogram of the MS."""
     largest = state.measured["largest"][state.sharding.data_rank]
     for part in kernels.slices(rows):
-        z = kernels.activate(rule.biased(rows[part]), rule.activation).float()
-        square = (z - rule.mean).square_()
+        z = kernels.activate(arguments.biased(rows[part]), arguments.activation).float()
+        square = (z - arguments.mean).square_()
         state.measured["fourth"].add_((square * square).sum(0))
         scale = square.div_(state.denominator)
         torch.maximum(largest, scale.max(), out=largest)
-        state.counts.add_(threshold.histogram(scale))
+        state.counts.add_(histogram(scale))

@@ -14,10 +14,12 @@ from torch import Tensor
 SLICE_ENTRIES = 65_536
 TINY = torch.finfo(torch.float32).tiny
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+# To the pre-activations, [rows, neurons], and to the bias, [neurons] (None: there is none).
+Gradients = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
-class Rule:
+class KernelArguments:
     """What is done to a layer's activations, frozen while one optimizer step runs.
 
     Attributes:
@@ -25,7 +27,7 @@ class Rule:
         bias: [neurons], added before the activation; None where a linear layer has added its own.
         method, delta: as in the configuration.
         mean: [neurons], float32.
-        limit: [neurons], the (z - mean)^2 from which on an activation is selected, or a mask
+        threshold: [neurons], the (z - mean)^2 from which on an activation is selected, or a mask
             [rows, neurons] of what is selected; None while nothing is.
         balance: [neurons], running share of selected activations over variance, for the
             scale-invariant L_MS; None otherwise.
@@ -36,7 +38,7 @@ class Rule:
     method: str
     delta: float
     mean: Tensor
-    limit: Tensor | None
+    threshold: Tensor | None
     balance: Tensor | None = None
     replacement: Tensor | None = None
     bias: Tensor | None = None
@@ -46,7 +48,7 @@ class Rule:
         return pre if self.bias is None else pre + self.bias
 
 
-def forward(pre: Tensor, rule: Rule, sums: Tensor | None) -> Tensor:
+def forward(pre: Tensor, arguments: KernelArguments, sums: Tensor | None) -> Tensor:
     """The activations as the next layer sees them, [rows, neurons] in the dtype of `pre`.
 
     Args:
@@ -57,62 +59,66 @@ def forward(pre: Tensor, rule: Rule, sums: Tensor | None) -> Tensor:
     """
     out = torch.empty_like(pre)
     for rows in slices(pre):
-        z = activate(rule.biased(pre[rows]), rule.activation)
-        if sums is None and rule.method in ("none", "regularize"):
+        z = activate(arguments.biased(pre[rows]), arguments.activation)
+        if sums is None and arguments.method in ("none", "regularize"):
             out[rows] = z
             continue
-        deviation = z.float() - rule.mean
+        deviation = z.float() - arguments.mean
         square = deviation * deviation
-        selected = _selected(square, rule, rows)
+        selected = _selected(square, arguments, rows)
         if sums is not None:
-            _add_sums(sums, deviation, square, selected, rule)
-        if rule.method == "deactivate" and selected is not None:
-            mean = rule.mean if rule.replacement is None else rule.replacement
+            _add_sums(sums, deviation, square, selected, arguments)
+        if arguments.method == "deactivate" and selected is not None:
+            mean = arguments.mean if arguments.replacement is None else arguments.replacement
             z = torch.where(selected > 0, mean.to(z.dtype), z)
-        out[rows] = 0 if rule.method == "silence" else z
+        out[rows] = 0 if arguments.method == "silence" else z
     return out
 
 
 def backward(
-    grad: Tensor, pre: Tensor, rule: Rule, pull: Tensor | float
-) -> tuple[Tensor, Tensor | None]:
+    grad: Tensor, pre: Tensor, arguments: KernelArguments, loss_gradient: Tensor | float
+) -> Gradients:
     """Gradients to `pre`, [rows, neurons], and to the bias, [neurons] (None: there is none).
 
     Nothing but `pre` was kept: the activations and what is selected are computed again.
 
     Args:
         grad: [rows, neurons], the gradient to the forward's result.
-        pull: factor of d(sum of log (z - mean)^2)/dz, for `regularize`.
+        loss_gradient: factor of d(sum of log (z - mean)^2)/dz, for `regularize`.
     """
     out = torch.empty_like(pre)
-    bias_sum = None if rule.bias is None else torch.zeros_like(rule.mean)
+    bias_sum = None if arguments.bias is None else torch.zeros_like(arguments.mean)
     for rows in slices(pre):
-        biased = rule.biased(pre[rows])
-        grad_z = _activation_gradient(grad[rows], biased, rule, rows, pull)
-        out[rows] = activation_backward(grad_z, biased, rule.activation)
+        biased = arguments.biased(pre[rows])
+        grad_z = _activation_gradient(grad[rows], biased, arguments, rows, loss_gradient)
+        out[rows] = activation_backward(grad_z, biased, arguments.activation)
         if bias_sum is not None:
             bias_sum += out[rows].sum(0, dtype=torch.float32)
     return out, None if bias_sum is None else bias_sum.to(pre.dtype)
 
 
 def _activation_gradient(
-    grad: Tensor, biased: Tensor, rule: Rule, rows: slice, pull: Tensor | float
+    grad: Tensor,
+    biased: Tensor,
+    arguments: KernelArguments,
+    rows: slice,
+    loss_gradient: Tensor | float,
 ) -> Tensor:
     """Gradient to the activations z of some rows from that to the forward's result."""
-    if rule.method == "silence":
+    if arguments.method == "silence":
         return torch.zeros_like(grad)
-    if rule.method == "none" or rule.limit is None:
+    if arguments.method == "none" or arguments.threshold is None:
         return grad
-    deviation = activate(biased, rule.activation).float() - rule.mean
+    deviation = activate(biased, arguments.activation).float() - arguments.mean
     square = deviation * deviation
-    selected = _selected(square, rule, rows)
+    selected = _selected(square, arguments, rows)
     assert selected is not None
-    if rule.method == "deactivate":
-        return torch.where(selected > 0, -rule.delta * grad, grad)
+    if arguments.method == "deactivate":
+        return torch.where(selected > 0, -arguments.delta * grad, grad)
     direction = selected.mul_(deviation).div_(square.clamp_(min=TINY))
-    if rule.balance is not None:
-        direction.sub_(deviation.mul_(rule.balance))
-    return (grad + 2 * pull * direction).to(grad.dtype)
+    if arguments.balance is not None:
+        direction.sub_(deviation.mul_(arguments.balance))
+    return (grad + 2 * loss_gradient * direction).to(grad.dtype)
 
 
 def activate(pre: Tensor, activation: str | None) -> Tensor:
@@ -131,27 +137,31 @@ def slices(pre: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(pre), rows))
 
 
-def _selected(square: Tensor, rule: Rule, rows: slice) -> Tensor | None:
+def _selected(square: Tensor, arguments: KernelArguments, rows: slice) -> Tensor | None:
     """1 where an entry of some rows is selected and 0 elsewhere; None while nothing is.
 
     In float32: a CPU compares into floats and multiplies by them six times as fast as it compares
     into booleans and chooses by them.
     """
-    if rule.limit is None:
+    if arguments.threshold is None:
         return None
-    if rule.limit.dtype == torch.bool:
-        return rule.limit[rows].float()
-    return torch.ge(square, rule.limit, out=torch.empty_like(square))
+    if arguments.threshold.dtype == torch.bool:
+        return arguments.threshold[rows].float()
+    return torch.ge(square, arguments.threshold, out=torch.empty_like(square))
 
 
 def _add_sums(
-    sums: Tensor, deviation: Tensor, square: Tensor, selected: Tensor | None, rule: Rule
+    sums: Tensor,
+    deviation: Tensor,
+    square: Tensor,
+    selected: Tensor | None,
+    arguments: KernelArguments,
 ) -> None:
     columns = sums[:-1].view(3, -1)
     columns[0].add_(deviation.sum(0))
     columns[1].add_(square.sum(0))
     if selected is not None:
         columns[2].add_(selected.sum(0))
-        if rule.method == "regularize":
+        if arguments.method == "regularize":
             # Not square[selected]: a GPU would have to tell the host how many there are.
             sums[-1].add_(square.clamp_(min=TINY).log_().mul_(selected).sum())

@@ -4,31 +4,31 @@ import torch
 from torch import Tensor
 
 from l2e import kernels, statistics
-from l2e.kernels import Rule
+from l2e.kernels import KernelArguments
 from l2e.state import LayerState
 from l2e.statistics import Statistics
 
 
 def select(
-    state: LayerState, rows: Tensor, rule: Rule, sequence: int
+    state: LayerState, rows: Tensor, arguments: KernelArguments, sequence: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """What is compared with what in this call.
 
     Args:
-        rows: [samples, neurons], before the non-linearity and the rule's bias.
+        rows: [samples, neurons], before the non-linearity and the bias.
         sequence: rows of one sequence, for selections that run over whole sequences.
 
     Returns:
-        The limit or mask as `Rule` takes it (None: nothing is selected); the mean to put
-        in the place of selected activations, if not the running one; and the mask of top-k
+        The threshold or mask as `KernelArguments` takes it (None: nothing is selected); the mean
+        to put in the place of selected activations, if not the running one; and the mask of top-k
         selections, which the backward pass does not compute again ([0] for the threshold).
     """
     if state.config.selection == "threshold":
         nothing = torch.empty(0, dtype=torch.bool, device=rows.device)
-        return (state.limit if state.phase.selecting else None), None, nothing
+        return (state.threshold if state.phase.selecting else None), None, nothing
     if not state.phase.selecting:
         return None, None, torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
-    z = kernels.activate(rule.biased(rows), rule.activation).float()
+    z = kernels.activate(arguments.biased(rows), arguments.activation).float()
     mean, denominator, updated_mean = state.statistics.mean, state.denominator, None
     if state.config.memel_code_compat:
         scored = _updated(state, z)

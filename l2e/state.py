@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l2e import kernels, threshold
+from l2e import kernels
 from l2e.config import L2EConfig
 from l2e.sharding import Sharding
 from l2e.statistics import Statistics
+from l2e.threshold import BINS
 
 
 @dataclass
@@ -149,7 +150,7 @@ class LayerState:
         # A layer of constants: nothing deviates, nothing is selected.
         tiny = torch.finfo(torch.float32).tiny
         self.denominator = (var + self.config.eps * mean_var).clamp(min=tiny)
-        self.limit = (self.tau * self.denominator).clamp(min=tiny)
+        self.threshold = (self.tau * self.denominator).clamp(min=tiny)
         self.balance = torch.where(var > 0, self.share / var, 0)
 
     def reset_sums(self) -> None:
@@ -164,13 +165,13 @@ class LayerState:
         measured = {
             "fourth": n,
             "largest": self.sharding.data_size,
-            "histogram": 2 * threshold.BINS,
+            "histogram": 2 * BINS,
             "output_square": scalar,
             "residual_square": scalar,  # right after output_square: measured_squares
         }
         self.sums = Sums.zeros(sizes, self.device)
         self.measured = Sums.zeros(measured, self.device)
-        self.counts = torch.zeros(threshold.BINS, dtype=torch.int64, device=self.device)
+        self.counts = torch.zeros(BINS, dtype=torch.int64, device=self.device)
 
     @property
     def core_sums(self) -> Tensor:
@@ -198,17 +199,20 @@ class LayerState:
         """L_MS is this times the sum over selected entries of log (z - mean)^2 (L2E, Eq. 5)."""
         return self.config.weight / (self.inhibited_layers * self.expected_selected(rows))
 
-    def rule(
-        self, limit: Tensor | None, replacement: Tensor | None = None, bias: Tensor | None = None
-    ) -> kernels.Rule:
+    def kernel_arguments(
+        self,
+        threshold: Tensor | None,
+        replacement: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> kernels.KernelArguments:
         """What the kernels do in this step, with biases [units] if they are still to be added."""
-        balanced = self.config.scale_invariant and limit is not None
-        return kernels.Rule(
+        balanced = self.config.scale_invariant and threshold is not None
+        return kernels.KernelArguments(
             activation=self.activation,
             method=self.config.method,
             delta=self.config.delta,
             mean=self.statistics.mean,
-            limit=limit,
+            threshold=threshold,
             balance=self.balance if balanced else None,
             replacement=replacement,
             bias=None if bias is None else bias.detach().repeat(self.positions),

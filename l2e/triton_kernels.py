@@ -80,7 +80,7 @@ def _forward(
     pre_pointer,
     bias_pointer,
     mean_pointer,
-    limit_pointer,
+    threshold_pointer,
     out_pointer,
     partial_pointer,
     tokens,
@@ -97,7 +97,7 @@ def _forward(
     inside = columns < neurons
     stored: tl.constexpr = out_pointer.dtype.element_ty
     mean = tl.load(mean_pointer + columns, mask=inside, other=0.0)[None, :]
-    limit = tl.load(limit_pointer + columns, mask=inside, other=1.0)[None, :]
+    threshold = tl.load(threshold_pointer + columns, mask=inside, other=1.0)[None, :]
     bias = tl.zeros([1, TILE_NEURONS], tl.float32)
     if BIASED:
         bias = tl.load(bias_pointer + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -113,7 +113,7 @@ def _forward(
         z = _activate(x, ACTIVATION).to(stored).to(tl.float32)
         d = tl.where(mask, z - mean, 0.0)
         square = d * d
-        selected = mask & (square >= limit)
+        selected = mask & (square >= threshold)
         out = tl.where(selected, mean, z) if DEACTIVATE else z
         tl.store(out_pointer + offsets, out.to(stored), mask=mask)
         sum_d += d
@@ -133,9 +133,9 @@ def _backward(
     bias_pointer,
     gradient_pointer,
     mean_pointer,
-    limit_pointer,
+    threshold_pointer,
     balance_pointer,
-    pull_pointer,
+    loss_gradient_pointer,
     out_pointer,
     partial_pointer,
     tokens,
@@ -154,13 +154,13 @@ def _backward(
     inside = columns < neurons
     stored: tl.constexpr = out_pointer.dtype.element_ty
     mean = tl.load(mean_pointer + columns, mask=inside, other=0.0)[None, :]
-    limit = tl.load(limit_pointer + columns, mask=inside, other=1.0)[None, :]
+    threshold = tl.load(threshold_pointer + columns, mask=inside, other=1.0)[None, :]
     bias = tl.zeros([1, TILE_NEURONS], tl.float32)
     if BIASED:
         bias = tl.load(bias_pointer + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     if BALANCED:
         balance = tl.load(balance_pointer + columns, mask=inside, other=0.0)[None, :]
-    pull = 2.0 * tl.load(pull_pointer)
+    loss_gradient = 2.0 * tl.load(loss_gradient_pointer)
     total = tl.zeros([TILE_TOKENS, TILE_NEURONS], tl.float32)
     for start in range(0, BLOCK_TOKENS, TILE_TOKENS):
         rows = block * BLOCK_TOKENS + start + tl.arange(0, TILE_TOKENS)
@@ -171,14 +171,14 @@ def _backward(
         if METHOD != "none":
             # Rounded as the forward pass rounded it, so that the same activations are selected.
             d = _activate(x, ACTIVATION).to(stored).to(tl.float32) - mean
-            selected = d * d >= limit
+            selected = d * d >= threshold
             if METHOD == "deactivate":
                 gradient = tl.where(selected, -delta * gradient, gradient)
             else:
                 direction = tl.where(selected, 1.0 / tl.where(selected, d, 1.0), 0.0)
                 if BALANCED:
                     direction -= d * balance
-                gradient += pull * direction
+                gradient += loss_gradient * direction
         out = tl.where(mask, gradient * _slope(x, ACTIVATION), 0.0).to(stored)
         tl.store(out_pointer + offsets, out, mask=mask)
         total += out.to(tl.float32)
@@ -190,27 +190,31 @@ def _backward(
         )
 
 
-def forward(pre: Tensor, rule: kernels.Rule, sums: Tensor | None) -> Tensor:
+def forward(pre: Tensor, arguments: kernels.KernelArguments, sums: Tensor | None) -> Tensor:
     """`kernels.forward` in one pass over `pre`."""
     if sums is None:
-        return kernels.forward(pre, rule, None)  # a recomputation, which sums nothing
+        return kernels.forward(pre, arguments, None)  # a recomputation, which sums nothing
     tokens, neurons = pre.shape
-    limit = torch.full_like(rule.mean, torch.inf) if rule.limit is None else rule.limit
+    threshold = (
+        torch.full_like(arguments.mean, torch.inf)
+        if arguments.threshold is None
+        else arguments.threshold
+    )
     out = torch.empty_like(pre)
     blocks = triton.cdiv(tokens, BLOCK_TOKENS)
     partial = torch.empty(blocks, 4, neurons, dtype=torch.float32, device=pre.device)
     _forward[(blocks, triton.cdiv(neurons, TILE_NEURONS))](
         pre,
-        pre if rule.bias is None else rule.bias,
-        rule.mean,
-        limit,
+        pre if arguments.bias is None else arguments.bias,
+        arguments.mean,
+        threshold,
         out,
         partial,
         tokens,
         neurons,
-        ACTIVATION=rule.activation,
-        DEACTIVATE=rule.method == "deactivate",
-        BIASED=rule.bias is not None,
+        ACTIVATION=arguments.activation,
+        DEACTIVATE=arguments.method == "deactivate",
+        BIASED=arguments.bias is not None,
         **TILES,
     )
     total = partial.sum(0).view(-1)
@@ -220,35 +224,35 @@ def forward(pre: Tensor, rule: kernels.Rule, sums: Tensor | None) -> Tensor:
 
 
 def backward(
-    grad: Tensor, pre: Tensor, rule: kernels.Rule, pull: Tensor | float
-) -> tuple[Tensor, Tensor | None]:
+    grad: Tensor, pre: Tensor, arguments: kernels.KernelArguments, loss_gradient: Tensor | float
+) -> kernels.Gradients:
     """`kernels.backward` in one pass over `pre` and `grad`."""
     tokens, neurons = pre.shape
     out = torch.empty_like(pre)
     blocks = triton.cdiv(tokens, BLOCK_TOKENS)
     partial = None
-    if rule.bias is not None:
+    if arguments.bias is not None:
         partial = torch.empty(blocks, neurons, dtype=torch.float32, device=pre.device)
-    if not isinstance(pull, Tensor):
-        pull = torch.full((), pull, dtype=torch.float32, device=pre.device)
+    if not isinstance(loss_gradient, Tensor):
+        loss_gradient = torch.full((), loss_gradient, dtype=torch.float32, device=pre.device)
     # Pointers that a variant of the kernel does not read must still point somewhere.
     _backward[(blocks, triton.cdiv(neurons, TILE_NEURONS))](
         pre,
-        pre if rule.bias is None else rule.bias,
+        pre if arguments.bias is None else arguments.bias,
         grad.contiguous(),
-        rule.mean,
-        rule.mean if rule.limit is None else rule.limit,
-        rule.mean if rule.balance is None else rule.balance,
-        pull,
+        arguments.mean,
+        arguments.mean if arguments.threshold is None else arguments.threshold,
+        arguments.mean if arguments.balance is None else arguments.balance,
+        loss_gradient,
         out,
         out if partial is None else partial,
         tokens,
         neurons,
-        rule.delta,
-        ACTIVATION=rule.activation,
-        METHOD="none" if rule.limit is None else rule.method,
-        BALANCED=rule.balance is not None,
-        BIASED=rule.bias is not None,
+        arguments.delta,
+        ACTIVATION=arguments.activation,
+        METHOD="none" if arguments.threshold is None else arguments.method,
+        BALANCED=arguments.balance is not None,
+        BIASED=arguments.bias is not None,
         **TILES,
     )
     return out, None if partial is None else partial.sum(0).to(pre.dtype)

@@ -106,8 +106,8 @@ def table(run: Path, scores: Path) -> str:
         ("bits per byte", f"{bits:.3f}"),
     ]
     measured = [line for line in lines if line["l2e"]][-1]
-    for block, figures in measured["l2e"].items():
-        rows.append((f"block {block}: {describe(figures)}", ""))
+    for block, metrics in measured["l2e"].items():
+        rows.append((f"block {block}: {describe(metrics)}", ""))
     result: dict[str, Any] = json.loads(scores.read_text())["results"]["lambada_openai"]
     accuracy, error = result["acc"], result["acc_stderr"]
     rows.append(("last word of unseen docstrings", f"{accuracy:.1%} +- {error:.1%} right"))
@@ -116,13 +116,13 @@ def table(run: Path, scores: Path) -> str:
     return "\n".join(["", "what came out", *body])
 
 
-def describe(figures: dict[str, float]) -> str:
+def describe(metrics: dict[str, float]) -> str:
     """The Monosemantic Scale of one inhibited block in a line."""
     return (
-        f"mean MS {figures['mean_ms']:.2f}, max {figures['max_ms']:.0f}, "
-        f"{figures['selected_fraction']:.2%} above tau {figures['tau']:.2f}, "
-        f"std {figures['std']:.3f}, kurtosis {figures['kurtosis']:.1f}, "
-        f"MLP/residual {figures['mlp_to_residual']:.2f}"
+        f"mean MS {metrics['mean_ms']:.2f}, max {metrics['max_ms']:.0f}, "
+        f"{metrics['selected_fraction']:.2%} above tau {metrics['tau']:.2f}, "
+        f"std {metrics['std']:.3f}, kurtosis {metrics['kurtosis']:.1f}, "
+        f"MLP/residual {metrics['mlp_to_residual']:.2f}"
     )
 
 

@@ -43,7 +43,7 @@ def test_dockerfile_base_is_official_and_has_the_pinned_torch() -> None:
     assert "cuda" in tag
 
 
-def test_dockerfile_installs_with_the_constraints_and_copies_every_room() -> None:
+def test_dockerfile_installs_with_the_constraints_and_copies_every_package() -> None:
     [command] = [" ".join(words) for words in instructions("RUN")]
     assert "constraints.txt" in command
     assert "[train]" in command

@@ -304,11 +304,11 @@ def activations_of(
     with torch.no_grad(), _precision(network, settings):
         for batch in data.batches(np.arange(len(data)), TOKENS_PER_BATCH):
 
-            def see(layer: int, _, post: torch.Tensor, mask=batch.mask) -> None:
+            def hook(layer: int, _, post: torch.Tensor, mask=batch.mask) -> None:
                 for neuron in set(wanted.get(layer, ())):
                     found[layer, neuron].append(post[..., neuron][mask].float())
 
-            with watch(network, see):
+            with watch(network, hook):
                 network.model.base_model(
                     input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False
                 )

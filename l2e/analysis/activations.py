@@ -105,12 +105,12 @@ def collect(
         return result
 
     cache.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".collecting-", dir=cache))
+    temporary = Path(tempfile.mkdtemp(prefix=".collecting-", dir=cache))
     try:
         shape = (len(network.layers), len(tokens), network.neurons)
         arrays = {
             kind: np.lib.format.open_memmap(
-                aside / f"{kind}.npy", mode="w+", dtype=settings.stored_as, shape=shape
+                temporary / f"{kind}.npy", mode="w+", dtype=settings.stored_as, shape=shape
             )
             for kind in settings.kinds
         }
@@ -131,10 +131,10 @@ def collect(
                 list(pool.map(run, range(len(replicas))))
         for array in arrays.values():
             array.flush()
-        (aside / "settings.json").write_text(json.dumps(asdict(settings)))
-        aside.rename(folder)
+        (temporary / "settings.json").write_text(json.dumps(asdict(settings)))
+        temporary.rename(folder)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     return result
 
@@ -181,11 +181,11 @@ def aggregate(values: torch.Tensor, valid: torch.Tensor, how: str) -> torch.Tens
 
 
 @contextmanager
-def watch(network: Network, see) -> Iterator[None]:
-    """Call see(layer, pre, post) with each block's hidden units, [batch, positions, neurons]."""
+def watch(network: Network, hook) -> Iterator[None]:
+    """Call hook(layer, pre, post) with each block's hidden units, [batch, positions, neurons]."""
     handles = [
         layer.activation.register_forward_hook(
-            lambda _, inputs, output, number=number: see(number, inputs[0], output)
+            lambda _, inputs, output, number=number: hook(number, inputs[0], output)
         )
         for number, layer in enumerate(network.layers)
     ]
@@ -205,12 +205,12 @@ def passage_activations(
     valid[:, :skip] = False
     found: dict[str, list[torch.Tensor]] = {kind: [] for kind in kinds}
 
-    def see(layer: int, pre: torch.Tensor, post: torch.Tensor) -> None:
+    def hook(layer: int, pre: torch.Tensor, post: torch.Tensor) -> None:
         for kind in kinds:
             site, how = kind.split("_")
             found[kind].append(aggregate(pre if site == "pre" else post, valid, how))
 
-    with watch(network, see), torch.no_grad():
+    with watch(network, hook), torch.no_grad():
         network.model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
     return found
 

@@ -20,7 +20,7 @@ TIME_SHARE = 0.01 / 2
 
 
 # What a model's layer shows: its name and activations [batch, positions, neurons].
-See = Callable[[str, torch.Tensor], None]
+Hook = Callable[[str, torch.Tensor], None]
 
 
 class Encoder(Protocol):
@@ -71,13 +71,13 @@ class Monitor:
 
     def run(
         self,
-        observe: Callable[[torch.Tensor, See], object],
+        observe: Callable[[torch.Tensor, Hook], object],
         gather: Callable[[torch.Tensor], torch.Tensor] = lambda local: local,
     ) -> dict:
         """Measure the model as it is: {"layers": {name: {mean_ms, ks, fkr}}, "seconds"}.
 
-        observe(tokens, see): runs the model, without gradients, on tokens int64 [batch_size,
-        max_tokens], and calls see(name, activations) with each layer's [batch_size, max_tokens,
+        observe(tokens, hook): runs the model, without gradients, on tokens int64 [batch_size,
+        max_tokens], and calls hook(name, activations) with each layer's [batch_size, max_tokens,
         neurons]. gather: with sharded neurons, joins [passages, local neurons] over the
         tensor-parallel ranks to [passages, neurons]. A layer of dead neurons has None throughout.
         """
@@ -87,10 +87,10 @@ class Monitor:
             self.tokens.split(self.batch_size), self.valid.split(self.batch_size), strict=True
         ):
 
-            def see(name: str, activations: torch.Tensor, valid: torch.Tensor = valid) -> None:
+            def hook(name: str, activations: torch.Tensor, valid: torch.Tensor = valid) -> None:
                 found[name].append(aggregate(activations, valid.to(activations.device), "max"))
 
-            observe(tokens, see)
+            observe(tokens, hook)
         layers = {}
         for name, parts in found.items():
             passages = gather(torch.cat(parts)[: len(self.features)])

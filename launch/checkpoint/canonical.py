@@ -67,7 +67,7 @@ def own_slice(engine: Engine, parameter: Parameter, stored: Any) -> Tensor:
     return value
 
 
-def agree(
+def raise_on_all_ranks(
     work: Callable[[], Any],
     in_words: Callable[[OSError], str],
     group: dist.ProcessGroup | None = None,

@@ -35,13 +35,13 @@ def begin(final: Path) -> Path:
     Raises:
         ValueError: the folder cannot be written.
     """
-    aside = final.with_name(final.name + ".tmp")
+    temporary = final.with_name(final.name + ".tmp")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(cannot_write(aside, error)) from None
-    return aside
+        raise ValueError(cannot_write(temporary, error)) from None
+    return temporary
 
 
 def write_text(path: Path, text: str) -> FileRecord:
@@ -67,16 +67,16 @@ def copy_file(source: Path, target: Path) -> FileRecord:
     return FileRecord(size, digest.hexdigest())
 
 
-def commit(aside: Path, final: Path, records: Mapping[str, FileRecord]) -> None:
-    """Make `aside` the checkpoint `final`. Every file in it must be on the disk already."""
+def commit(temporary: Path, final: Path, records: Mapping[str, FileRecord]) -> None:
+    """Make `temporary` the checkpoint `final`. Every file in it must be on the disk already."""
     files = {name: asdict(record) for name, record in sorted(records.items())}
-    write_text(aside / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
-    sync(aside)
+    write_text(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
+    sync(temporary)
     replaced = final.with_name(final.name + ".replaced")
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
-    aside.rename(final)
+    temporary.rename(final)
     sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 

@@ -56,14 +56,14 @@ def to_huggingface(source: StoredCheckpoint, output: Path, dtype: torch.dtype) -
     Raises:
         ValueError: the folder exists, or the logits differ.
     """
-    aside = new_folder(output)
+    temporary = new_folder(output)
     config = source.model_config
     try:
-        write_hugging_face(aside, config, source.read, dtype=dtype, shard_bytes=SHARD_BYTES)
+        write_hugging_face(temporary, config, source.read, dtype=dtype, shard_bytes=SHARD_BYTES)
         if source.tokenizer is not None:
-            write_tokenizer(source.tokenizer, aside, REAL_TEXT)
+            write_tokenizer(source.tokenizer, temporary, REAL_TEXT)
         tokens = sample_tokens(source.tokenizer, config)
-        difference = compare(tokens, source.build_model, lambda: load_exported(aside))
+        difference = compare(tokens, source.build_model, lambda: load_exported(temporary))
         if not difference <= TOLERANCE[dtype]:
             raise ValueError(
                 f"{output}: the export's logits differ from the model's by {difference:.1e} of "
@@ -71,9 +71,9 @@ def to_huggingface(source: StoredCheckpoint, output: Path, dtype: torch.dtype) -
                 "is a bug: please report it with the checkpoint's config.json"
             )
     except BaseException:
-        shutil.rmtree(aside)
+        shutil.rmtree(temporary)
         raise
-    aside.rename(output)
+    temporary.rename(output)
     return difference
 
 
@@ -134,9 +134,9 @@ def from_huggingface(source: str, output: Path, revision: str = "main") -> dict[
     folder = local_folder(source, revision)
     config = read_config(folder)
     weights = HuggingFaceWeights(folder, config)
-    aside = new_folder(output)
+    temporary = new_folder(output)
     try:
-        records = dict(write_weights(weights, aside))
+        records = dict(write_weights(weights, temporary))
         state = {
             "step": 0,
             "tokens": 0,
@@ -144,15 +144,15 @@ def from_huggingface(source: str, output: Path, revision: str = "main") -> dict[
             "optimizer": {"type": None, "moments": [], "steps": 0},
             "loss_scaler": {},
         }
-        records[STATE] = folders.write_text(aside / STATE, json.dumps(state, indent=1))
+        records[STATE] = folders.write_text(temporary / STATE, json.dumps(state, indent=1))
         settings = {"model": config.model_dump()}
-        records[CONFIG] = folders.write_text(aside / CONFIG, json.dumps(settings, indent=1))
+        records[CONFIG] = folders.write_text(temporary / CONFIG, json.dumps(settings, indent=1))
         for name in (L2E, RANDOM):
-            records[name] = write_tensor_file(aside / name, {})
-        records |= copy_files(aside, [folder / name for name in TOKENIZER_FILES])
-        folders.commit(aside, output, records)
+            records[name] = write_tensor_file(temporary / name, {})
+        records |= copy_files(temporary, [folder / name for name in TOKENIZER_FILES])
+        folders.commit(temporary, output, records)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     return state
 
@@ -170,7 +170,7 @@ def local_folder(source: str, revision: str) -> Path:
         raise ValueError(f"--model {source}: cannot be fetched from the hub ({reason})") from None
 
 
-def write_weights(weights: HuggingFaceWeights, aside: Path) -> Iterator[tuple[str, FileRecord]]:
+def write_weights(weights: HuggingFaceWeights, temporary: Path) -> Iterator[tuple[str, FileRecord]]:
     """The weights in float32, in files of about `SHARD_BYTES`, one tensor in memory at a time."""
     files: list[list[str]] = [[]]
     size = 0
@@ -182,7 +182,7 @@ def write_weights(weights: HuggingFaceWeights, aside: Path) -> Iterator[tuple[st
         files[-1].append(name)
         size += spec.bytes
     for number, names in enumerate(files, 1):
-        path = aside / file_name(MODEL, number, len(files))
+        path = temporary / file_name(MODEL, number, len(files))
         specs = {name: TensorSpec(weights.shapes[name], torch.float32) for name in names}
         file = TensorFile(path, specs)
         for name in names:
@@ -200,17 +200,17 @@ def reshard(source: StoredCheckpoint, output: Path, tensor: int, pipeline: int) 
         ValueError: the model cannot be cut so, or `output` exists.
     """
     check_layout(source.model_config, tensor, pipeline)
-    aside = new_folder(output)
+    temporary = new_folder(output)
     try:
         config = source.config
         layout = {"tensor": tensor, "pipeline": pipeline}
         config["parallel"] = config.get("parallel", {}) | layout
         names = [name for name in folders.read_manifest(source.folder) if name != CONFIG]
-        records = copy_files(aside, [source.folder / name for name in names])
-        records[CONFIG] = folders.write_text(aside / CONFIG, json.dumps(config, indent=1))
-        folders.commit(aside, output, records)
+        records = copy_files(temporary, [source.folder / name for name in names])
+        records[CONFIG] = folders.write_text(temporary / CONFIG, json.dumps(config, indent=1))
+        folders.commit(temporary, output, records)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

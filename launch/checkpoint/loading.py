@@ -10,7 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from data.files import sha256
-from launch.checkpoint.canonical import agree, all_specs, own_slice
+from launch.checkpoint.canonical import all_specs, own_slice, raise_on_all_ranks
 from launch.checkpoint.optimizer_state import MASTER, OptimizerState
 from launch.checkpoint.stored import L2E, MODEL, RANDOM, StoredCheckpoint
 from launch.checkpoint.tensorfile import TensorSpec
@@ -32,10 +32,12 @@ def load(engine: Engine, folder: Path, tokenizer: Path | None = None) -> dict[st
     optimizer = OptimizerState(engine.optimizer)
     moments = tuple(state["optimizer"]["moments"])
     expected = {name: spec for stage in all_specs(engine) for name, spec in stage.items()}
-    agree(lambda: check(engine, stored, expected, moments, tokenizer), stored.cannot)
+    raise_on_all_ranks(lambda: check(engine, stored, expected, moments, tokenizer), stored.cannot)
     if moments:
         optimizer.create()
-        agree(lambda: check_moments(engine, state, optimizer.moments, moments), stored.cannot)
+        raise_on_all_ranks(
+            lambda: check_moments(engine, state, optimizer.moments, moments), stored.cannot
+        )
     for kind in (MASTER, *moments):
         for name, parameter in engine.named_parameters():
             slices = stored.tensors[kind]

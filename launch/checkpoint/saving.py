@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data.files import sync
 from launch.checkpoint import folders
-from launch.checkpoint.canonical import agree, all_specs, whole
+from launch.checkpoint.canonical import all_specs, raise_on_all_ranks, whole
 from launch.checkpoint.folders import FileRecord
 from launch.checkpoint.optimizer_state import MASTER, OptimizerState
 from launch.checkpoint.stored import CONFIG, L2E, RANDOM, STATE, file_name
@@ -66,16 +66,18 @@ class Snapshot:
     ):
         """`group`: the ranks that complete it together, if not by the default group."""
         self.final = Path(directory) / folders.folder_name(state["step"])
-        self.aside = self.final.with_name(self.final.name + ".tmp")
+        self.temporary = self.final.with_name(self.final.name + ".tmp")
         self.group, self.tokenizer, self.settings = group, tokenizer, engine.config.checkpoint
-        agree(lambda: folders.begin(self.final) if dist.get_rank() == 0 else None, self.cannot)
+        raise_on_all_ranks(
+            lambda: folders.begin(self.final) if dist.get_rank() == 0 else None, self.cannot
+        )
         optimizer = OptimizerState(engine.optimizer)
         self.small = {L2E: gather_l2e(engine), RANDOM: gather_random()}
         self.texts = {
             STATE: json.dumps(state | describe(engine, optimizer), indent=1),
             CONFIG: engine.config.model_dump_json(indent=1),
         }
-        self.thread = write_tensors(engine, optimizer, self.aside, copies)
+        self.thread = write_tensors(engine, optimizer, self.temporary, copies)
 
     def cannot(self, error: OSError) -> str:
         """What a failing disk means to a user."""
@@ -86,13 +88,13 @@ class Snapshot:
         records = self.thread.finish()
         if dist.get_rank() == 0:
             for name, text in self.texts.items():
-                records[name] = folders.write_text(self.aside / name, text + "\n")
+                records[name] = folders.write_text(self.temporary / name, text + "\n")
             for name, tensors in self.small.items():
-                records[name] = write_tensor_file(self.aside / name, tensors)
+                records[name] = write_tensor_file(self.temporary / name, tensors)
             if self.tokenizer is not None:
                 name = "tokenizer" + self.tokenizer.suffix
-                records[name] = folders.copy_file(self.tokenizer, self.aside / name)
-            sync(self.aside)
+                records[name] = folders.copy_file(self.tokenizer, self.temporary / name)
+            sync(self.temporary)
         return records
 
 
@@ -103,23 +105,23 @@ def complete(snapshot: Snapshot) -> Path:
         ValueError: on every rank, if any rank could not write; earlier checkpoints stay.
     """
     try:
-        records = agree(snapshot.finish, snapshot.cannot, snapshot.group)
-        agree(
-            lambda: name_it(snapshot, records) if dist.get_rank() == 0 else None,
+        records = raise_on_all_ranks(snapshot.finish, snapshot.cannot, snapshot.group)
+        raise_on_all_ranks(
+            lambda: publish(snapshot, records) if dist.get_rank() == 0 else None,
             snapshot.cannot,
             snapshot.group,
         )
     except ValueError:
         if dist.get_rank() == 0:
-            shutil.rmtree(snapshot.aside, ignore_errors=True)
+            shutil.rmtree(snapshot.temporary, ignore_errors=True)
         raise
     return snapshot.final
 
 
-def name_it(snapshot: Snapshot, records: list[dict[str, FileRecord]]) -> None:
+def publish(snapshot: Snapshot, records: list[dict[str, FileRecord]]) -> None:
     """The finished files become the newest checkpoint; old ones go."""
     files = {name: record for part in records for name, record in part.items()}
-    folders.commit(snapshot.aside, snapshot.final, files)
+    folders.commit(snapshot.temporary, snapshot.final, files)
     folders.point_latest(snapshot.final)
     settings = snapshot.settings
     folders.prune(
@@ -161,7 +163,7 @@ def spread(specs: dict[str, TensorSpec], writers: int) -> list[list[str]]:
 
 
 def write_tensors(
-    engine: Engine, optimizer: OptimizerState, aside: Path, copies: bool
+    engine: Engine, optimizer: OptimizerState, temporary: Path, copies: bool
 ) -> WritingThread:
     """Master weights and moments: each tensor is whole on its ranks for a moment, one writes it."""
     layout = engine.layout
@@ -174,7 +176,7 @@ def write_tensors(
     own = {name: stages[layout.pipeline_rank][name] for share in mine for name in share}
     names = (MASTER, *optimizer.moments)
     files = {file_name(kind, before + writer + 1, total): own for kind in names if own}
-    thread = WritingThread(aside, files, copies)
+    thread = WritingThread(temporary, files, copies)
     try:
         for kind in names:
             for name, parameter in engine.named_parameters():

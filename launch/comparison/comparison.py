@@ -30,7 +30,7 @@ class Run:
         return self.folder.name
 
     def series(self, key: str) -> dict[int, float]:
-        """{step: value} of a figure, where it was written and is a number."""
+        """{step: value} of a metric, where it was written and is a number."""
         return {
             step: row[key]
             for step, row in self.steps.items()
@@ -38,12 +38,12 @@ class Run:
         }
 
     def layers(self, key: str) -> dict[str, dict[int, float]]:
-        """{layer: {step: value}} of an inhibited layer's figure."""
+        """{layer: {step: value}} of an inhibited layer's metric."""
         found: dict[str, dict[int, float]] = {}
         for step, row in self.steps.items():
-            for layer, figures in (row.get("l2e") or {}).items():
-                if isinstance(figures.get(key), int | float):
-                    found.setdefault(layer, {})[step] = figures[key]
+            for layer, metrics in (row.get("l2e") or {}).items():
+                if isinstance(metrics.get(key), int | float):
+                    found.setdefault(layer, {})[step] = metrics[key]
         return found
 
 
@@ -92,17 +92,17 @@ def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def compare(runs: list[Run], arms: int | None = None) -> dict[str, Any]:
-    """All figures of all runs, and each run (or the second arm) against the first."""
+    """All metrics of all runs, and each run (or the second arm) against the first."""
     pairs = list(zip(runs[:arms], runs[arms:], strict=True)) if arms else []
     others = [(runs[0], other) for other in runs[1:]] if not arms else pairs
     return {
-        "runs": {str(run.folder): figures(run) for run in runs},
+        "runs": {str(run.folder): summary(run) for run in runs},
         "differences": [difference(one, other) for one, other in others],
         "over_seeds": over_seeds(pairs) if len(pairs) > 1 else None,
     }
 
 
-def figures(run: Run) -> dict[str, Any]:
+def summary(run: Run) -> dict[str, Any]:
     return {
         "last_step": max(run.steps),
         "lm_loss": last_mean(run.series("lm_loss")),
@@ -165,7 +165,7 @@ def over_seeds(pairs: list[tuple[Run, Run]]) -> dict[str, Any]:
     """The second arm minus the first, resampled over pairs of runs: what another seed would do."""
     found: dict[str, Any] = {}
     for key in ("lm_loss", "validation_loss"):
-        ends = [(figures(one)[key], figures(other)[key]) for one, other in pairs]
+        ends = [(summary(one)[key], summary(other)[key]) for one, other in pairs]
         if all(None not in end for end in ends):
             found[key] = interval([after - before for before, after in ends])
     shared = set.intersection(*({*run.scores} for pair in pairs for run in pair))

@@ -172,7 +172,7 @@ class Engine:
         return self.controller.ms_loss()
 
     def l2e_metrics(self) -> dict[str, dict[str, float]]:
-        """The inhibited layers' figures by block number, of all pipeline stages."""
+        """The inhibited layers' metrics by block number, of all pipeline stages."""
         return self.of_all_stages({} if self.controller is None else self.controller.metrics())
 
     def l2e_histograms(self) -> dict[str, Tensor]:
@@ -220,21 +220,21 @@ class Engine:
         """The mean loss over `count` global batches (nats/token); every L2E layer is off."""
         raise NotImplementedError
 
-    def observe(self, tokens: Tensor, see: Callable[[str, Tensor], None]) -> None:
+    def observe(self, tokens: Tensor, hook: Callable[[str, Tensor], None]) -> None:
         """Run the model without gradients and show its neurons' activations; L2E layers are off.
 
-        tokens: [micro_batch, length]. see(block number, activations): of each block of this
+        tokens: [micro_batch, length]. hook(block number, activations): of each block of this
         process, [micro_batch, length, this rank's neurons].
         """
         raise NotImplementedError
 
     @contextmanager
-    def watching(self, see: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Show what the blocks compute inside to `see`."""
+    def watching(self, hook: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Show what the blocks compute inside to `hook`."""
         blocks = [module for module in self.model.modules() if isinstance(module, Block)]
-        hooks = [
+        handles = [
             block.mlp.dense_4h_to_h.register_forward_pre_hook(
-                lambda _, inputs, number=str(block.number): see(number, inputs[0].transpose(0, 1))
+                lambda _, inputs, number=str(block.number): hook(number, inputs[0].transpose(0, 1))
             )
             for block in blocks
         ]
@@ -243,8 +243,8 @@ class Engine:
             with torch.compiler.set_stance("force_eager"), torch.no_grad():
                 yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in handles:
+                handle.remove()
 
     def gather_neurons(self, values: Tensor) -> Tensor:
         """[..., this rank's neurons] -> [..., all neurons of the layer]."""
@@ -323,9 +323,9 @@ class WholeModelEngine(Engine):
             total += self.deepspeed(*self.split(next(batches))).float()
         return self.mean_over_data(total / micro_batches)
 
-    def observe(self, tokens: Tensor, see: Callable[[str, Tensor], None]) -> None:
+    def observe(self, tokens: Tensor, hook: Callable[[str, Tensor], None]) -> None:
         self.deepspeed.eval()
-        with self.watching(see):
+        with self.watching(hook):
             self.model.gpt_neox(tokens.to(self.device))  # the logits are not wanted
 
 
@@ -366,10 +366,10 @@ class PipelineEngine(Engine):
             map(self.split, batches), num_micro_batches=count * self.accumulation
         )
 
-    def observe(self, tokens: Tensor, see: Callable[[str, Tensor], None]) -> None:
+    def observe(self, tokens: Tensor, hook: Callable[[str, Tensor], None]) -> None:
         tokens = tokens.to(self.device)
         self.deepspeed.reset_activation_shape()  # else stages exchange what is as long as before
-        with self.watching(see):
+        with self.watching(hook):
             # Its last stage wants labels; any will do.
             self.deepspeed.eval_batch(iter([(tokens, tokens)]), num_micro_batches=1)
         self.deepspeed.reset_activation_shape()

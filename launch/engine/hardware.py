@@ -74,7 +74,7 @@ def datasheet_peak(device: torch.device, dtype: str) -> float | None:
 
 @cache
 def peak_flops(device: torch.device, dtype: str) -> float:
-    """FLOP/s of one process's device: a known GPU's datasheet figure, elsewhere the best of a few
+    """FLOP/s of one process's device: a known GPU's datasheet number, elsewhere the best of a few
     matrix products measured now (0.1 s)."""
     return datasheet_peak(device, dtype) or measured_peak(device, TORCH_DTYPES[dtype])
 

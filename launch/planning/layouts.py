@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GPU:
-    """Datasheet figures of one GPU: dense bf16 and fp32 FLOP/s, bytes, and bytes/s each way."""
+    """Datasheet numbers of one GPU: dense bf16 and fp32 FLOP/s, bytes, and bytes/s each way."""
 
     name: str
     flops: float

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from configs import Config
 from data import prefetch
-from l2e.path import choose as choose_kernels
+from l2e.backends import choose as choose_kernels
 from launch import checkpoint
 from launch.engine import hardware
 from launch.engine.engine import Engine, build

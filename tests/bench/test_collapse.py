@@ -1,4 +1,4 @@
-"""The guard's figures side by side, on a run short enough for a test."""
+"""The guard's numbers side by side, on a run short enough for a test."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from bench.collapse import Settings, run, tail_by_scale
 BRIEF = Settings(steps=30, layers=2, hidden=32, length=32, late_start=5, weight=0.05)
 
 
-def test_the_figures_tell_the_arms_apart(capsys):
+def test_the_numbers_tell_the_arms_apart(capsys):
     text = bytearray(Path(__file__).read_bytes() * 20)
     data = torch.frombuffer(text, dtype=torch.uint8).long()
     arms = ("weight 0", "plain", "scale invariant", "silence")

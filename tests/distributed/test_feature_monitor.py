@@ -87,7 +87,7 @@ def outcomes(files, tmp_path_factory) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def expected(files, outcomes) -> dict:
-    """The monitor's figures of transformers' model with the same weights."""
+    """The monitor's numbers of transformers' model with the same weights."""
     config = make_config().model
     form = transformers.GPTNeoXConfig.from_dict(hugging_face_config(config))
     model = transformers.GPTNeoXForCausalLM(form)
@@ -98,8 +98,8 @@ def expected(files, outcomes) -> dict:
     model.load_state_dict(state)
     network = Network(model, SimpleNamespace(), "theirs")  # type: ignore[arg-type]
 
-    def observe(tokens, see):
-        with torch.no_grad(), watch(network, lambda layer, _, post: see(str(layer), post)):
+    def observe(tokens, hook):
+        with torch.no_grad(), watch(network, lambda layer, _, post: hook(str(layer), post)):
             model(tokens)
 
     features, tokenizer = files
@@ -113,11 +113,11 @@ def expected(files, outcomes) -> dict:
 def test_figures_are_those_of_the_models_own_activations(outcomes, expected, name):
     layers = outcomes[name]["layers"]
     assert layers.keys() == expected.keys() == {"0", "1"}
-    for number, figures in expected.items():
-        assert layers[number]["mean_ms"] == pytest.approx(figures["mean_ms"], rel=1e-3)
-        assert layers[number]["ks"] == pytest.approx(figures["ks"], abs=5e-3)
+    for number, numbers in expected.items():
+        assert layers[number]["mean_ms"] == pytest.approx(numbers["mean_ms"], rel=1e-3)
+        assert layers[number]["ks"] == pytest.approx(numbers["ks"], abs=5e-3)
         # One entry of the 2 % that are counted may fall on either side of the threshold.
-        assert layers[number]["fkr"] == pytest.approx(figures["fkr"], abs=1 / 60)
+        assert layers[number]["fkr"] == pytest.approx(numbers["fkr"], abs=1 / 60)
     assert outcomes[name]["seconds"] > 0
 
 

@@ -143,9 +143,9 @@ def test_every_layout_equals_the_reference(references, on_four_ranks):
                 np.testing.assert_allclose(state[f"{name}.share"], reference.share, rtol=1e-4)
                 assert float(state[f"{name}.tau"]) == pytest.approx(reference.tau, rel=1e-5)
                 assert float(state[f"{name}.samples"]) == reference.m
-                figures = metrics[name]
-                assert figures["max_ms"] == pytest.approx(phi[number].max(), rel=1e-5)
-                assert figures["mean_ms"] == pytest.approx(phi[number].mean(), rel=1e-5)
+                numbers = metrics[name]
+                assert numbers["max_ms"] == pytest.approx(phi[number].max(), rel=1e-5)
+                assert numbers["mean_ms"] == pytest.approx(phi[number].mean(), rel=1e-5)
 
 
 def test_metrics_are_the_same_on_all_ranks(on_four_ranks):

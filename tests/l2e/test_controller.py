@@ -45,11 +45,11 @@ def test_equals_the_float64_reference(micro_batches, scale_invariant):
         reference.step(z)
         controller.step()
         np.testing.assert_allclose(x.grad.numpy(), expected, rtol=1e-4, atol=1e-6)
-        figures = controller.metrics()["3"]
-        assert figures["selected_fraction"] == pytest.approx(share, rel=1e-6)
+        metrics = controller.metrics()["3"]
+        assert metrics["selected_fraction"] == pytest.approx(share, rel=1e-6)
         assert float(controller.ms_loss()) == pytest.approx(loss, rel=1e-5, abs=1e-9)
         if reference.tau:
-            assert figures["tau"] == pytest.approx(reference.tau, rel=1e-5)
+            assert metrics["tau"] == pytest.approx(reference.tau, rel=1e-5)
         state = controller.state_dict()
         np.testing.assert_allclose(state["3.mean"], reference.mean, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(state["3.var"], reference.var, rtol=1e-5)
@@ -73,13 +73,13 @@ def test_logged_figures_are_those_of_the_batch():
             layer.observe_output(0.5 * residual, residual)
         reference.step(z)
         controller.step()
-    figures = controller.metrics()["3"]
-    assert figures["mean_ms"] == pytest.approx(phi.mean(), rel=1e-5)
-    assert figures["max_ms"] == pytest.approx(phi.max(), rel=1e-5)
+    metrics = controller.metrics()["3"]
+    assert metrics["mean_ms"] == pytest.approx(phi.mean(), rel=1e-5)
+    assert metrics["max_ms"] == pytest.approx(phi.max(), rel=1e-5)
     below_median = np.sort(kurtosis)[(NEURONS - 1) // 2]
-    assert figures["kurtosis"] == pytest.approx(below_median, rel=1e-4)
-    assert figures["mlp_to_residual"] == pytest.approx(0.5)
-    assert figures["std"] == pytest.approx(np.sqrt(reference.var.mean()), rel=1e-5)
+    assert metrics["kurtosis"] == pytest.approx(below_median, rel=1e-4)
+    assert metrics["mlp_to_residual"] == pytest.approx(0.5)
+    assert metrics["std"] == pytest.approx(np.sqrt(reference.var.mean()), rel=1e-5)
     assert int(controller.histograms()["3"].sum()) == phi.size
 
 

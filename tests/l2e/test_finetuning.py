@@ -36,7 +36,7 @@ def sentences(shared_data):
 
 
 def finetune(arm, sentences):
-    """Training losses, held-out accuracy at the end, and the layers' figures."""
+    """Training losses, held-out accuracy at the end, and the layers' numbers."""
     ids, labels, vocabulary = sentences
     torch.manual_seed(0)
     config = BertConfig(
@@ -65,21 +65,21 @@ def finetune(arm, sentences):
         optimizer.step()
         handle.step()
         losses.append(loss.item())
-    figures = handle.metrics()
+    numbers = handle.metrics()
     with torch.no_grad():
         logits = model.eval()(ids[TRAINED_ON:]).logits
     accuracy = (logits.argmax(1) == labels[TRAINED_ON:]).float().mean()
-    return losses, float(accuracy), figures
+    return losses, float(accuracy), numbers
 
 
 def test_every_method_finetunes_bert(sentences):
     results = {arm: finetune(arm, sentences) for arm in ARMS}
-    for arm, (losses, accuracy, figures) in results.items():
+    for arm, (losses, accuracy, numbers) in results.items():
         first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
-        shares = [layer["selected_fraction"] for layer in figures.values()]
+        shares = [layer["selected_fraction"] for layer in numbers.values()]
         print(f"{arm:9} loss {first:.3f} -> {last:.3f}, held-out accuracy {accuracy:.3f}")
         assert last < first - 0.1, arm
-        assert list(figures) == [f"bert.encoder.layer.{n}.intermediate" for n in (0, 1)]
+        assert list(numbers) == [f"bert.encoder.layer.{n}.intermediate" for n in (0, 1)]
         if arm == "L2E":  # tau follows activations that still move fast
             assert all(0.005 < share < 0.1 for share in shares)
         else:  # one of 24 x 128 (position, unit) pairs a sentence

@@ -94,8 +94,8 @@ def test_neurons_without_variance_are_never_selected(constant, all_constant, top
     outs, controller = run(batches, selection=selection, weight=1.0, scale_invariant=not topk)
     for _, grad in outs:
         assert (grad[:, :2] == 1).all()
-    figures = controller.metrics()["1"]
-    assert np.isfinite(figures["max_ms"])
+    metrics = controller.metrics()["1"]
+    assert np.isfinite(metrics["max_ms"])
 
 
 @settings(deadline=None, max_examples=30)

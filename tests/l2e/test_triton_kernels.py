@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from l2e import kernels
-from l2e.kernels import Rule
+from l2e.kernels import KernelArguments
 
 pytest.importorskip("triton")
 from l2e import triton_kernels
@@ -26,11 +26,13 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
 BOTH = pytest.mark.parametrize("made_by", [kernels, triton_kernels], ids=["plain", "triton"])
 
 
-def rule(neurons: int, generator: torch.Generator, **changes) -> Rule:
+def arguments(neurons: int, generator: torch.Generator, **changes) -> KernelArguments:
     mean = torch.randn(neurons, generator=generator) * 0.3
-    limit = torch.rand(neurons, generator=generator) * 2 + 0.5
+    threshold = torch.rand(neurons, generator=generator) * 2 + 0.5
     keys = {"activation": "gelu", "method": "regularize", "delta": 1.0} | changes
-    return Rule(mean=mean.to(DEVICE), limit=keys.pop("limit", limit.to(DEVICE)), **keys)
+    return KernelArguments(
+        mean=mean.to(DEVICE), threshold=keys.pop("threshold", threshold.to(DEVICE)), **keys
+    )
 
 
 def draw(tokens: int, neurons: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -38,10 +40,10 @@ def draw(tokens: int, neurons: int, dtype: torch.dtype, generator: torch.Generat
     return values.to(dtype).to(DEVICE)
 
 
-def expected_sums(out: Tensor, rule: Rule) -> Tensor:
+def expected_sums(out: Tensor, arguments: KernelArguments) -> Tensor:
     """The four sums in float64, of the activations as the next layer sees them."""
-    deviation = out.double() - rule.mean.double()
-    selected = (out.float() - rule.mean).square() >= rule.limit
+    deviation = out.double() - arguments.mean.double()
+    selected = (out.float() - arguments.mean).square() >= arguments.threshold
     logs = torch.where(selected, deviation.square().log(), 0)
     return torch.stack([deviation.sum(0), deviation.square().sum(0), selected.sum(0), logs.sum(0)])
 
@@ -76,7 +78,7 @@ PRECISION = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 def test_forward_sums_what_it_returns(made_by, tokens, neurons, activation, dtype, biased, seed):
     generator = torch.Generator().manual_seed(seed)
     bias = draw_bias(biased, neurons, dtype, generator)
-    inhibit = rule(neurons, generator, activation=activation, bias=bias)
+    inhibit = arguments(neurons, generator, activation=activation, bias=bias)
     pre = draw(tokens, neurons, dtype, generator)
     sums = new_sums(neurons)
     out = made_by.forward(pre, inhibit, sums)
@@ -107,10 +109,10 @@ def test_backward_is_the_gradient_of_the_output_and_of_the_logs(
     generator = torch.Generator().manual_seed(seed)
     balance = torch.rand(neurons, generator=generator).to(DEVICE) if balanced else None
     bias = draw_bias(biased, neurons, dtype, generator)
-    inhibit = rule(neurons, generator, activation=activation, balance=balance, bias=bias)
+    inhibit = arguments(neurons, generator, activation=activation, balance=balance, bias=bias)
     pre, grad = (draw(tokens, neurons, dtype, generator) for _ in range(2))
     out = made_by.forward(pre, inhibit, new_sums(neurons))
-    selected = (out.float() - inhibit.mean).square() >= inhibit.limit
+    selected = (out.float() - inhibit.mean).square() >= inhibit.threshold
 
     x = (pre.double() if bias is None else pre.double() + bias.double()).requires_grad_()
     z = ACTIVATIONS[activation](x)
@@ -121,7 +123,7 @@ def test_backward_is_the_gradient_of_the_output_and_of_the_logs(
     if balanced:
         objective = objective - 0.3 * (deviation.square() * balance.double()).sum()
     objective.backward()
-    found, bias_gradient = made_by.backward(grad, pre, inhibit, pull=0.3)
+    found, bias_gradient = made_by.backward(grad, pre, inhibit, loss_gradient=0.3)
     # Plain operations round the gradient to z and the result; with a bias the slope is taken at
     # the rounded sum.
     roundings = (2 if made_by is kernels else 1) + (2 if biased else 0)
@@ -140,9 +142,9 @@ def test_backward_is_the_gradient_of_the_output_and_of_the_logs(
 @BOTH
 def test_deactivation_puts_the_mean_and_turns_the_gradient(made_by):
     generator = torch.Generator().manual_seed(0)
-    inhibit = rule(40, generator, activation=None, method="deactivate", delta=3.0)
+    inhibit = arguments(40, generator, activation=None, method="deactivate", delta=3.0)
     pre, grad = (draw(30, 40, torch.float32, generator) for _ in range(2))
-    selected = (pre - inhibit.mean).square() >= inhibit.limit
+    selected = (pre - inhibit.mean).square() >= inhibit.threshold
     assert 0 < selected.sum() < selected.numel()
     out = made_by.forward(pre, inhibit, new_sums(40))
     assert torch.equal(out, torch.where(selected, inhibit.mean, pre))
@@ -153,7 +155,7 @@ def test_deactivation_puts_the_mean_and_turns_the_gradient(made_by):
 @BOTH
 def test_nothing_is_selected_before_there_is_a_threshold(made_by):
     generator = torch.Generator().manual_seed(0)
-    observe = rule(20, generator, limit=None)
+    observe = arguments(20, generator, threshold=None)
     pre, grad = (draw(50, 20, torch.float32, generator) for _ in range(2))
     sums = new_sums(20)
     close(made_by.forward(pre, observe, sums), F.gelu(pre.double()), 1e-6)
@@ -166,7 +168,7 @@ def test_nothing_is_selected_before_there_is_a_threshold(made_by):
 @BOTH
 def test_sums_are_added_to_what_is_there_and_repeat_bit_for_bit(made_by):
     generator = torch.Generator().manual_seed(0)
-    inhibit, pre = rule(70, generator), draw(700, 70, torch.float32, generator)
+    inhibit, pre = arguments(70, generator), draw(700, 70, torch.float32, generator)
     once, twice, again = new_sums(70), new_sums(70), new_sums(70)
     made_by.forward(pre, inhibit, once)
     made_by.forward(pre, inhibit, again)
@@ -181,7 +183,7 @@ def test_a_mean_far_from_zero_costs_no_accuracy(made_by):
     """Raw sums of squares around zero would lose all digits of a spread of 1 around 10,000."""
     generator = torch.Generator().manual_seed(0)
     pre = draw(512, 16, torch.float32, generator) + 1e4
-    far = Rule("gelu", "regularize", 1.0, torch.full((16,), 1e4, device=DEVICE), None)
+    far = KernelArguments("gelu", "regularize", 1.0, torch.full((16,), 1e4, device=DEVICE), None)
     sums = new_sums(16)
     made_by.forward(pre, far, sums)
     deviation = pre.double() - 1e4

@@ -119,14 +119,14 @@ def test_equal_losses_but_another_tensor(tmp_path, capsys):
     for name, value in (("a", 1.0), ("b", 1.001)):
         run = make_run(tmp_path / name)
         final = run / "checkpoints" / folders.folder_name(50)
-        aside = folders.begin(final)
+        temporary = folders.begin(final)
         file = TensorFile(
-            aside / "model-00001-of-00001.safetensors",
+            temporary / "model-00001-of-00001.safetensors",
             {n: TensorSpec((4,), torch.float32) for n in ("first", "second")},
         )
         file.write("first", torch.ones(4))
         file.write("second", torch.full((4,), value))
-        folders.commit(aside, final, {"model-00001-of-00001.safetensors": file.close()})
+        folders.commit(temporary, final, {"model-00001-of-00001.safetensors": file.close()})
     assert compare(tmp_path / "a", tmp_path / "b", "--equal") == 1
     assert "step_0000050 model second differs" in capsys.readouterr().out
 

@@ -106,7 +106,7 @@ def test_metrics_have_the_contracts_keys(alone: Path) -> None:
     }
     for line in lines[3::4]:
         assert set(line["l2e"]) == {"0", "1"}
-        assert all(layer_keys == set(figures) for figures in line["l2e"].values())
+        assert all(layer_keys == set(numbers) for numbers in line["l2e"].values())
     assert lines[2]["ms_loss"] == 0
     assert lines[-1]["ms_loss"] != 0  # inhibition has begun
 

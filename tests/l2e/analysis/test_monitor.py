@@ -23,9 +23,9 @@ class Bytes:
 def observe_in(network, part=slice(None)):
     """The network's activations, or some neurons' alone."""
 
-    def observe(tokens, see):
+    def observe(tokens, hook):
         def show(layer, _, post):
-            see(str(layer), post[..., part])
+            hook(str(layer), post[..., part])
 
         with torch.no_grad(), watch(network, show):
             network.model(tokens, use_cache=False)

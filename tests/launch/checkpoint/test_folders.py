@@ -21,14 +21,14 @@ ROOT = Path(__file__).parents[3]
 def save(folder: Path, step: int, value: float = 1.0, size: int = 1000) -> Path:
     """A checkpoint of two files through the real writer."""
     final = folder / folders.folder_name(step)
-    aside = folders.begin(final)
+    temporary = folders.begin(final)
     records = {}
     for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
-        file = TensorFile(aside / name, {"weight": TensorSpec((size,), torch.float32)})
+        file = TensorFile(temporary / name, {"weight": TensorSpec((size,), torch.float32)})
         file.write("weight", torch.full((size,), value))
         records[name] = file.close()
-    records["state.json"] = folders.write_text(aside / "state.json", json.dumps({"step": step}))
-    folders.commit(aside, final, records)
+    records["state.json"] = folders.write_text(temporary / "state.json", json.dumps({"step": step}))
+    folders.commit(temporary, final, records)
     folders.point_latest(final)
     return final
 

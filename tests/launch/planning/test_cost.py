@@ -1,4 +1,4 @@
-"""The analytic model of cost against counted parameters, counted FLOPs and published figures."""
+"""The analytic model of cost against counted parameters, counted FLOPs and published numbers."""
 
 from dataclasses import dataclass, replace
 

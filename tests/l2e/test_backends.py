@@ -1,4 +1,4 @@
-"""The path of the layer's arithmetic: chosen for a reason, and every fallback visible."""
+"""The backend of the layer's arithmetic: chosen for a reason, and every fallback visible."""
 
 import logging
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from l2e import Controller, L2EConfig, L2ELayer, path
+from l2e import Controller, L2EConfig, L2ELayer, backends
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
@@ -16,22 +16,22 @@ TRITON = L2EConfig(kernels="triton")
 @pytest.fixture(autouse=True)
 def undecided():
     """Every test decides anew."""
-    path._choose.cache_clear()
+    backends._choose.cache_clear()
     yield
-    path._choose.cache_clear()
+    backends._choose.cache_clear()
 
 
 def fallback(caplog, config=TRITON, dtype=torch.float32) -> str:
-    """The one line that a fallback to the plain path logs."""
+    """The one line that a fallback to the plain backend logs."""
     with caplog.at_level(logging.WARNING, logger="l2e"):
         for _ in range(2):
-            assert path.choose(config, CPU, dtype).name == "plain"
+            assert backends.choose(config, CPU, dtype).name == "plain"
     assert len(caplog.records) == 1
     return caplog.records[0].getMessage()
 
 
 def test_plain_is_the_default_and_says_nothing(caplog):
-    chosen = path.choose(L2EConfig(), CPU, torch.float32)
+    chosen = backends.choose(L2EConfig(), CPU, torch.float32)
     assert str(chosen) == "plain kernels (l2e.kernels is 'plain')"
     assert not caplog.records
 
@@ -90,7 +90,7 @@ def test_when_its_numbers_are_wrong(caplog, monkeypatch):
     [{}, {"scale_invariant": True}, {"method": "deactivate"}, {"method": "none"}],
     ids=["regularize", "scale_invariant", "deactivate", "none"],
 )
-def test_a_layer_trains_alike_on_both_paths(monkeypatch, keys):
+def test_a_layer_trains_alike_on_both_backends(monkeypatch, keys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     plain, fused = (run(L2EConfig(kernels=name, **SHORT | keys)) for name in ("plain", "triton"))
     for name, wanted in plain.items():
@@ -114,5 +114,5 @@ def run(config: L2EConfig, steps: int = 4) -> dict[str, torch.Tensor]:
         results[f"gradient {step}"] = pre.grad
         results[f"bias gradients up to {step}"] = bias.grad.clone()
         results[f"loss {step}"] = controller.ms_loss()
-    assert path.choose(config, CPU, torch.float32).name == config.kernels
+    assert backends.choose(config, CPU, torch.float32).name == config.kernels
     return results | controller.state_dict()

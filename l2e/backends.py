@@ -16,47 +16,47 @@ from torch import Tensor
 
 from l2e import kernels
 from l2e.config import L2EConfig
-from l2e.kernels import Rule
+from l2e.kernels import Gradients, KernelArguments
 
-# Largest difference from the plain path, as a share of the largest value: rounding alone. The
-# plain path rounds a half-precision gradient twice, the kernel once.
+# Largest difference from the plain backend, as a share of the largest value: rounding alone. The
+# plain backend rounds a half-precision gradient twice, the kernel once.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
 
 @dataclass(frozen=True)
-class Path:
+class Backend:
     """An implementation of `kernels.forward` and `kernels.backward`, and why it was chosen."""
 
     name: str
     reason: str
-    forward: Callable[[Tensor, Rule, Tensor | None], Tensor]
-    backward: Callable[[Tensor, Tensor, Rule, Tensor | float], tuple[Tensor, Tensor | None]]
+    forward: Callable[[Tensor, KernelArguments, Tensor | None], Tensor]
+    backward: Callable[[Tensor, Tensor, KernelArguments, Tensor | float], Gradients]
 
     def __str__(self) -> str:
         return f"{self.name} kernels ({self.reason})"
 
 
-def choose(config: L2EConfig, device: torch.device, dtype: torch.dtype) -> Path:
-    """The path of a layer's calls; a fallback from what was asked for logs one warning."""
+def choose(config: L2EConfig, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend of a layer's calls; a fallback from what was asked for logs one warning."""
     return _choose(config.kernels, config.selection, config.method, device.type, dtype)
 
 
 @cache
-def _choose(wanted: str, selection: str, method: str, device: str, dtype: torch.dtype) -> Path:
+def _choose(wanted: str, selection: str, method: str, device: str, dtype: torch.dtype) -> Backend:
     if wanted == "plain":
         return _plain("l2e.kernels is 'plain'")
     problem = _why_not_triton(selection, method, device, dtype)
     if problem is None:
         from l2e import triton_kernels as fused
 
-        return Path("triton", "equal to plain on this device", fused.forward, fused.backward)
-    path = _plain(problem)
-    logging.getLogger("l2e").warning("l2e: %s", path)
-    return path
+        return Backend("triton", "equal to plain on this device", fused.forward, fused.backward)
+    backend = _plain(problem)
+    logging.getLogger("l2e").warning("l2e: %s", backend)
+    return backend
 
 
-def _plain(reason: str) -> Path:
-    return Path("plain", reason, kernels.forward, kernels.backward)
+def _plain(reason: str) -> Backend:
+    return Backend("plain", reason, kernels.forward, kernels.backward)
 
 
 def _why_not_triton(selection: str, method: str, device: str, dtype: torch.dtype) -> str | None:
@@ -80,12 +80,12 @@ def _why_not_triton(selection: str, method: str, device: str, dtype: torch.dtype
 
 
 def _disagreement(fused, device: torch.device, dtype: torch.dtype) -> str | None:
-    """How the fused path differs from the plain one on random numbers; None if it does not."""
+    """How the fused backend differs from the plain one on random numbers; None if it does not."""
     generator = torch.Generator().manual_seed(0)
     pre, grad = (torch.randn(300, 70, generator=generator).to(device, dtype) for _ in range(2))
-    mean, limit = torch.zeros(70, device=device), torch.full((70,), 1.5, device=device)
-    rule = Rule("gelu", "regularize", 1.0, mean, limit, bias=pre[0])
-    found, wanted = (_results(path, pre, grad, rule) for path in (fused, kernels))
+    mean, threshold = torch.zeros(70, device=device), torch.full((70,), 1.5, device=device)
+    arguments = KernelArguments("gelu", "regularize", 1.0, mean, threshold, bias=pre[0])
+    found, wanted = (_results(backend, pre, grad, arguments) for backend in (fused, kernels))
     for name, value in wanted.items():
         error = (found[name].double() - value.double()).abs().max() / value.double().abs().max()
         if not error <= TOLERANCE[dtype]:
@@ -93,10 +93,10 @@ def _disagreement(fused, device: torch.device, dtype: torch.dtype) -> str | None
     return None
 
 
-def _results(path, pre: Tensor, grad: Tensor, rule: Rule) -> dict[str, Tensor]:
+def _results(backend, pre: Tensor, grad: Tensor, arguments: KernelArguments) -> dict[str, Tensor]:
     sums = torch.zeros(3 * pre.shape[1] + 1, device=pre.device)
-    output = path.forward(pre, rule, sums)
-    gradient, bias_gradient = path.backward(grad, pre, rule, 0.3)
+    output = backend.forward(pre, arguments, sums)
+    gradient, bias_gradient = backend.backward(grad, pre, arguments, 0.3)
     return {
         "output": output,
         "sums": sums,
