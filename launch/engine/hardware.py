@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 from configs import Config, ConfigError, Problem
-from launch.planning.layouts import GPUS
+from launch.planning.speed import GPUS
 
 # Of malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_INT = -1, -3, 2**31 - 1

@@ -228,7 +228,8 @@ def communication(model: ModelShape, layout: Layout) -> dict[str, int]:
     tensor: two all-reduces a block each way (attention and MLP; LayerNorms of their own feed them),
         one for each embedding, and three fp32 numbers a token for the cross-entropy; sequence
         parallelism moves as much as reduce-scatters and gathers.
-    pipeline: what crosses a stage's boundary, activations forward and their gradients backward.
+    pipeline: what crosses a stage's boundary, activations forward and their gradients backward;
+        with sequence parallelism each rank sends its part of the sequence.
     data: gradients all-reduced in fp32, once a step (ZeRO 0, 1) or every micro-batch (2), or
         reduce-scattered every micro-batch (3); weights gathered once a step, or at ZeRO-3, where
         they are more than DeepSpeed keeps whole, twice a micro-batch.
@@ -237,6 +238,7 @@ def communication(model: ModelShape, layout: Layout) -> dict[str, int]:
     element = BYTES[layout.dtype]
     count = max(stage_parameters(model, layout, stage) for stage in range(layout.pipeline))
     hidden_bytes = layout.micro_tokens * model.hidden_size * element
+    boundary = hidden_bytes // (layout.tensor if layout.sequence else 1)
     blocks = stage_blocks(model.num_layers, layout.pipeline, 0)
     exchanged = (4 * blocks + 2) * hidden_bytes + 3 * layout.micro_tokens * FP32
     gradients, weights = ring(count * FP32, layout.data), ring(count * element, layout.data)
@@ -244,7 +246,7 @@ def communication(model: ModelShape, layout: Layout) -> dict[str, int]:
     statistics = (3 * model.intermediate_size // layout.tensor + 2) * FP32
     return {
         "tensor": layout.accumulation * 2 * ring(exchanged, layout.tensor),
-        "pipeline": 2 * layout.accumulation * hidden_bytes if layout.pipeline > 1 else 0,
+        "pipeline": 2 * layout.accumulation * boundary if layout.pipeline > 1 else 0,
         "data": {
             0: 2 * gradients,
             1: 2 * gradients + weights,

@@ -1,7 +1,7 @@
-"""Which layout trains a model fastest on a number of GPUs, and how long a step takes there.
+"""Which layout suits a model on a number of GPUs, and how large a model fits there.
 
-Memory and bytes sent come from `cost`; seconds come from a GPU's datasheet and a few plain
-assumptions, all of them named here. An estimate, not a promise: `make bench` measures.
+Memory and bytes sent come from `cost`, seconds from `speed`. An estimate, not a promise: `make
+bench` measures.
 """
 
 from __future__ import annotations
@@ -12,36 +12,15 @@ from typing import TYPE_CHECKING
 
 from launch.planning import cost
 from launch.planning.cost import Layout, ModelShape
+from launch.planning.speed import GPU, step_seconds
 
 if TYPE_CHECKING:
     from configs import Config
 
 
-@dataclass(frozen=True)
-class GPU:
-    """Datasheet numbers of one GPU: dense bf16 and fp32 FLOP/s, bytes, and bytes/s each way."""
-
-    name: str
-    flops: float
-    fp32_flops: float
-    memory: float
-    memory_bandwidth: float
-    link: float
-    network: float = 50e9  # one 400 Gbit/s port a GPU, between nodes
-    per_node: int = 8
-
-
-GPUS = {
-    "a100": GPU("A100 80 GB", 312e12, 19.5e12, 80e9, 2.0e12, 300e9, network=25e9),
-    "h100": GPU("H100 80 GB", 989e12, 67e12, 80e9, 3.35e12, 450e9),
-    "h200": GPU("H200 141 GB", 989e12, 67e12, 141e9, 4.8e12, 450e9),
-    "b200": GPU("B200 180 GB", 2250e12, 75e12, 180e9, 8.0e12, 900e9),
-}
-
-EFFICIENCY = 0.4  # share of the peak that a whole training step's arithmetic reaches
 USABLE_MEMORY = 0.9  # the rest: CUDA context, communication buffers, fragmentation
-BLOCK_KERNELS = 60  # launches of one block, forward and backward
-KERNEL_SECONDS = 4e-6  # least time of one launch
+# A simpler layout is worth this much time; the estimates cannot tell smaller differences anyway.
+SIMPLER_WITHIN = 0.05
 
 
 @dataclass(frozen=True)
@@ -67,51 +46,12 @@ class Estimate:
 
 
 def estimate(
-    model: ModelShape, layout: Layout, gpu: GPU, efficiency: float = EFFICIENCY
+    model: ModelShape, layout: Layout, gpu: GPU, sustained: float | None = None
 ) -> Estimate:
     """Memory and step time of one layout."""
     memory = cost.peak_memory(model, layout)
     fits = sum(memory.values()) <= USABLE_MEMORY * gpu.memory
-    return Estimate(layout, memory, step_seconds(model, layout, gpu, efficiency), fits)
-
-
-def step_seconds(
-    model: ModelShape, layout: Layout, gpu: GPU, efficiency: float
-) -> dict[str, float]:
-    """Seconds of one optimizer step by what they are spent on; nothing is taken to overlap.
-
-    arithmetic: the model's FLOPs, and a third more where the forward pass is run again, but no
-        less than launching every kernel of a micro-batch takes.
-    bubble: the share (stages - 1) / micro-batches of it that a pipeline's ends stand idle.
-    tensor, pipeline, data, l2e: bytes sent over the link inside a node, or the network where a
-        group is spread over nodes (ranks of one tensor group are neighbours, then data, then
-        pipeline).
-    update: gradients added up every micro-batch (two read, one written), then read with the
-        optimizer's states, which are written back.
-    """
-    tokens = layout.step_tokens / layout.ranks
-    flops = cost.flops_per_token(model, layout.sequence_length) * tokens
-    peak = (gpu.fp32_flops if layout.dtype == "fp32" else gpu.flops) * efficiency
-    blocks = cost.stage_blocks(model.num_layers, layout.pipeline, 0)
-    launches = layout.accumulation * blocks * BLOCK_KERNELS * KERNEL_SECONDS
-    arithmetic = max(flops / peak, launches) * (4 / 3 if layout.checkpointing else 1)
-    sent = cost.communication(model, layout)
-    data_speed = _bandwidth(gpu, layout.tensor * layout.data)
-    parts = cost.peak_memory(model, layout)
-    return {
-        "arithmetic": arithmetic,
-        "bubble": arithmetic * (layout.pipeline - 1) / layout.accumulation,
-        "tensor": sent["tensor"] / _bandwidth(gpu, layout.tensor),
-        "pipeline": sent["pipeline"] / _bandwidth(gpu, layout.ranks),
-        "data": sent["data"] / data_speed,
-        "l2e": sent["l2e"] / data_speed,
-        "update": (3 * layout.accumulation * parts["gradients"] + 2 * parts["optimizer"])
-        / gpu.memory_bandwidth,
-    }
-
-
-def _bandwidth(gpu: GPU, spread: int) -> float:
-    return gpu.link if spread <= gpu.per_node else gpu.network
+    return Estimate(layout, memory, step_seconds(model, layout, gpu, sustained), fits)
 
 
 def layout_of(config: Config, ranks: int) -> Layout:
@@ -182,15 +122,16 @@ def candidates(model: ModelShape, wanted: Layout, ranks: int, per_node: int) -> 
 
 
 def rank_layouts(
-    model: ModelShape, wanted: Layout, ranks: int, gpu: GPU, efficiency: float = EFFICIENCY
+    model: ModelShape, wanted: Layout, ranks: int, gpu: GPU, sustained: float | None = None
 ) -> list[Estimate]:
     """Every candidate's estimate: those that fit first, fastest first.
 
-    Of layouts within 1 % of each other the simpler one comes first: less tensor and pipeline
-    parallelism, a lower ZeRO stage, no recomputation, then less memory.
+    Of layouts within `SIMPLER_WITHIN` of the fastest the simplest comes first: less tensor and
+    pipeline parallelism, no recomputation, a lower ZeRO stage; then the one asked for, then the
+    faster to a percent, then less memory.
     """
     estimates = [
-        estimate(model, layout, gpu, efficiency)
+        estimate(model, layout, gpu, sustained)
         for layout in candidates(model, wanted, ranks, gpu.per_node)
     ]
     if not estimates:
@@ -202,14 +143,65 @@ def rank_layouts(
     fastest = min((e.step_seconds for e in estimates if e.fits), default=0.0)
 
     def order(e: Estimate) -> tuple:
-        layout = e.layout
-        simplicity = (layout.tensor, layout.pipeline, layout.zero_stage, layout.checkpointing)
         if not e.fits:
-            return (True, e.total_memory, simplicity)
-        seconds = fastest if e.step_seconds < 1.01 * fastest else e.step_seconds
-        return (False, seconds, simplicity, e.total_memory)
+            return (True, e.total_memory, complexity(e.layout))
+        close = e.step_seconds < (1 + SIMPLER_WITHIN) * fastest
+        rough = fastest if close else e.step_seconds
+        percent = round(100 * e.step_seconds / fastest)
+        return (False, rough, complexity(e.layout), e.layout != wanted, percent, e.total_memory)
 
     return sorted(estimates, key=order)
+
+
+def complexity(layout: Layout) -> tuple[int, int, bool, int]:
+    """What a practitioner would rather do without, worst first."""
+    return (layout.pipeline, layout.tensor, layout.checkpointing, layout.zero_stage)
+
+
+def fastest(ranked: list[Estimate]) -> Estimate:
+    """The quickest of those that fit, however complicated."""
+    return min((e for e in ranked if e.fits), key=lambda e: e.step_seconds)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GPT-NeoX of a usual form: heads of 128, hidden size 128 for each layer."""
+
+    num_layers: int
+    vocab_size: int = 50304
+
+    @property
+    def hidden_size(self) -> int:
+        return 128 * self.num_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.num_layers
+
+    @property
+    def intermediate_size(self) -> int:
+        return 4 * self.hidden_size
+
+
+def largest_model(ranks: int, gpu: GPU, wanted: Layout) -> tuple[Shape, Estimate]:
+    """The largest model of a usual form that fits on `ranks` GPUs, and its best layout.
+
+    Only every fourth depth is tried. Raises ValueError where not even the smallest fits.
+    """
+    found = None
+    for layers in range(4, 400, 4):
+        shape = Shape(layers)
+        try:
+            best = rank_layouts(shape, wanted, ranks, gpu)[0]
+        except ValueError:
+            continue
+        if best.fits:
+            found = shape, best
+        elif found is not None and layers > 2 * found[0].num_layers:
+            break
+    if found is None:
+        raise ValueError(f"no model of a usual form fits on {ranks} x {gpu.name} with this batch")
+    return found
 
 
 def _divisors(number: int) -> list[int]:

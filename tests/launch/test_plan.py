@@ -21,8 +21,20 @@ def test_the_plan_names_the_model_the_run_and_the_machine(capsys):
     assert "1 x H200" in printed
     for part in ("weights", "gradients", "optimizer", "activations", "logits", "l2e", "total"):
         assert part in printed
-    for unit in ("tokens/s", "days", "GPU-hours", "Why:"):
+    for unit in ("tokens/s", "days", "GPU-hours", "Why:", "within 20%", "L2E in 2 layers adds"):
         assert unit in printed
+    assert "The largest model of a usual form on 1 x H200" in printed
+
+
+def test_the_numbers_are_written_for_programs(tmp_path, capsys):
+    output = tmp_path / "plan.json"
+    main(["--config", str(CONFIGS / "70m.json"), "--gpus", "8", "--output", str(output)])
+    plan = json.loads(output.read_text())
+    for name in ("configured", "chosen"):
+        found = plan[name]
+        assert found["step_seconds"] == pytest.approx(sum(found["seconds"].values()))
+        assert found["tokens_per_second"] == pytest.approx(1024 * 2048 / found["step_seconds"])
+        assert found["memory_bytes"] == sum(found["memory"].values())
 
 
 def test_a_layout_that_does_not_fit_is_named_and_a_better_one_chosen(capsys):

@@ -6,7 +6,15 @@ from types import SimpleNamespace
 import pytest
 
 from launch.planning.cost import Layout
-from launch.planning.layouts import GPUS, estimate, layout_of, rank_layouts
+from launch.planning.layouts import (
+    SIMPLER_WITHIN,
+    estimate,
+    fastest,
+    largest_model,
+    layout_of,
+    rank_layouts,
+)
+from launch.planning.speed import GPUS
 from tests.launch.planning.test_cost import PYTHIA, Shape
 
 H200 = GPUS["h200"]
@@ -15,14 +23,6 @@ SEVEN_BILLION = Shape(32, 4096, 32, 16384)
 
 def batch(ranks: int, sequences: int = 1024) -> Layout:
     return Layout(micro_batch_size=sequences // ranks, data=ranks, inhibited_layers=2)
-
-
-@pytest.mark.parametrize(("preset", "hours"), [("70m", 7), ("410m", 57), ("2.8b", 377)])
-def test_hours_of_a_tenth_of_pythia_on_one_h200(preset, hours):
-    """30.0 billion tokens at 40 % of the peak, worked out by hand when the project was planned."""
-    chosen = rank_layouts(PYTHIA[preset], batch(1), 1, H200)[0]
-    assert chosen.fits
-    assert 14300 * chosen.step_seconds / 3600 == pytest.approx(hours, rel=0.05)
 
 
 @pytest.mark.parametrize(("shape", "ranks"), [(PYTHIA["410m"], 8), (SEVEN_BILLION, 48)])
@@ -36,10 +36,25 @@ def test_layouts_keep_the_trainers_rules(shape, ranks):
         assert layout.pipeline == 1 or layout.zero_stage == 1
 
 
-def test_a_small_model_is_only_data_parallel():
-    chosen = rank_layouts(PYTHIA["70m"], batch(8), 8, H200)[0].layout
-    assert (chosen.tensor, chosen.pipeline, chosen.data) == (1, 1, 8)
+@pytest.mark.parametrize("gpus", [1, 8, 64])
+def test_a_small_model_is_only_data_parallel_and_keeps_its_weights_whole(gpus):
+    chosen = rank_layouts(PYTHIA["70m"], batch(gpus), gpus, H200)[0].layout
+    assert (chosen.tensor, chosen.pipeline, chosen.data) == (1, 1, gpus)
+    assert chosen.zero_stage == 1
     assert not chosen.checkpointing
+
+
+def test_what_is_asked_for_is_kept_where_nothing_is_clearly_better():
+    wanted = replace(batch(8), micro_batch_size=32, accumulation=4)
+    assert rank_layouts(PYTHIA["70m"], wanted, 8, H200)[0].layout == wanted
+
+
+def test_the_largest_model_fits_and_the_next_does_not():
+    shape, best = largest_model(8, H200, batch(8))
+    assert best.fits
+    assert 30e9 < 12 * shape.num_layers * shape.hidden_size**2 < 141e9 * 8 / 16
+    larger = replace(shape, num_layers=shape.num_layers + 4)
+    assert not rank_layouts(larger, batch(8), 8, H200)[0].fits
 
 
 def test_a_model_too_large_for_one_gpu_is_spread():
@@ -50,13 +65,12 @@ def test_a_model_too_large_for_one_gpu_is_spread():
     assert chosen.fits
 
 
-def test_what_fits_comes_first_and_the_fastest_within_a_percent():
+def test_what_fits_comes_first_and_the_first_is_nearly_the_fastest():
     ranked = rank_layouts(PYTHIA["2.8b"], batch(8), 8, GPUS["a100"])
     fits = [candidate.fits for candidate in ranked]
     assert fits == sorted(fits, reverse=True)
     assert 0 < sum(fits) < len(fits)
-    fastest = min(candidate.step_seconds for candidate in ranked if candidate.fits)
-    assert ranked[0].step_seconds < 1.01 * fastest
+    assert ranked[0].step_seconds < (1 + SIMPLER_WITHIN) * fastest(ranked).step_seconds
 
 
 def test_where_nothing_fits_the_smallest_comes_first():
@@ -64,19 +78,6 @@ def test_where_nothing_fits_the_smallest_comes_first():
     ranked = rank_layouts(huge, batch(1), 1, H200)
     assert not any(candidate.fits for candidate in ranked)
     assert ranked[0].total_memory == min(candidate.total_memory for candidate in ranked)
-
-
-def test_leaving_a_node_costs_the_network():
-    """The bytes of an all-reduce hardly grow from 8 to 16 GPUs, their way gets 9 times slower."""
-    inside = estimate(PYTHIA["410m"], batch(8), H200).seconds["data"]
-    across = estimate(PYTHIA["410m"], batch(16), H200).seconds["data"]
-    assert across / inside == pytest.approx(9 * (15 / 16) / (7 / 8), rel=1e-3)
-
-
-def test_a_pipeline_idles_for_its_bubble():
-    layout = Layout(pipeline=4, accumulation=8)
-    seconds = estimate(PYTHIA["410m"], layout, H200).seconds
-    assert seconds["bubble"] == pytest.approx(3 / 8 * seconds["arithmetic"])
 
 
 def configuration(**changes) -> SimpleNamespace:
