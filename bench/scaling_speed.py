@@ -61,16 +61,9 @@ def run(folder: Path, processes: int, steps: int) -> dict:
     }
     (folder / "config.json").write_text(json.dumps(configuration))
     target = folder / f"run_{processes}"
-    # The lone -- keeps the launcher from reading our --run as one of its own options.
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        "--",
-    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *launcher, "launch/pretrain.py"]
-    command += ["--config", str(folder / "config.json"), "--run", str(target)]
+    command += ["--config", str(folder / "config.json"), "--run-dir", str(target)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False

@@ -1,7 +1,49 @@
-"""How a verb ends: a user's mistake is a message and exit status 2, a bug is a traceback."""
+"""What the verbs share: their options for a run, and how they end.
 
+A user's mistake is a message and exit status 2, a bug is a traceback.
+"""
+
+import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+
+def verb_parser(description: str, **settings: str) -> argparse.ArgumentParser:
+    """A verb's command line; `--help` prints its description and epilog as they stand."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **settings
+    )
+
+
+def add_configuration(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The options `--config` and `--set`."""
+    parser.add_argument(
+        "--config", metavar="FILE", required=required, help="the run's configuration, a JSON file"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override one key, e.g. train.steps=100; may be repeated",
+    )
+
+
+def add_run_folder(parser: argparse.ArgumentParser) -> None:
+    """The option `--run-dir`; torchrun takes its old name `--run` for an option of its own."""
+    parser.add_argument(
+        "--run-dir",
+        "--run",
+        metavar="DIR",
+        type=Path,
+        help="the run's folder (default: runs/ and the config's name)",
+    )
+
+
+def run_folder(options: argparse.Namespace) -> Path:
+    """The folder that `--run-dir` names, or the configuration's own."""
+    return options.run_dir or Path("runs") / Path(options.config).stem
 
 
 def run_verb(main: Callable[[], int | None]) -> None:

@@ -5,7 +5,6 @@ Each step is a command that is printed before it runs, so that it can be typed b
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shlex
@@ -20,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from launch.cli import run_verb
+from launch import cli
 
 CONFIG = "configs/demo.json"
 PASSAGE_WORDS, LONGEST_DOCUMENT = 30, 600
@@ -28,16 +27,16 @@ PASSAGE_WORDS, LONGEST_DOCUMENT = 30, 600
 
 def main() -> None:
     """Run the tour."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", default="runs/demo", metavar="DIR", help="the run's folder")
+    parser = cli.verb_parser(__doc__)
+    cli.add_run_folder(parser)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to pretrain.py"
     )
     options = parser.parse_args()
-    run = Path(options.run)
+    run = options.run_dir or Path("runs/demo")
     began = time.monotonic()
     overrides = [word for setting in options.set for word in ("--set", setting)]
-    step("launch/pretrain.py", "--config", CONFIG, "--run", run, "--resume", "auto", *overrides,
+    step("launch/pretrain.py", "--config", CONFIG, "--run-dir", run, "--resume", "auto", *overrides,
          launcher=deepspeed())  # fmt: skip
     exported = run / "results" / "huggingface"
     if not exported.exists():
@@ -127,4 +126,4 @@ def describe(metrics: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    run_verb(main)
+    cli.run_verb(main)

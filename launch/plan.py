@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of launch/
 
-from launch.cli import run_verb
+from launch import cli
 from launch.planning import cost, layouts
 from launch.planning.cost import Layout
 from launch.planning.layouts import Estimate
@@ -61,13 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    result.add_argument("--config", required=True, help="configuration file of the run")
-    result.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key"
-    )
+    result = cli.verb_parser(__doc__)
+    cli.add_configuration(result)
     result.add_argument("--gpus", type=int, default=1, help="GPUs of the run (default: 1)")
     result.add_argument("--gpu", choices=GPUS, default="h200", help="their kind (default: h200)")
     result.add_argument(
@@ -206,4 +201,4 @@ def nothing_fits(smallest: Estimate, gpu: GPU) -> str:
 
 
 if __name__ == "__main__":
-    run_verb(main)
+    cli.run_verb(main)

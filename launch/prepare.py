@@ -24,7 +24,7 @@ from data.features import FeatureSet, build_features
 from data.prepare import Preparation, prepare
 from data.records import Record, parse
 from data.tokenizer import train_sentencepiece
-from launch.cli import run_verb
+from launch import cli
 
 SHOW = """Print the sequences of a training step, decoded, with where each part is from.
 
@@ -173,10 +173,9 @@ def _parser() -> argparse.ArgumentParser:
 def show(arguments: list[str]) -> None:
     """The verb `show`."""
     parser = _verb_parser("show", SHOW)
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run's configuration")
+    cli.add_configuration(parser)
+    cli.add_run_folder(parser)
     parser.add_argument("--step", required=True, type=int, help="training step, from 0")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--run", metavar="DIR", help="the run's folder, as for pretrain.py")
     parser.add_argument("--rows", type=int, default=4, help="sequences to print (default 4)")
     parser.add_argument(
         "--characters", type=int, default=600, help="text to print of each (default 600)"
@@ -188,7 +187,7 @@ def show(arguments: list[str]) -> None:
     from launch.training import data
 
     config = configs.load(options.config, options.set)
-    folder = Path(options.run or Path("runs") / Path(options.config).stem)
+    folder = cli.run_folder(options)
     paths = data.fetch(config, folder)
     prepared_with = None
     if isinstance(paths.training, str):
@@ -291,4 +290,4 @@ def _verb_parser(verb: str, description: str) -> argparse.ArgumentParser:
 VERBS = {"show": show, "stats": stats, "features": features}
 
 if __name__ == "__main__":
-    run_verb(main)
+    cli.run_verb(main)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.cli import run_verb
+from launch import cli
 
 if TYPE_CHECKING:
     from configs import Config
@@ -19,28 +19,17 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   python launch/pretrain.py --config configs/demo.json
   deepspeed --num_gpus 8 launch/pretrain.py --config configs/410m.json
-  torchrun --nproc-per-node 8 -- launch/pretrain.py --config configs/410m.json --resume auto
+  torchrun --nproc-per-node 8 launch/pretrain.py --config configs/410m.json --resume auto
   python launch/pretrain.py --config configs/2.8b.json --dry-run
-  python launch/pretrain.py --config configs/70m.json --set l2e.method=none --run runs/baseline
+  python launch/pretrain.py --config configs/70m.json --set l2e.method=none --run-dir runs/baseline
 """
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", metavar="FILE", help="the run's configuration, a JSON file")
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="override one key, e.g. train.steps=100; may be repeated",
-    )
-    parser.add_argument(
-        "--run", metavar="DIR", help="the run's folder (default: runs/ and the config's name)"
-    )
+    parser = cli.verb_parser(__doc__, epilog=EXAMPLES)
+    cli.add_configuration(parser, required=False)
+    cli.add_run_folder(parser)
     parser.add_argument(
         "--resume",
         metavar="auto|none|PATH",
@@ -94,8 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         # since a launcher ends all ranks when one leaves.
         time.sleep(5)
         sys.exit(2)
-    folder = Path(options.run or Path("runs") / Path(options.config).stem)
-    start(config, folder, options, process)
+    start(config, cli.run_folder(options), options, process)
 
 
 def start(config: Config, folder: Path, options: argparse.Namespace, process: Process) -> None:
@@ -103,7 +91,7 @@ def start(config: Config, folder: Path, options: argparse.Namespace, process: Pr
     resume = options.resume
     if resume == "none" and (folder / "metrics.jsonl").exists():
         raise ValueError(
-            f"--run {folder}: holds a run already; go on with it by --resume auto, or give "
+            f"--run-dir {folder}: holds a run already; go on with it by --resume auto, or give "
             "another folder"
         )
     from launch import checkpoint
@@ -125,4 +113,4 @@ def start(config: Config, folder: Path, options: argparse.Namespace, process: Pr
 
 
 if __name__ == "__main__":
-    run_verb(main)
+    cli.run_verb(main)

@@ -25,8 +25,8 @@ def python(*command: str | Path, timeout: int = 300, **environment: str):
 
 
 def torchrun(processes: int, *command: str | Path, **options):
-    """`torchrun` with a free port of its own; "--" keeps it from reading --run as its own."""
-    words = ("--standalone", "--nproc-per-node", str(processes), "--")
+    """`torchrun` with a free port of its own."""
+    words = ("--standalone", "--nproc-per-node", str(processes))
     return python("-m", "torch.distributed.run", *words, *command, **options)
 
 

@@ -125,7 +125,7 @@ def test_show_prints_a_steps_sequences(corpus, tokenizer, tmp_path):
             3,
             "--rows",
             4,
-            "--run",
+            "--run-dir",
             tmp_path / "r",
         ),
     )

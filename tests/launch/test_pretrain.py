@@ -67,7 +67,7 @@ def metrics(folder: Path) -> list[dict]:
 def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny run, trained by plain `python`."""
     folder = tmp_path_factory.mktemp("runs") / "alone"
-    done = python(VERB, "--config", config, "--run", folder)
+    done = python(VERB, "--config", config, "--run-dir", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -148,7 +148,7 @@ def test_what_is_kept_and_watched_on_the_way(config: Path, tmp_path: Path) -> No
         f"l2e.monitor={features}", "l2e.monitor_interval=2",
     )  # fmt: skip
     words = [word for setting in settings for word in ("--set", setting)]
-    done = python(VERB, "--config", config, "--run", folder, *words)
+    done = python(VERB, "--config", config, "--run-dir", folder, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "scale and fkr of 8 passages of 2 features (features), every 2 steps" in done.stdout
     assert done.stdout.count("training was held up for") == 6
@@ -159,7 +159,7 @@ def test_what_is_kept_and_watched_on_the_way(config: Path, tmp_path: Path) -> No
     assert all(set(measured[5][block]) == {"mean_ms", "ks", "fkr"} for block in ("0", "1"))
 
     resumed = python(
-        VERB, "--config", config, "--run", tmp_path / "from_0", "--set", "train.stop_after=5",
+        VERB, "--config", config, "--run-dir", tmp_path / "from_0", "--set", "train.stop_after=5",
         "--set", "logging.interval=1", "--resume", folder / "checkpoints" / "step_0000000",
     )  # fmt: skip
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
@@ -172,7 +172,7 @@ def test_two_processes_train_the_same_run(
     launcher: str, config: Path, alone: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / launcher
-    words = (VERB, "--config", config, "--run", folder)
+    words = (VERB, "--config", config, "--run-dir", folder)
     if launcher == "torchrun":
         done = torchrun(2, *words)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -208,7 +208,7 @@ def start_as_srun(*words: str | Path) -> None:
 
 def test_every_mistake_is_told_before_anything_starts(config: Path, tmp_path: Path) -> None:
     done = python(
-        VERB, "--config", config, "--run", tmp_path / "run",
+        VERB, "--config", config, "--run-dir", tmp_path / "run",
         "--set", "train.stepz=3", "--set", "model.num_attention_heads=5",
         "--set", "data.path=nowhere", "--set", "train.global_batch_size=7",
     )  # fmt: skip
@@ -245,7 +245,7 @@ def test_dry_run_refuses(config: Path, settings: tuple[str, ...], told: str) -> 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what only a machine without CUDA refuses")
 def test_what_this_machine_cannot_run_is_refused(config: Path, tmp_path: Path) -> None:
     settings = ("--set", "parallel.sequence=true", "--set", "parallel.tensor=2")
-    done = torchrun(2, VERB, "--config", config, "--run", tmp_path / "run", *settings)
+    done = torchrun(2, VERB, "--config", config, "--run-dir", tmp_path / "run", *settings)
     assert done.returncode != 0
     assert (
         "parallel.sequence = True: megatron-core's sequence parallelism needs CUDA" in done.stderr
@@ -263,7 +263,7 @@ def test_a_truncated_index_is_refused(config: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_run_in_the_same_folder_is_refused(config: Path, alone: Path) -> None:
-    done = python(VERB, "--config", config, "--run", alone)
+    done = python(VERB, "--config", config, "--run-dir", alone)
     assert done.returncode == 2
     assert "--resume auto" in done.stderr
 

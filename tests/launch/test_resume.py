@@ -57,7 +57,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def start(config: Path, run: Path, *words: str) -> subprocess.Popen:
-    command = [sys.executable, VERB, "--config", str(config), "--run", str(run), *words]
+    command = [sys.executable, VERB, "--config", str(config), "--run-dir", str(run), *words]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -104,7 +104,7 @@ def test_stopped_by_signals_damaged_and_resumed(config: Path, tmp_path: Path) ->
     damaged.write_bytes(data)
     end = stopped + 3
     last = python(
-        VERB, "--config", config, "--run", run, "--resume", "auto",
+        VERB, "--config", config, "--run-dir", run, "--resume", "auto",
         "--set", f"train.stop_after={end}",
     )  # fmt: skip
     assert last.returncode == 0, last.stdout + last.stderr
@@ -113,7 +113,7 @@ def test_stopped_by_signals_damaged_and_resumed(config: Path, tmp_path: Path) ->
 
     # All of it together is the run that nobody touched, bit for bit.
     whole = tmp_path / "whole"
-    done = python(VERB, "--config", config, "--run", whole, "--set", f"train.stop_after={end}")
+    done = python(VERB, "--config", config, "--run-dir", whole, "--set", f"train.stop_after={end}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(run) == losses(whole)
     assert max(losses(run)) == end
@@ -133,7 +133,7 @@ def test_scores_in_training_are_those_of_the_checkpoint(config: Path, tmp_path: 
         "evaluate.task_interval": 3,
     }
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    trained = torchrun(2, VERB, "--config", config, "--run", run, *words)
+    trained = torchrun(2, VERB, "--config", config, "--run-dir", run, *words)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     scores = {row["step"]: row["scores"]["sciq"] for row in rows if row.get("scores")}
@@ -149,7 +149,7 @@ def test_scores_in_training_are_those_of_the_checkpoint(config: Path, tmp_path: 
     assert shown["items"]["sciq"]["count"] == 12
     settings["evaluate.tasks"] = '["sciqq"]'
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    refused = python(VERB, "--config", config, "--run", tmp_path / "other", *words)
+    refused = python(VERB, "--config", config, "--run-dir", tmp_path / "other", *words)
     assert refused.returncode == 2
     assert "did you mean sciq" in refused.stderr
 
@@ -173,7 +173,7 @@ def test_training_goes_on_from_a_hugging_face_model(config: Path, tmp_path: Path
             ROOT / VERB,
             "--config",
             config,
-            "--run",
+            "--run-dir",
             run,
             "--resume",
             "imported",
