@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test lint bench
+.PHONY: venv demo test lint bench docs
 
 venv: .venv/installed
 
@@ -25,3 +25,6 @@ lint: venv
 
 bench: venv
 	$(BIN)/python bench/run.py
+
+docs: venv
+	$(BIN)/python docs/build.py

@@ -4,6 +4,7 @@ A user's mistake is a message and exit status 2, a bug is a traceback.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,10 +51,15 @@ def run_verb(main: Callable[[], int | None]) -> None:
     """Run a verb's `main` and leave the process with its exit status.
 
     A `ValueError` is a mistake the user can mend: its message alone is printed, and the status
-    is 2, as argparse's is. Ctrl-C leaves with 130, as shells expect. Everything else is ours.
+    is 2, as argparse's is. Ctrl-C leaves with 130, as shells expect, and so does the end of a
+    pipe (`--help-config | head`) with 141. Everything else is ours.
     """
     try:
         status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush to
+        status = 141
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
