@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import builtin
-from data.compression import COMPRESSIONS, DAMAGE, decompress
+from data.compression import DAMAGE, decompress
 from data.files import sha256
+from data.folders import PassedOver, files_of, without_copies
+from data.formats import ARROW, BYTE_ORDER_MARK, JSON_LINES, PARQUET, TEXT, judge
+from data.problem import Problem
 
 MAX_DOCUMENT_BYTES = 2**31 - 1  # an index stores a document's length as int32
 HUGGING_FACE = "hf:"
@@ -43,6 +46,7 @@ class Source:
 
     name: str
     format: str  # jsonl, text, parquet, arrow, hf or builtin
+    compression: str = ""  # gzip, zstd, xz, bzip2 or none
 
     def sha256(self) -> str | None:
         """Hash of the source's content; None where only the network has it."""
@@ -53,45 +57,81 @@ class Source:
         return sha256(Path(self.name))
 
 
+class Found(NamedTuple):
+    """What inputs name: the sources to read, and what lies beside them and isn't read."""
+
+    sources: list[Source]
+    passed_over: PassedOver
+
+
 def find_sources(inputs: list[str]) -> list[Source]:
     """The sources that files, folders, globs and `hf:` ids name, folders and globs in order.
 
-    Raises ValueError for a name without a file behind it.
+    Raises ValueError for a name without a file behind it, and for a file of an unreadable kind.
     """
-    sources = []
+    return look_over(inputs).sources
+
+
+def look_over(inputs: list[str]) -> Found:
+    """As `find_sources`, with what is passed over."""
+    entries: list[Path | Source] = []
+    passed_over: PassedOver = {}
     for name in inputs:
         if name.startswith(HUGGING_FACE):
-            sources.append(Source(name, "hf"))
+            entries.append(Source(name, "hf"))
             continue
-        paths = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
-        if not paths:
-            raise ValueError(
-                f"input {name!r}: no such file, folder or pattern; "
-                f"a Hugging Face data set is written {HUGGING_FACE}owner/name"
-            )
-        for path in map(Path, paths):
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
-            found = inside if path.is_dir() else [path]
-            sources += [Source(str(p), _format_of(p)) for p in found]
-    if not sources:
-        raise ValueError(f"input {' '.join(inputs)}: holds no files")
-    twice = [source.name for source, count in Counter(sources).items() if count > 1]
+        for path in _paths(name):
+            inside, beside = files_of(path) if path.is_dir() else ([path], {})
+            entries += inside
+            _merge(passed_over, beside)
+    if not entries:
+        beside = "".join(f", {len(found)} {reason}" for reason, found in passed_over.items())
+        raise ValueError(f"input {' '.join(inputs)}: holds no files{beside and ' but' + beside}")
+    _check_names([entry.name if isinstance(entry, Source) else str(entry) for entry in entries])
+    files, copies = without_copies([entry for entry in entries if isinstance(entry, Path)])
+    _merge(passed_over, copies)
+    once = set(files)
+    sources = [
+        entry if isinstance(entry, Source) else Source(str(entry), *judge(entry))
+        for entry in entries
+        if isinstance(entry, Source) or entry in once
+    ]
+    return Found(sources, passed_over)
+
+
+def _check_names(names: list[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"input {twice[0]}: is named twice; name each file once")
-    return sources
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            reason = "its name is no UTF-8, so no manifest can hold it"
+            raise Problem("input", ascii(name), reason, "rename it") from None
 
 
-def _format_of(path: Path) -> str:
-    """By the ending; a file of unknown ending is one text document."""
-    suffixes = [s for s in path.suffixes if s not in COMPRESSIONS]
-    formats = {
-        ".jsonl": "jsonl",
-        ".ndjson": "jsonl",
-        ".json": "jsonl",
-        ".parquet": "parquet",
-        ".arrow": "arrow",
-    }
-    return formats.get(suffixes[-1] if suffixes else "", "text")
+def _paths(name: str) -> list[Path]:
+    """The files and folders of a name or pattern. Raises ValueError where it has none."""
+    paths = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
+    if not paths:
+        raise ValueError(
+            f"input {name!r}: no such file, folder or pattern; "
+            f"a Hugging Face data set is written {HUGGING_FACE}owner/name"
+        )
+    for path in map(Path, paths):
+        if not path.exists():
+            raise Problem("input", path, "is a broken link", "mend it, or leave it out")
+        if not (path.is_file() or path.is_dir()):
+            raise Problem(
+                "input", path, "is no regular file", "write its content to one: it is read twice"
+            )
+    return [Path(path) for path in paths]
+
+
+def _merge(into: PassedOver, more: PassedOver) -> None:
+    for reason, names in more.items():
+        into.setdefault(reason, []).extend(names)
 
 
 def read_units(sources: list[Source], fields: Fields, skip: int = 0) -> Iterator[Unit]:
@@ -105,10 +145,10 @@ def read_units(sources: list[Source], fields: Fields, skip: int = 0) -> Iterator
 
 def _read_source(source: Source, fields: Fields) -> Iterator[Unit]:
     readers = {
-        "jsonl": _lines,
-        "text": _whole_file,
-        "parquet": _table_rows,
-        "arrow": _table_rows,
+        JSON_LINES: _lines,
+        TEXT: _whole_file,
+        PARQUET: _table_rows,
+        ARROW: _table_rows,
         "hf": _hugging_face_rows,
         "builtin": _builtin_rows,
     }
@@ -130,13 +170,15 @@ Contents = Iterator[tuple[bytes | dict | None, int]]
 
 
 def _lines(source: Source, fields: Fields) -> Contents:
-    """Lines without their ends; blank ones are empty, and None stands for one past the limit."""
+    """Lines without their ends; blank ones are empty, and None stands for one past the limit.
+
+    A byte order mark is dropped wherever a line begins with it, as in files joined by `cat`.
+    """
     limit = MAX_DOCUMENT_BYTES
-    path = Path(source.name)
-    with path.open("rb") as raw, decompress(path, raw) as stream:
+    with Path(source.name).open("rb") as raw, decompress(raw, source.compression) as stream:
         while line := stream.readline(limit + 1):
             if len(line) <= limit:
-                yield line.strip(), raw.tell()
+                yield line.removeprefix(BYTE_ORDER_MARK).strip(), raw.tell()
                 continue
             while line and not line.endswith(b"\n"):
                 line = stream.readline(limit)
@@ -144,10 +186,12 @@ def _lines(source: Source, fields: Fields) -> Contents:
 
 
 def _whole_file(source: Source, fields: Fields) -> Contents:
-    path = Path(source.name)
-    with path.open("rb") as raw, decompress(path, raw) as stream:
+    with Path(source.name).open("rb") as raw, decompress(raw, source.compression) as stream:
         content = stream.read(MAX_DOCUMENT_BYTES + 1)
-        yield (content or b"\n") if len(content) <= MAX_DOCUMENT_BYTES else None, raw.tell()
+        if len(content) > MAX_DOCUMENT_BYTES:
+            yield None, raw.tell()
+        else:
+            yield content.removeprefix(BYTE_ORDER_MARK) or b"\n", raw.tell()
 
 
 def _builtin_rows(source: Source, fields: Fields) -> Contents:
@@ -158,16 +202,10 @@ def _table_rows(source: Source, fields: Fields) -> Contents:
     """Rows of a Parquet or Arrow file, a small batch in memory at a time."""
     import pyarrow as arrow
 
-    name = source.name
     try:
-        schema, batches = (_parquet if source.format == "parquet" else _arrow)(name, fields)
-        if fields.text.split(".")[0] not in schema.names:
-            raise ValueError(
-                f"input {name}: has no column {fields.text!r}, only {', '.join(schema.names)}; "
-                "name the text's column with --text-field"
-            )
+        schema, batches = (_parquet if source.format == PARQUET else _arrow)(source.name, fields)
         for batch, position in batches:
-            columns = {column: batch[column] for column in _columns(fields, schema)}
+            columns = {column: batch[column] for column in _columns(source.name, fields, schema)}
             for row in range(batch.num_rows):
                 yield {column: _cell(cells[row]) for column, cells in columns.items()}, position
     except arrow.ArrowException as error:
@@ -179,7 +217,7 @@ def _parquet(name: str, fields: Fields):
     import pyarrow.parquet as parquet
 
     file = parquet.ParquetFile(name, pre_buffer=False, page_checksum_verification=True)
-    columns = _columns(fields, file.schema_arrow)
+    columns = _columns(name, fields, file.schema_arrow)
     bytes_a_row = Path(name).stat().st_size / max(1, file.metadata.num_rows)
     batches = file.iter_batches(batch_size=64, columns=columns)
     ends = itertools.count(1)
@@ -200,9 +238,22 @@ def _arrow(name: str, fields: Fields):
     return reader.schema, ((batch, file.tell()) for batch in batches)
 
 
-def _columns(fields: Fields, schema) -> list[str]:
-    wanted = {fields.text.split(".")[0], fields.subset.split(".")[0]}
-    return [name for name in schema.names if name in wanted]
+def _columns(name: str, fields: Fields, schema) -> list[str]:
+    """The columns of a table that hold the fields; a column may have dots in its own name.
+
+    Raises ValueError where there is none for the text.
+    """
+    text, subset = (
+        field if field in schema.names else field.split(".")[0]
+        for field in (fields.text, fields.subset)
+    )
+    if schema.names.count(text) != 1:
+        found = "two columns" if text in schema.names else "no column"
+        raise ValueError(
+            f"input {name}: has {found} {fields.text!r}, only {', '.join(schema.names)}; "
+            "name the text's column with --text-field"
+        )
+    return [text, subset] if schema.names.count(subset) == 1 and subset != text else [text]
 
 
 def _cell(value) -> object:
@@ -222,4 +273,7 @@ def _hugging_face_rows(source: Source, fields: Fields) -> Contents:
         rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
     except Exception as error:  # network, authentication, unknown name: the library has many
         raise ValueError(f"input {source.name}: cannot be opened ({error})") from error
-    yield from ((row, 0) for row in rows)
+    try:
+        yield from ((row, 0) for row in rows)
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.corpus import Fields, Source, find_sources, read_units
+from data.formats import TEXT, compression_of
 from data.problem import Problem
 from data.records import Record, parse
 
@@ -125,7 +126,8 @@ def _documents(what: FeatureSet, is_full: Callable[[str], bool]) -> Iterator[Doc
         return
     for feature, path in _labelled_files(what):
         if not is_full(feature):
-            for unit in read_units([Source(str(path), "text")], Fields()):
+            source = Source(str(path), TEXT, compression_of(path.name))
+            for unit in read_units([source], Fields()):
                 record = parse(unit, Fields())
                 if isinstance(record, Record):
                     yield Document(feature, str(path), record.text)

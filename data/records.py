@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from data import corpus
 from data.corpus import Fields, Unit
+from data.formats import TEXT, wide_encoding
 
 
 class Record(NamedTuple):
@@ -47,33 +48,60 @@ def _text_of(unit: Unit, fields: Fields) -> tuple[str, str]:
     """The text and the subset's name of a unit."""
     content: Any = unit.content
     if isinstance(content, bytes):
+        if unit.source.format == TEXT:
+            return _decoded_file(content), Path(unit.source.name).parent.name
+        line = _decoded(content)
         try:
-            content = content.decode()
-        except UnicodeDecodeError as error:
-            raise _NoDocument(f"invalid UTF-8 at byte {error.start}") from error
-        if unit.source.format == "text":
-            return content, Path(unit.source.name).parent.name
-        try:
-            content = json.loads(content)
+            content = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise _NoDocument(f"broken JSON: {error}") from error
     if not isinstance(content, dict):
         raise _NoDocument(f"no JSON object but {type(content).__name__}")
     text = _inside(content, fields.text)
+    if isinstance(text, bytes):  # of a binary column, or of a text column with damaged text
+        try:
+            text = text.decode()
+        except UnicodeDecodeError:
+            raise _NoDocument(
+                f"field {fields.text!r}: expected text, found invalid UTF-8"
+            ) from None
     if not isinstance(text, str):
-        is_bytes = isinstance(text, bytes)
-        found = "nothing" if text is None else "invalid UTF-8" if is_bytes else type(text).__name__
+        found = "nothing" if text is None else type(text).__name__
         raise _NoDocument(f"field {fields.text!r}: expected text, found {found}")
     subset = _inside(content, fields.subset)
     return text, subset if isinstance(subset, str) else ""
 
 
-def _inside(row: dict, field: str) -> object:
-    """`meta.pile_set_name` of {"meta": {"pile_set_name": "Wikipedia"}}; None if absent."""
-    value: object = row
-    for name in field.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
+def _decoded_file(content: bytes) -> str:
+    encoding = wide_encoding(content)
+    if encoding:
+        raise _NoDocument(f"{encoding}, where UTF-8 is read")
+    return _decoded(content)
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise _NoDocument(f"invalid UTF-8 at byte {error.start}") from error
+
+
+def _inside(row: object, field: str) -> object:
+    """`meta.pile_set_name` of {"meta": {"pile_set_name": "Wikipedia"}}; None if absent.
+
+    A name with dots in it goes before the way inwards, and JSON kept as text is looked into.
+    """
+    if isinstance(row, str | bytes) and row.lstrip()[:1] in ("{", b"{"):
+        try:
+            row = json.loads(row)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(row, dict):
+        return None
+    if field in row:
+        return row[field]
+    name, dot, rest = field.partition(".")
+    return _inside(row.get(name), rest) if dot else None
 
 
 def _check_text(text: str) -> None:

@@ -153,7 +153,8 @@ def test_too_long_documents_are_rejected_unread(tmp_path, monkeypatch, name):
     """The limit is 2^31 - 1 bytes; a small one shows the same."""
     monkeypatch.setattr(corpus, "MAX_DOCUMENT_BYTES", 100)
     long, short = json.dumps({"text": "x" * 350}), json.dumps({"text": "short"})
-    (tmp_path / name).write_text(f"{long}\n{short}\n")
+    prose = "" if name == "x.jsonl" else "Not JSON lines.\n" * 3
+    (tmp_path / name).write_text(f"{prose}{long}\n{short}\n")
     first, *rest = records(tmp_path / name)
     assert first.reason == "longer than 100 bytes"
     assert [r.text for r in rest] == (["short"] if name == "x.jsonl" else [])

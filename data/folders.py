@@ -1,0 +1,108 @@
+"""What of a folder is corpus: its files, without what programs and data sets keep beside theirs."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.formats import TEXT, by_name
+from data.problem import Problem
+
+PassedOver = dict[str, list[str]]  # reason: names
+
+SYSTEM_NAMES = {"__MACOSX", "thumbs.db", "desktop.ini"}
+# What tells of a data set's files but isn't one of them.
+COMPANION = re.compile(
+    r"(readme|licen[cs]e|copying|notice|citation|changelog)([._-].*)?"
+    r"|dataset_(info|infos|dict)\.json|state\.json|_success|(md5|sha\d+)sums(\.txt)?"
+    r"|.*\.(md5|sha1|sha256|crc)",
+    re.IGNORECASE,
+)
+HUB_STORE = {"blobs", "snapshots", "refs"}  # a hub's cache: snapshots are links into blobs
+
+
+def files_of(folder: Path) -> tuple[list[Path], PassedOver]:
+    """The files below a folder that may be corpus, in order, and what else lies there.
+
+    Links are followed, and what they lead to twice is taken once. Raises ValueError for a broken
+    link and for a folder that can't be read.
+    """
+    passed_over: PassedOver = {}
+
+    def pass_over(reason: str, path: Path) -> None:
+        passed_over.setdefault(reason, []).append(str(path))
+
+    found = []
+    for path, reason in _walk(folder):
+        if reason:
+            pass_over(reason, path)
+        else:
+            found.append(path)
+    found.sort()
+    holds_records = set()  # folders with a file of records in them or below
+    for path in found:
+        if by_name(path.name)[0] not in ("", TEXT) and not COMPANION.fullmatch(path.name):
+            holds_records.update(path.parents)
+    files = []
+    for path in found:
+        if COMPANION.fullmatch(path.name) and (path.parent in {folder, *holds_records}):
+            pass_over("about the data", path)
+        else:
+            files.append(path)
+    return files, passed_over
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Everything below a folder, with the reason why it is no corpus, or ""."""
+    seen = {_identity(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_unreadable):
+        store = {"blobs", "refs"} if set(folders) >= HUB_STORE else set()
+        entered = []
+        for name in sorted(folders):
+            path = Path(place, name)
+            reason = _reason(name) or ("the hub's store" if name in store else "")
+            if not reason and _identity(path) in seen:
+                reason = "the same folder again"
+            if reason:
+                yield path, reason
+            else:
+                seen.add(_identity(path))
+                entered.append(name)
+        folders[:] = entered
+        for name in sorted(names):
+            path = Path(place, name)
+            reason = _reason(name)
+            if not reason and not path.exists():
+                raise Problem("input", path, "is a broken link", "mend it, or remove it")
+            yield path, reason or ("" if path.is_file() else "no regular file")
+
+
+def _reason(name: str) -> str:
+    """Why a file or a folder of this name is no corpus, or ""."""
+    if name.startswith("."):
+        return "hidden"
+    if name in SYSTEM_NAMES or name.lower() in SYSTEM_NAMES:
+        return "of the operating system"
+    return "an interrupted preparation" if name.endswith(".partial") else ""
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _unreadable(error: OSError) -> None:
+    raise Problem("input", error.filename, f"can't be read ({error.strerror})", "repair it")
+
+
+def without_copies(files: list[Path]) -> tuple[list[Path], PassedOver]:
+    """The files, each once where several names lead to the same one."""
+    seen: dict[tuple[int, int], Path] = {}
+    once, again = [], []
+    for path in files:
+        first = seen.setdefault(_identity(path), path)
+        if first is path:
+            once.append(path)
+        else:
+            again.append(f"{path} is {first}")
+    return once, {"the same file again": again} if again else {}
