@@ -1,9 +1,10 @@
-"""What the verbs share: their options for a run, and how they end.
+"""What the verbs share: their options for a run, numbers within bounds, and how they end.
 
 A user's mistake is a message and exit status 2, a bug is a traceback.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -67,3 +68,42 @@ def run_verb(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         status = 130
     sys.exit(status or 0)
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argparse type: whole numbers from `least` to `most`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        return _within(value, least, most)
+
+    return read
+
+
+def number(
+    least: float, most: float | None = None, *, above: bool = False
+) -> Callable[[str], float]:
+    """An argparse type: finite numbers from `least`, or above it, to `most`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if above and value <= least:
+            raise argparse.ArgumentTypeError(f"{text} is out of bounds: more than {least} is meant")
+        return _within(value, least, most)
+
+    return read
+
+
+def _within(value, least, most):
+    if value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"{least} to {most}"
+        raise argparse.ArgumentTypeError(f"{value} is out of bounds: {bounds} is meant")
+    return value

@@ -9,22 +9,24 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from l2e.analysis.features import FeatureSet
+from l2e.analysis.features import FeatureSet, distinct
 from l2e.analysis.networks import Network
 from l2e.analysis.progress import Progress
 
 # What can be kept of a passage: the activation after (post) or before (pre) the non-linearity,
 # its maximum or its mean over the passage's valid tokens.
 KINDS = ("post_max", "post_mean", "pre_max", "pre_mean")
+
+CHARACTERS_A_TOKEN = 32  # of a text, read at first; few tokens are longer
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def collect(
         features = features.subset(usable)
         tokens = [tokens[row] for row in usable]
         lengths = lengths[usable]
+    features = replace(features, text_of=distinct(map(tuple, tokens)))  # as far as they are read
 
     key = _key(network, tokens, settings)
     folder = cache / f"{features.name}-{key}"
@@ -142,8 +145,32 @@ def collect(
 def tokenize(network: Network, texts: list[str], max_tokens: int) -> list[list[int]]:
     """Token ids of each text, cut at max_tokens and at the model's longest context."""
     limit = min(max_tokens, network.max_positions)
-    encoded = network.tokenizer(texts, truncation=True, max_length=limit)
-    return encoded["input_ids"]
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return network.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+
+    return first_tokens(encode, texts, limit)
+
+
+def first_tokens(
+    encode: Callable[[list[str]], list[list[int]]], texts: list[str], limit: int
+) -> list[list[int]]:
+    """The first `limit` token ids of each text, from no more of it than they need.
+
+    encode: the ids of texts. A long text is read as far as twice as much gives the same ids.
+    """
+    size = CHARACTERS_A_TOKEN * limit
+    found = [ids[:limit] for ids in encode([text[:size] for text in texts])]
+    for row, text in enumerate(texts):
+        read = size
+        while read < len(text):
+            read *= 2
+            [longer] = encode([text[:read]])
+            settled = len(longer) >= limit and longer[:limit] == found[row]
+            found[row] = longer[:limit]
+            if settled:
+                break
+    return found
 
 
 def length_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:

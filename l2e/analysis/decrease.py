@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l2e.analysis.activations import first_tokens
 from l2e.analysis.features import FeatureSet
 from l2e.analysis.networks import Network
 from l2e.analysis.progress import Progress
@@ -95,9 +96,14 @@ def analyze_decrease(
 
 def _batches(network: Network, features: FeatureSet, settings: Settings) -> list[Tensor]:
     """Passages joined and cut into token batches [rows, max_tokens], without padding."""
-    tokens = [token for ids in network.tokenizer(features.texts)["input_ids"] for token in ids]
     size = settings.rows * settings.max_tokens
     wanted = 2 * settings.batches
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return network.tokenizer(texts)["input_ids"]
+
+    passages = first_tokens(encode, features.texts, size * wanted)
+    tokens = [token for ids in passages for token in ids]
     if len(tokens) < size * wanted:
         raise ValueError(
             f"{features.name}: {len(tokens)} tokens, but {wanted} batches of {settings.rows} x "

@@ -2,24 +2,32 @@
 
 import gzip
 import hashlib
+import io
 import json
+import zlib
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+GZIP = b"\x1f\x8b"  # a gzip file's first bytes, whatever its name
+ZERO = "\0"  # half of each plain letter in UTF-16; no text of ours holds one
 
 
 @dataclass(frozen=True)
 class FeatureSet:
     """Passages and, for each, the index of its feature in `names`.
 
-    labels: int64 [passages].
+    labels: int64 [passages]. text_of: which text a passage is, the same number for its copies,
+    counted in order of appearance, int64 [passages].
     """
 
     name: str
     texts: list[str]
     labels: np.ndarray
     names: list[str]
+    text_of: np.ndarray
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -46,7 +54,11 @@ class FeatureSet:
                 "or skip fewer tokens (--skip)"
             )
         return FeatureSet(
-            self.name, [self.texts[row] for row in rows], self.labels[rows], self.names
+            self.name,
+            [self.texts[row] for row in rows],
+            self.labels[rows],
+            self.names,
+            distinct(self.text_of[rows].tolist()),
         )
 
     def digest(self) -> str:
@@ -57,32 +69,101 @@ class FeatureSet:
 
 
 def read_features(path: str | Path) -> FeatureSet:
-    """Read JSON lines {"text", "feature"}, plain or gzipped. Empty passages are left out, aloud.
+    """Read JSON lines {"text", "feature"}, plain or gzipped, UTF-8 with or without a byte order
+    mark. Empty passages are left out, aloud; copies and texts of several features are told.
 
-    Raises ValueError for a missing file, a malformed line, or fewer than two features.
+    Raises ValueError for a missing or damaged file, a malformed line, or fewer than two features.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"feature file {path} does not exist")
     texts, features, empty = [], [], []
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                text, feature = record["text"], record["feature"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f'{path}, line {number}: expected {{"text": ..., "feature": ...}}, '
-                    f"found {line.strip()[:80]!r}"
-                ) from error
-            if not text.strip():
-                empty.append(number)
-                continue
-            texts.append(text)
-            features.append(feature)
+    for number, line in _lines(path):
+        try:
+            text, feature = _parse(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        if not text.strip():
+            empty.append(number)
+            continue
+        texts.append(text)
+        features.append(feature)
     if empty:
         print(f"{path}: {len(empty)} empty passages left out (first: line {empty[0]})")
-    return make_features(path.name.split(".")[0], texts, features)
+    if not texts:
+        raise ValueError(f"{path}: holds no passage")
+    name = path.name.split(".")[0] or path.name
+    found = make_features(name, texts, features)
+    _tell_copies(path, found)
+    return found
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The file's lines, numbered from 1. What is no UTF-8 comes as surrogates."""
+    number = 0
+    with path.open("rb") as file:
+        zipped = file.read(2) == GZIP
+        file.seek(0)
+        opened = gzip.open(file) if zipped or path.suffix == ".gz" else file
+        try:
+            for line in io.TextIOWrapper(opened, "utf-8", errors="surrogateescape"):
+                number += 1
+                yield number, line.removeprefix("\ufeff")
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(
+                f"{path}, line {number + 1}: the gzip file is cut or damaged ({error}); "
+                "fetch or write it anew"
+            ) from error
+
+
+def _parse(line: str) -> tuple[str, str]:
+    """Text and feature of one line. Raises ValueError with what is wrong."""
+    told = f'expected {{"text": ..., "feature": ...}}, found {_shown(line.strip())}'
+    if ZERO in line or _surrogates(line):
+        raise ValueError(f"{told}: that is no UTF-8 text; convert the file (iconv -t utf-8)")
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(told) from error
+    if not isinstance(record, dict):
+        raise ValueError(told)
+    values = []
+    for key in ("text", "feature"):
+        value = record.get(key)
+        if not isinstance(value, str):
+            found = f"is {_shown(json.dumps(value))}" if key in record else "is missing"
+            raise ValueError(f'"{key}" {found}; a string in quotes is needed')
+        if _surrogates(value):
+            raise ValueError(f'"{key}" holds half of a surrogate pair, which is no character')
+        values.append(value)
+    text, feature = values
+    if not feature.strip():
+        raise ValueError('"feature" is empty; a passage needs its feature\'s name')
+    return text, feature
+
+
+def _shown(text: str) -> str:
+    return repr(text[:80]) + ("..." if len(text) > 80 else "")
+
+
+def _surrogates(text: str) -> bool:
+    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _tell_copies(path: Path, features: FeatureSet) -> None:
+    """Said once: passages that repeat a text, and texts that stand under several features."""
+    copies = len(features) - len(np.unique(features.text_of))
+    if copies:
+        pairs = np.unique(np.stack([features.text_of, features.labels]), axis=1)[0]
+        several = int((np.bincount(pairs) > 1).sum())
+        more = f"; {several} texts stand under more than one feature" if several else ""
+        print(f"{path}: {copies} passages are copies of another one{more}")
+
+
+def distinct(values: Iterable[Hashable]) -> np.ndarray:
+    """Equal values' common number, in order of their first appearance, int64 [values]."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)
 
 
 def make_features(name: str, texts: list[str], features: list[str]) -> FeatureSet:
@@ -94,4 +175,5 @@ def make_features(name: str, texts: list[str], features: list[str]) -> FeatureSe
             "features, so at least two are needed"
         )
     index = {feature: i for i, feature in enumerate(names)}
-    return FeatureSet(name, texts, np.array([index[feature] for feature in features]), names)
+    labels = np.array([index[feature] for feature in features])
+    return FeatureSet(name, texts, labels, names, distinct(texts))

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from l2e.analysis.activations import aggregate
+from l2e.analysis.activations import aggregate, first_tokens
 from l2e.analysis.features import FeatureSet
 from l2e.analysis.fkr import LAYER_SHARE, killed
 from l2e.analysis.scale import RANDOM_NEURONS, kolmogorov_smirnov, layer_scale, passage_scale
@@ -50,7 +50,10 @@ class Monitor:
         skip: int = 1,
     ):
         """Raises ValueError if a feature has no passage longer than `skip` tokens."""
-        tokens = [tokenizer.encode(text)[:max_tokens] for text in features.texts]
+        def encode(texts: list[str]) -> list[list[int]]:
+            return [tokenizer.encode(text) for text in texts]
+
+        tokens = first_tokens(encode, features.texts, max_tokens)
         usable = [row for row, ids in enumerate(tokens) if len(ids) > skip]
         self.features = features.subset(np.array(usable, dtype=np.int64))
         self.batch_size = batch_size

@@ -6,7 +6,7 @@ and a balanced L2 logistic regression on the first k of them is scored on the he
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -21,7 +21,7 @@ from l2e.analysis.progress import Progress
 SEED = 42
 PROBED_KIND = "pre_mean"
 HELD_OUT = 0.3
-FEWEST_PASSAGES = 10
+FEWEST_TEXTS = 10
 CANDIDATES = 30
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -48,19 +48,29 @@ class Split:
 
 
 def split_passages(features: FeatureSet) -> Split:
-    """70/30 with seed 42. Raises ValueError if a feature has fewer than 10 passages."""
-    few = {name: count for name, count in features.counts().items() if count < FEWEST_PASSAGES}
+    """70/30 with seed 42, of texts: a text's copies are all on one side, under whatever feature.
+
+    Raises ValueError if a feature has fewer than 10 texts.
+    """
+    _, first = np.unique(features.text_of, return_index=True)
+    labels = features.labels[first]  # of a text under several features, the first
+    counts = np.bincount(labels, minlength=len(features.names)).tolist()
+    few = [
+        f"{name} ({count})"
+        for name, count in zip(features.names, counts, strict=True)
+        if count < FEWEST_TEXTS
+    ]
     if few:
-        listed = ", ".join(f"{name} ({count})" for name, count in few.items())
         raise ValueError(
-            f"{features.name}: a 70/30 split needs at least {FEWEST_PASSAGES} passages of each "
-            f"feature; too few of {listed}. Add passages or remove the feature"
+            f"{features.name}: a 70/30 split needs at least {FEWEST_TEXTS} passages of each "
+            f"feature, copies counted once; too few of {', '.join(few)}. Add passages or remove "
+            "the feature"
         )
-    rows = np.arange(len(features))
-    train, test = train_test_split(
-        rows, test_size=HELD_OUT, random_state=SEED, stratify=features.labels
+    train, _ = train_test_split(
+        np.arange(len(first)), test_size=HELD_OUT, random_state=SEED, stratify=labels
     )
-    return Split(np.sort(train), np.sort(test))
+    trained = np.isin(features.text_of, train)
+    return Split(np.flatnonzero(trained), np.flatnonzero(~trained))
 
 
 def scale_neurons(z: np.ndarray, split: Split) -> np.ndarray:
@@ -118,9 +128,11 @@ def probe_sizes(z: np.ndarray, layer: int, features: FeatureSet, split: Split) -
 
 
 def permuted(features: FeatureSet) -> FeatureSet:
-    """The same passages with shuffled labels: what a probe finds where there is nothing."""
-    labels = np.random.default_rng(SEED).permutation(features.labels)
-    return FeatureSet(features.name, features.texts, labels, features.names)
+    """The same passages with labels shuffled over texts, copies alike: what a probe finds where
+    there is nothing."""
+    _, first = np.unique(features.text_of, return_index=True)
+    shuffled = np.random.default_rng(SEED).permutation(features.labels[first])
+    return replace(features, labels=shuffled[features.text_of])
 
 
 def best_first(probes: list[Probe]) -> list[Probe]:
