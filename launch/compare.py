@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.cli import run_verb
+from launch.cli import number, run_verb, whole
 
 if TYPE_CHECKING:
     from launch.comparison.comparison import Run
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--output", type=Path, metavar="DIR", help="default: RUN/results/comparison"
     )
-    result.add_argument("--arms", type=int, metavar="N", help="seeds in each of two arms")
+    result.add_argument("--arms", type=whole(1), metavar="N", help="seeds in each of two arms")
     result.add_argument(
         "--equal",
         action="store_true",
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--tolerance",
-        type=float,
+        type=number(0),
         default=TOLERANCE,
         metavar="R",
         help="largest relative difference of equal runs (default %(default)s: fp32, any layout)",

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.cli import run_verb
+from launch.cli import run_verb, whole
 
 
 def main() -> None:
@@ -43,14 +43,20 @@ def parser() -> argparse.ArgumentParser:
         "--steps", default="latest", help="of a run's folder: latest (default), all, or 100,200,..."
     )
     add("--tasks", required=True, help="task and suite names, separated by commas")
-    add("--shots", type=int, default=0, metavar="K", help="examples before each item (default 0)")
+    add(
+        "--shots",
+        type=whole(0),
+        default=0,
+        metavar="K",
+        help="examples before each item (default 0)",
+    )
     add(
         "--task-data",
         type=Path,
         metavar="DIR",
         help="read items from TASK_SPLIT.jsonl(.gz) files in DIR, not from the hub",
     )
-    add("--limit", type=int, metavar="N", help="only the first N items of each task")
+    add("--limit", type=whole(1), metavar="N", help="only the first N items of each task")
     add(
         "--reference",
         metavar="MODEL",
@@ -67,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
     add(
         "--batch-tokens",
-        type=int,
+        type=whole(1),
         metavar="N",
         help="most tokens of one forward pass (default: 2048 on a CPU, 32768 on a GPU)",
     )

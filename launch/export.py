@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.cli import run_verb
+from launch.cli import run_verb, whole
 
 
 def main() -> None:
@@ -93,9 +93,9 @@ def parser() -> argparse.ArgumentParser:
     verb.set_defaults(verb=reshard)
     add_checkpoint(verb)
     verb.add_argument(
-        "--tensor", type=int, required=True, metavar="N", help="tensor-parallel ranks"
+        "--tensor", type=whole(1), required=True, metavar="N", help="tensor-parallel ranks"
     )
-    verb.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline stages")
+    verb.add_argument("--pipeline", type=whole(1), default=1, metavar="N", help="pipeline stages")
 
     for verb in verbs.choices.values():
         verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")

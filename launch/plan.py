@@ -63,11 +63,13 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = cli.verb_parser(__doc__)
     cli.add_configuration(result)
-    result.add_argument("--gpus", type=int, default=1, help="GPUs of the run (default: 1)")
+    result.add_argument(
+        "--gpus", type=cli.whole(1, 1_000_000), default=1, help="GPUs of the run (default: 1)"
+    )
     result.add_argument("--gpu", choices=GPUS, default="h200", help="their kind (default: h200)")
     result.add_argument(
         "--efficiency",
-        type=float,
+        type=cli.number(0, 1, above=True),
         help="share of the datasheet's FLOP/s that large matrix products keep up in training "
         "(default: the GPU's own, 0.55 to 0.75; raise or lower it until a run of yours fits)",
     )

@@ -90,10 +90,6 @@ def _check(options: argparse.Namespace) -> None:
     """What argparse doesn't check; raises ValueError."""
     if not options.tokenizer and not options.train_tokenizer:
         raise ValueError("--tokenizer: missing; name a file, or train one with --train-tokenizer")
-    if options.workers < 1:
-        raise ValueError(f"--workers {options.workers}: at least one process has to tokenize")
-    if not 0 <= options.max_rejects <= 1:
-        raise ValueError(f"--max-rejects {options.max_rejects}: is a share, between 0 and 1")
 
 
 def _sample(sources: list[Source], fields: Fields, megabytes: float):
@@ -144,7 +140,11 @@ def _parser() -> argparse.ArgumentParser:
         help="tokenizer.json, sentencepiece .model, or hf:owner/name",
     )
     parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes that tokenize (default 1)"
+        "--workers",
+        type=cli.whole(1),
+        default=1,
+        metavar="N",
+        help="processes that tokenize (default 1)",
     )
     parser.add_argument("--text-field", default="text", help="where a record keeps its text")
     parser.add_argument(
@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-rejects",
-        type=float,
+        type=cli.number(0, 1),
         default=0.01,
         metavar="SHARE",
         help="stop when a larger share of the records can't be used (default 0.01)",
@@ -163,9 +163,13 @@ def _parser() -> argparse.ArgumentParser:
         help="train one on a sample, into --tokenizer or PREFIX.tokenizer.model",
     )
     parser.add_argument("--tokenizer-model", choices=["bpe", "unigram"], default="bpe")
-    parser.add_argument("--vocab-size", type=int, default=8192, metavar="N")
+    parser.add_argument("--vocab-size", type=cli.whole(1), default=8192, metavar="N")
     parser.add_argument(
-        "--sample-mb", type=float, default=10.0, metavar="MB", help="text to train it on"
+        "--sample-mb",
+        type=cli.number(0, above=True),
+        default=10.0,
+        metavar="MB",
+        help="text to train it on",
     )
     return parser
 
@@ -175,10 +179,12 @@ def show(arguments: list[str]) -> None:
     parser = _verb_parser("show", SHOW)
     cli.add_configuration(parser)
     cli.add_run_folder(parser)
-    parser.add_argument("--step", required=True, type=int, help="training step, from 0")
-    parser.add_argument("--rows", type=int, default=4, help="sequences to print (default 4)")
+    parser.add_argument("--step", required=True, type=cli.whole(0), help="training step, from 0")
     parser.add_argument(
-        "--characters", type=int, default=600, help="text to print of each (default 600)"
+        "--rows", type=cli.whole(1), default=4, help="sequences to print (default 4)"
+    )
+    parser.add_argument(
+        "--characters", type=cli.whole(1), default=600, help="text to print of each (default 600)"
     )
     options = parser.parse_args(arguments)
     import configs
@@ -266,17 +272,20 @@ def _features_options(arguments: list[str]) -> argparse.Namespace:
         help="put endings together; others are then left out; may be repeated",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl.gz")
-    parser.add_argument("--passages", type=int, default=500, help="of each feature (default 500)")
-    parser.add_argument("--characters", type=int, default=600, help="a passage's (default 600)")
     parser.add_argument(
-        "--per-document", type=int, default=5, help="passages a document gives at most (default 5)"
+        "--passages", type=cli.whole(1), default=500, help="of each feature (default 500)"
     )
-    parser.add_argument("--seed", type=int, default=42)
-    options = parser.parse_args(arguments)
-    for name in ("passages", "characters", "per_document"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
-    return options
+    parser.add_argument(
+        "--characters", type=cli.whole(1), default=600, help="a passage's (default 600)"
+    )
+    parser.add_argument(
+        "--per-document",
+        type=cli.whole(1),
+        default=5,
+        help="passages a document gives at most (default 5)",
+    )
+    parser.add_argument("--seed", type=cli.whole(0), default=42)
+    return parser.parse_args(arguments)
 
 
 def _verb_parser(verb: str, description: str) -> argparse.ArgumentParser:

@@ -104,7 +104,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with path.open("rb") as file:
         zipped = file.read(2) == GZIP
         file.seek(0)
-        opened = gzip.open(file) if zipped or path.suffix == ".gz" else file
+        opened = gzip.GzipFile(fileobj=file) if zipped or path.suffix == ".gz" else file
         try:
             for line in io.TextIOWrapper(opened, "utf-8", errors="surrogateescape"):
                 number += 1

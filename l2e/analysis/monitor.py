@@ -50,6 +50,7 @@ class Monitor:
         skip: int = 1,
     ):
         """Raises ValueError if a feature has no passage longer than `skip` tokens."""
+
         def encode(texts: list[str]) -> list[list[int]]:
             return [tokenizer.encode(text) for text in texts]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from l2e.analysis.activations import KINDS, Settings, collect
+from l2e.analysis.activations import KINDS, Settings, collect, first_tokens, tokenize
 from l2e.analysis.features import make_features
 
 
@@ -101,3 +101,31 @@ def test_overflow_of_float16_is_refused_and_leaves_nothing(neox, letter_features
 def test_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="post_max"):
         Settings(kinds=("post_median",))
+
+
+@pytest.mark.parametrize("unit", ["word ", "a", "     ", "ab,\n"])
+def test_a_long_passage_costs_its_first_tokens_alone(neox, unit, monkeypatch):
+    """The ids are the whole text's, from a small share of it."""
+    text = unit * (3_000_000 // len(unit))
+    read = []
+    encode = neox.tokenizer
+
+    def counting(texts, **settings):
+        read.extend(map(len, texts))
+        return encode(texts, **settings)
+
+    monkeypatch.setattr(neox, "tokenizer", counting)
+    [found] = tokenize(neox, [text], 16)
+    assert found == encode(text[:1000])["input_ids"][:16]
+    assert sum(read) < 3000
+
+
+def test_a_text_of_few_tokens_is_read_to_its_end():
+    """Ids that come late: one token for each 1,000 characters."""
+
+    def encode(texts):
+        return [[len(text[i : i + 1000]) for i in range(0, len(text), 1000)] for text in texts]
+
+    text = "x" * 8500
+    assert first_tokens(encode, [text, "y"], 4) == [[1000] * 4, [1]]
+    assert first_tokens(encode, [text], 20) == [[1000] * 8 + [500]]

@@ -47,6 +47,71 @@ def test_a_malformed_line_is_named(tmp_path):
         read_features(path)
 
 
+GOOD = b'{"text": "x", "feature": "a"}\n{"text": "y", "feature": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b'{"text": null, "feature": "a"}', r'"text" is \'null\''),
+        (b'{"text": 7, "feature": "a"}', r'"text" is \'7\''),
+        (b'{"text": "x", "feature": 7}', r'"feature" is \'7\''),
+        (b'{"text": "x", "feature": null}', r'"feature" is \'null\''),
+        (b'{"text": ["x"], "feature": "a"}', r'"text" is'),
+        (b'{"text": "x", "feature": {"b": 1}}', r'"feature" is'),
+        (b'{"text": "x", "feature": " "}', r'"feature" is empty'),
+        (b'{"text": "\\ud83d", "feature": "a"}', r'"text" holds half of a surrogate pair'),
+        (b'{"text": "x", "feature": "\\udc00"}', r'"feature" holds half of a surrogate pair'),
+        (b'["x", "a"]', r"expected"),
+        (b"[" * 100_000, r"expected"),
+        (b"9" * 10_000, r"expected"),
+        (b'{"text": "caf\xe9", "feature": "a"}', r"no UTF-8"),
+        ('{"text": "x", "feature": "a"}'.encode("utf-16"), r"no UTF-8"),
+    ],
+)
+def test_what_is_no_passage_is_told_with_file_and_line(tmp_path, line, told):
+    for name, content in (("x.jsonl", GOOD + line), ("x.jsonl.gz", gzip.compress(GOOD + line))):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{path}, line 3: .*{told}"):
+            read_features(path)
+
+
+@pytest.mark.parametrize("hurt", ["cut", "damaged", "no gzip", "left over"])
+def test_a_hurt_gzip_file_is_told_with_its_line(tmp_path, hurt):
+    random = np.random.default_rng(0)
+    lines = [json.dumps({"text": str(random.random()), "feature": "ab"[i % 2]}) for i in range(99)]
+    whole = gzip.compress("\n".join(lines).encode())
+    content = {
+        "cut": whole[: len(whole) // 2],
+        "damaged": whole[:500] + b"\0" * 200 + whole[700:],
+        "no gzip": GOOD,
+        "left over": whole + b"garbage",
+    }[hurt]
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path}, line \d+: the gzip file is cut or damaged"):
+        read_features(path)
+
+
+def test_gzip_is_told_by_content_and_byte_order_marks_are_passed_over(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + GOOD + b"\xef\xbb\xbf" + GOOD))  # cat a b
+    assert read_features(path).texts == ["x", "y"] * 2
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="holds no passage"):
+        read_features(path)
+
+
+def test_copies_are_told_and_counted(tmp_path, capsys):
+    records = [{"text": t, "feature": f} for t, f in ("xa", "yb", "xa", "xb", "za")]
+    features = read_features(write(tmp_path / "x.jsonl", records))
+    assert features.text_of.tolist() == [0, 1, 0, 0, 2]
+    assert features.subset(np.array([1, 3, 4])).text_of.tolist() == [0, 1, 2]
+    said = capsys.readouterr().out
+    assert "2 passages are copies of another one; 1 texts stand under more than one feature" in said
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         read_features(tmp_path / "none.jsonl")

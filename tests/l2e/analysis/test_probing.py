@@ -5,6 +5,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from l2e.analysis.activations import Settings, collect
+from l2e.analysis.features import make_features
 from l2e.analysis.probing import (
     analyze_probe,
     best_first,
@@ -30,6 +31,44 @@ def test_split_is_stratified_and_seeded():
 def test_a_feature_with_too_few_passages_is_named():
     with pytest.raises(ValueError, match=r"f1 \(9\)"):
         split_passages(feature_set(np.repeat([0, 1], [100, 9])))
+
+
+def copied(texts, copies, seed=0):
+    """Each text `copies` times in random order, features random by text."""
+    random = np.random.default_rng(seed)
+    labels = random.permutation(np.arange(texts) % 2)
+    rows = random.permutation(np.repeat(np.arange(texts), copies))
+    features = make_features("x", [f"t{i}" for i in rows], [f"f{labels[i]}" for i in rows])
+    return features, random.normal(size=(texts, 20))[rows]
+
+
+def test_copies_of_a_text_are_on_one_side_and_share_their_shuffled_label():
+    features, _ = copied(40, 5)
+    split = split_passages(features)
+    assert not {features.texts[i] for i in split.train} & {features.texts[i] for i in split.test}
+    assert len(split.train) + len(split.test) == 200
+    shuffled = permuted(features)
+    for text in set(features.texts):
+        rows = [i for i, other in enumerate(features.texts) if other == text]
+        assert len(set(shuffled.labels[rows])) == 1
+    assert (shuffled.labels != features.labels).any()
+    with pytest.raises(ValueError, match=r"copies counted once.*f0 \(9\)"):
+        split_passages(copied(18, 5)[0])
+
+
+def test_random_labels_with_copies_reach_no_more_than_their_control():
+    """With rows split and shuffled one by one the best of many neurons reached 0.75 against 0.6."""
+    excess = []
+    for seed in range(6):
+        features, z = copied(60, 4, seed)
+        split = split_passages(features)
+        scaled = scale_neurons(z, split)
+        best, control = (
+            max(probe.f1 for probe in search_layer(scaled, 0, labelled, split))
+            for labelled in (features, permuted(features))
+        )
+        excess.append(best - control)
+    assert abs(np.mean(excess)) < 2.5 * np.std(excess) / np.sqrt(len(excess)) + 0.01, excess
 
 
 def test_scaling_and_ranking():

@@ -1,0 +1,40 @@
+"""Numbers on the command line: within their bounds, or a message and status 2 at once."""
+
+import argparse
+import re
+
+import pytest
+
+from launch import compare, evaluate, export, plan
+from launch.cli import number, whole
+
+VERBS = {
+    "compare": (compare.parser(), ["runs"]),
+    "evaluate": (evaluate.parser(), ["--checkpoint", "x", "--tasks", "y"]),
+    "export": (export.parser(), ["reshard", "--checkpoint", "x", "--output", "y"]),
+    "plan": (plan.parser(), ["--config", "x"]),
+}
+OUT_OF_BOUNDS = [
+    *("compare --arms 0", "compare --tolerance -1", "compare --tolerance nan"),
+    *("evaluate --shots -1", "evaluate --limit 0", "evaluate --batch-tokens 0"),
+    *("export --tensor 0", "export --pipeline -2"),
+    *("plan --gpus 0", "plan --efficiency 0", "plan --efficiency 1.5", "plan --efficiency inf"),
+]
+
+
+@pytest.mark.parametrize("case", OUT_OF_BOUNDS)
+def test_what_is_out_of_bounds_is_named(case, capsys):
+    verb, option, value = case.split()
+    parser, required = VERBS[verb]
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args([*required, option, value])
+    assert ended.value.code == 2
+    assert re.search(rf"argument {option}: {value}\S* is", capsys.readouterr().err)
+
+
+def test_types_take_their_bounds_and_nothing_else():
+    assert [whole(1, 3)(text) for text in ("1", "3")] == [1, 3]
+    assert [number(0, 1)(text) for text in ("0", "1", "1e-3")] == [0, 1, 0.001]
+    for read, text in ((whole(1, 3), "4"), (whole(0), "1.5"), (number(0, above=True), "0")):
+        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(text)):
+            read(text)
