@@ -80,7 +80,8 @@ class Data(Section):
         "sample order: gpt-neox v1.0's, megatron-core's, or rows of Pythia's preshuffled files",
     )
     cache_dir: str | None = key(
-        None, "folder of the index maps; by default beside the data, or in the run's folder"
+        None,
+        "folder of the index maps, and of data that is fetched or built in; default: in the run's",
     )
 
 
@@ -182,6 +183,11 @@ class Evaluate(Section):
 
     interval: int = key(1000, "steps between validation losses; 0: at the end only", "steps", ge=0)
     batches: int = key(10, "global batches of the validation loss", "batches", ge=1)
+    layer_worth: bool = key(
+        False,
+        "at the end, also how much the validation loss rises without the MLP of each inhibited "
+        "block, and without all of these",
+    )
     tasks: list[str] = key(
         [],
         "lm-evaluation-harness tasks or suites (pythia, l2e) that are scored during training",

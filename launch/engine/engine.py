@@ -246,6 +246,21 @@ class Engine:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def without_mlps(self, numbers: set[int]) -> Iterator[None]:
+        """The model with the MLPs of some blocks taken out: they add nothing to the residual."""
+        hooks = [
+            module.mlp.register_forward_hook(lambda _, inputs, output: torch.zeros_like(output))
+            for module in self.model.modules()
+            if isinstance(module, Block) and module.number in numbers
+        ]
+        try:
+            with torch.compiler.set_stance("force_eager"):  # as above
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def gather_neurons(self, values: Tensor) -> Tensor:
         """[..., this rank's neurons] -> [..., all neurons of the layer]."""
         return Sharding(tensor_group=self.layout.tensor_group).gather_neurons(values)

@@ -92,7 +92,7 @@ def fetch(config: Config, folder: Path) -> Paths:
     """Bring what the configuration names onto this machine; built-in data is prepared once."""
     data, tokenizer = config.data, config.tokenizer.path
     if data.corpus == "builtin":
-        return prepare_builtin(config, folder / "data" / "builtin")
+        return prepare_builtin(config, Path(data.cache_dir or folder / "data") / "builtin")
     path = data.path
     if is_hub(path):
         assert isinstance(path, str)

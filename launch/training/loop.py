@@ -11,6 +11,7 @@ from torch import Tensor
 from configs import Config
 from data import prefetch
 from l2e.backends import choose as choose_kernels
+from l2e.config import select_layers
 from launch import checkpoint
 from launch.engine import hardware
 from launch.engine.engine import Engine, build
@@ -130,7 +131,9 @@ def look_at_model(
     wanted = run.config.evaluate
     found: dict[str, Any] = {}
     if step in (1, last) or due(wanted.interval, step):
-        found["validation_loss"] = validate(run.config, engine, data)
+        found["validation_loss"] = loss = validate(run.config, engine, data)
+        if step == last and wanted.layer_worth:
+            found["layer_worth"] = layer_worth(run.config, engine, data, float(loss))
     if wanted.tasks and (step == last or due(wanted.task_interval, step)):
         found["scores"] = score_tasks(run, engine, data, step)
     if monitor is not None and (step == last or due(monitor.interval, step)):
@@ -158,6 +161,21 @@ def validate(config: Config, engine: Engine, data: Corpus) -> Tensor:
     """The loss on the same held-out batches each time (nats/token)."""
     batches = data.validation_batches(engine.layout)
     return engine.evaluate(batches, config.evaluate.batches)
+
+
+def layer_worth(config: Config, engine: Engine, data: Corpus, loss: float) -> dict[str, float]:
+    """By how much the validation `loss` rises without the MLPs of inhibited blocks (nats/token).
+
+    {block number: without its MLP alone, ..., "together": without all of them}. A layer that
+    costs nothing to remove was switched off, whatever its activations look like.
+    """
+    blocks = select_layers(config.l2e_settings.layers, config.model.num_layers)
+    asked = {str(block): {block} for block in blocks} | {"together": set(blocks)}
+    found = {}
+    for name, removed in asked.items():
+        with engine.without_mlps(removed):
+            found[name] = float(validate(config, engine, data)) - loss
+    return found
 
 
 def check_tasks(config: Config, data: Corpus) -> None:

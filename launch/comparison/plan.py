@@ -1,0 +1,249 @@
+"""An experiment's plan: arms x seeds over one base configuration, what is compared, and by what.
+
+A plan is a JSON file. Its schema is below; `Experiment` is a plan whose every run is known and
+has been checked, before the first of them starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from configs import Config, load
+from configs.schema import Section, key
+from launch.planning import cost
+
+
+class Arm(Section):
+    """One way to train: the base configuration with some keys changed."""
+
+    name: str = key(..., "the arm's name, and its folder's", pattern=r"^[A-Za-z0-9][\w.-]*$")
+    overrides: dict[str, Any] = key({}, "configuration keys of this arm, such as l2e.weight")
+    control_for: str | None = key(None, "what this arm rules out, in words")
+    seeds: int | None = key(None, "how many of the plan's seeds it runs; default: all", ge=1)
+
+
+class Comparison(Section):
+    """Which difference the experiment is about."""
+
+    arm: str = key(..., "the arm that is asked about")
+    against: str = key(..., "the arm it is held against; all others are too")
+    readout: str = key("validation_loss", "what is compared")
+
+
+class Plan(Section):
+    """An experiment as its author fixed it beforehand."""
+
+    question: str = key(..., "what the experiment is to answer")
+    base: str = key(..., "configuration that all arms share, relative to the plan's folder")
+    overrides: dict[str, Any] = key({}, "keys changed in all arms")
+    seeds: list[int] = key(
+        ..., "seeds of initial weights and data order, the same in all arms", min_length=1
+    )
+    arms: list[Arm] = key(..., "what is compared", min_length=2)
+    primary: Comparison = key(..., "the comparison that answers the question")
+    smallest_difference: float = key(
+        ..., "the smallest difference of the primary readout that matters", gt=0
+    )
+    deviation: float | None = key(
+        None, "standard deviation of a paired difference, of a pilot, for --dry-run", gt=0
+    )
+    notes: list[str] = key([], "what was decided beforehand, and why")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run: an arm with a seed.
+
+    Attributes:
+        assignments: `key=value`, as pretrain.py's --set takes them.
+        config: what they make of the base configuration.
+    """
+
+    arm: str
+    seed: int
+    folder: Path
+    base: Path
+    assignments: tuple[str, ...]
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, seed {self.seed}"
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "finished").exists()
+
+    def arguments(self) -> list[str]:
+        """What pretrain.py is called with."""
+        settings = [word for one in self.assignments for word in ("--set", one)]
+        return [
+            "--config", str(self.base), *settings, "--run", str(self.folder), "--resume", "auto"
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A checked plan with its runs, in the order in which they start.
+
+    Arms with the most seeds come first, and of these one seed after another: whatever is there
+    when time runs out is paired, and speaks of what the experiment is about.
+    """
+
+    plan: Plan
+    raw: dict[str, Any]
+    runs: list[PlannedRun]
+
+    @property
+    def hash(self) -> str:
+        return plan_hash(self.raw)
+
+    def seeds_of(self, arm: Arm) -> list[int]:
+        return self.plan.seeds[: arm.seeds]
+
+
+def plan_hash(raw: dict[str, Any]) -> str:
+    """SHA-256 of a plan, whatever its layout on the page."""
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+
+
+def read(path: Path, output: Path, control: bool = True) -> Experiment:
+    """The experiment in a plan's file, whose runs go to `output`.
+
+    Args:
+        control: whether the arms without inhibition and with silenced layers must be there.
+
+    Raises:
+        ValueError: lists everything that is wrong with the plan.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not readable as a plan in JSON ({error})") from None
+    return build(raw, path, output, control)
+
+
+def build(raw: dict[str, Any], path: Path, output: Path, control: bool = True) -> Experiment:
+    """The experiment of a plan that has been read from `path`."""
+    try:
+        plan = Plan.model_validate(raw)
+    except ValidationError as report:
+        told = [
+            f"  {'.'.join(str(part) for part in error['loc'])}: {explain(error)}"
+            for error in report.errors()
+        ]
+        raise ValueError("\n".join([f"{path}: {len(told)} errors", *told])) from None
+    problems = list(mistakes(plan))
+    runs: list[PlannedRun] = []
+    if not problems:
+        for arm in plan.arms:
+            try:
+                runs += planned(plan, arm, path.parent / plan.base, output)
+            except ValueError as error:
+                problems.append(f"arm {arm.name}: {error}")
+    if not problems:
+        problems += arms_alike(runs)
+        problems += controls_missing(runs) if control else []
+    if problems:
+        lines = [f"  {problem}" for problem in problems]
+        raise ValueError("\n".join([f"{path}: {len(lines)} errors", *lines]))
+    most = {arm.name: len(plan.seeds[: arm.seeds]) for arm in plan.arms}
+    order = {arm.name: place for place, arm in enumerate(plan.arms)}
+    runs.sort(key=lambda run: (-most[run.arm], plan.seeds.index(run.seed), order[run.arm]))
+    return Experiment(plan, raw, runs)
+
+
+def explain(error: Any) -> str:
+    """A schema error in the words of a user."""
+    if error["type"] == "extra_forbidden":
+        return f"unknown key (= {error['input']!r})"
+    return f"{error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def mistakes(plan: Plan) -> Iterator[str]:
+    """What is wrong with a plan by itself."""
+    for seed, count in Counter(plan.seeds).items():
+        if count > 1:
+            yield f"seeds: {seed} is named {count} times; a run repeated is no further evidence"
+    names = Counter(arm.name for arm in plan.arms)
+    yield from (f"arms: {name!r} names {count} arms" for name, count in names.items() if count > 1)
+    for which in ("arm", "against"):
+        if (name := getattr(plan.primary, which)) not in names:
+            yield f"primary.{which}: there is no arm {name!r}; there are {', '.join(names)}"
+    if plan.primary.arm == plan.primary.against:
+        yield f"primary: arm {plan.primary.arm!r} is compared with itself"
+    for arm in plan.arms:
+        if arm.seeds is not None and arm.seeds > len(plan.seeds):
+            yield f"arm {arm.name}: {arm.seeds} seeds, but the plan has {len(plan.seeds)}"
+        for name in ("train.seed", "model.seed"):
+            if name in arm.overrides or name in plan.overrides:
+                yield f"arm {arm.name}: {name} is the plan's to set, from its seeds"
+
+
+def planned(plan: Plan, arm: Arm, base: Path, output: Path) -> Iterator[PlannedRun]:
+    """An arm's runs, its configuration checked with everything that pretrain.py checks.
+
+    They share one folder of prepared data and index maps.
+    """
+    shared = {"data.cache_dir": str(output / "data")} | plan.overrides | arm.overrides
+    config = None
+    for seed in plan.seeds[: arm.seeds]:
+        keys = shared | {"train.seed": seed}
+        assignments = tuple(f"{name}={json.dumps(value)}" for name, value in keys.items())
+        config = load(base, assignments) if config is None else with_seed(config, seed)
+        folder = folder_of(output, arm.name, seed)
+        yield PlannedRun(arm.name, seed, folder, base, assignments, config)
+
+
+def folder_of(output: Path, arm: str, seed: int) -> Path:
+    """Where a run lies in its experiment's folder."""
+    return output / "runs" / arm / f"seed_{seed}"
+
+
+def with_seed(config: Config, seed: int) -> Config:
+    """The same configuration with another seed, which no check depends on."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+
+
+def arms_alike(runs: list[PlannedRun]) -> Iterator[str]:
+    """Arms whose configurations are the same."""
+    seen: dict[str, str] = {}
+    for run in runs:
+        text = run.config.model_dump_json()
+        if seen.setdefault(text, run.arm) != run.arm:
+            yield f"arms {seen[text]!r} and {run.arm!r} are the same configuration"
+            return
+
+
+def controls_missing(runs: list[PlannedRun]) -> Iterator[str]:
+    """The two arms without which a gain cannot be read."""
+    methods = {run.config.l2e.method for run in runs}
+    for method, what in (
+        ("none", "nothing to hold the others against"),
+        ("silence", "no telling a gain from that of switching the layers off"),
+    ):
+        if method not in methods:
+            yield f"arms: none has l2e.method {method!r}: {what}; add one, or say --no-control"
+
+
+def tokens(run: PlannedRun) -> int:
+    """Tokens that a run trains on."""
+    train = run.config.train
+    return train.steps * train.global_batch_size * run.config.data.sequence_length
+
+
+def checkpoint_bytes(run: PlannedRun) -> int:
+    """What a run's checkpoints take on the disk: fp32 weights and AdamW's two moments of each."""
+    kept = run.config.checkpoint
+    at_once = len(kept.steps) + max(1, kept.keep_last if kept.interval else 1)
+    if kept.keep_every:
+        at_once += run.config.train.steps // kept.keep_every
+    return at_once * 12 * cost.parameters(run.config.model)

@@ -1,0 +1,138 @@
+"""Run an experiment: arms x seeds, each run once, and say what can be concluded.
+
+    python launch/experiment.py configs/experiments/tiny.json --output runs/tiny
+    python launch/experiment.py configs/experiments/study.json --output runs/study --dry-run
+    python launch/experiment.py configs/experiments/study.json --output runs/study --workers 12
+    python launch/experiment.py report runs/tiny
+
+Finished runs are skipped and interrupted ones go on, so the same command may be given again at
+any time. `report` may be, too: it says what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.cli import run_verb
+
+if TYPE_CHECKING:
+    from launch.comparison.plan import Experiment
+
+
+def main(arguments: list[str] | None = None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["report"]:
+        return report(report_parser().parse_args(words[1:]).folder)
+    options = parser().parse_args(words)
+    from launch.comparison import plan
+
+    experiment = plan.read(options.plan, options.output, not options.no_control)
+    if options.dry_run:
+        from launch.comparison.preview import lines
+
+        print("\n".join(lines(experiment, options.workers)))
+        return 0
+    return run(experiment, options)
+
+
+def run(experiment: Experiment, options: argparse.Namespace) -> int:
+    """Train what is not finished yet, then write the page."""
+    from launch.comparison import record, workers
+    from launch.training import data
+    from launch.training.provenance import git_commit
+
+    commit = git_commit()
+    for warning in record.check_folder(experiment, options.output, commit):
+        print(f"warning: {warning}", flush=True)
+    record.write(experiment, options.output, commit)
+    left = [run for run in experiment.runs if not run.finished]
+    print(f"{len(experiment.runs) - len(left)} of {len(experiment.runs)} runs are finished")
+    if left:
+        for one in {run.arm: run for run in left}.values():
+            data.fetch(one.config, one.folder)  # once, before the runs ask for it side by side
+        outcome = workers.train_all(left, options.workers, train, say)
+        if outcome.stopped:
+            say("stopped; the same command goes on from here")
+            return 130
+        if outcome.failed:
+            say(f"{len(outcome.failed)} runs failed; the same command tries them again")
+    return report(options.output) or int(any(not run.finished for run in experiment.runs))
+
+
+def train(arguments: list[str]) -> None:
+    """One run, as `pretrain.py` trains it; its process may train another one afterwards."""
+    from launch import pretrain
+    from launch.engine.layout import release_layout
+
+    try:
+        pretrain.main(arguments)
+    finally:
+        release_layout()
+
+
+def say(message: str) -> None:
+    print(message, flush=True)
+
+
+def report(folder: Path) -> int:
+    """Say what an experiment's folder tells, of whatever runs are finished."""
+    from launch.comparison import findings
+
+    found = findings.find(folder)
+    (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(findings.summary(found))
+    print(folder / "report.json")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="experiment.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("plan", type=Path, metavar="PLAN.json", help="arms, seeds, comparison")
+    result.add_argument("--output", type=Path, required=True, metavar="DIR", help="its folder")
+    result.add_argument(
+        "--workers",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="runs at once on this machine, on one core each and dealt out over its GPUs "
+        "(default 1)",
+    )
+    result.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the plan, print runs, tokens, time and the difference it can detect, and stop",
+    )
+    result.add_argument(
+        "--no-control",
+        action="store_true",
+        help="go without the arms 'none' and 'silence', and so without what their gain is worth",
+    )
+    return result
+
+
+def report_parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="experiment.py report", description="Write an experiment's page from what is there."
+    )
+    result.add_argument("folder", type=Path, metavar="DIR", help="the experiment's folder")
+    return result
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least one")
+    return int(text)
+
+
+if __name__ == "__main__":
+    run_verb(main)

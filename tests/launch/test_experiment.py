@@ -1,0 +1,168 @@
+"""Experiments: plans that are wrong, runs that fail or are interrupted, and what is said of them.
+
+Training itself is stood in for by a few lines; the whole command is run by test_experiment_runs.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import experiment
+from launch.comparison import findings, plan, record, workers
+from tests.launch.stand_in import stand_in
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "configs" / "experiments" / "tiny.json"
+
+
+@pytest.fixture
+def raw() -> dict:
+    return json.loads(TINY.read_text()) | {"base": str(ROOT / "configs" / "demo.json")}
+
+
+def build(raw: dict, folder: Path, **options) -> plan.Experiment:
+    return plan.build(raw, folder / "plan.json", folder / "out", **options)
+
+
+def test_every_mistake_is_told_at_once_before_the_first_run(raw, tmp_path):
+    raw["seeds"] = [1, 2, 2]
+    raw["arms"][1] = {"name": "none", "overrides": {"train.seed": 3}, "seeds": 9}
+    raw["primary"]["against"] = "nothing"
+    with pytest.raises(ValueError) as caught:
+        build(raw, tmp_path)
+    for told in ("2 is named 2 times", "names 2 arms", "no arm 'nothing'", "9 seeds", "train.seed"):
+        assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"arms": 3}, "arms: input should be a valid list"),
+        ({"weeds": [1]}, "weeds: unknown key"),
+        ({"smallest_difference": 0}, "smallest_difference: input should be greater than 0"),
+        ({"base": "nowhere.json"}, "no such file"),
+        ({"overrides": {"l2e.wieght": 1}}, "did you mean l2e.weight"),
+    ],
+)
+def test_what_is_wrong_with_a_plan(raw, tmp_path, change, told):
+    with pytest.raises(ValueError, match=told):
+        build(raw | change, tmp_path)
+
+
+def test_arms_alike_and_missing_controls(raw, tmp_path):
+    raw["arms"].append({"name": "again", "overrides": {"l2e.method": "none"}})
+    with pytest.raises(ValueError, match="'none' and 'again' are the same configuration"):
+        build(raw, tmp_path)
+    raw["arms"][1:] = [{"name": "l2e", "overrides": {"l2e.method": "regularize"}}]
+    raw["primary"]["arm"] = "l2e"
+    with pytest.raises(ValueError, match=r"'silence'.*--no-control"):
+        build(raw, tmp_path)
+    assert len(build(raw, tmp_path, control=False).runs) == 6
+
+
+def test_arms_of_most_seeds_come_first_and_then_seed_by_seed(raw, tmp_path):
+    raw["arms"].insert(0, {"name": "l2e", "overrides": {"l2e.method": "regularize"}, "seeds": 1})
+    order = [(run.arm, run.seed) for run in build(raw, tmp_path).runs]
+    pairs = [(arm, seed) for seed in (1, 2, 3) for arm in ("none", "silence")]
+    assert order == [*pairs, ("l2e", 1)]
+
+
+def test_failures_are_told_and_stop_no_other_run(raw, tmp_path):
+    experiment = build(raw, tmp_path)
+    for number, behaviour in ((1, "wrong"), (2, "crash")):
+        experiment.runs[number].folder.mkdir(parents=True)
+        (experiment.runs[number].folder / "behave").write_text(behaviour)
+    said: list[str] = []
+    outcome = workers.train_all(experiment.runs, 2, stand_in, said.append)
+    assert len(outcome.finished) == 4
+    assert outcome.failed == {
+        "silence, seed 1": "no such corpus",
+        "none, seed 2": "its process ended with 9",
+    }
+    assert "error: no such corpus" in (experiment.runs[1].folder / "log.txt").read_text()
+    record.write(experiment, tmp_path / "out", "c")
+    found = findings.find(tmp_path / "out")
+    assert found["missing"] == {"none": [2], "silence": [1]}
+    assert found["differences"]["none"]["validation_loss"]["silence"]["seeds"] == 1  # seed 3's
+
+
+def test_a_signal_lets_runs_leave_and_starts_no_more(raw, tmp_path):
+    experiment = build(raw, tmp_path)
+    first = experiment.runs[0].folder
+    first.mkdir(parents=True)
+    (first / "behave").write_text("slow")
+
+    def interrupt() -> None:
+        while not (first / "began").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    outcome = workers.train_all(experiment.runs, 1, stand_in, print)
+    thread.join()
+    assert outcome.stopped
+    assert not outcome.failed
+    assert not outcome.finished
+    (first / "behave").unlink()
+    left = [run for run in experiment.runs if not run.finished]
+    assert len(workers.train_all(left, 2, stand_in, print).finished) == 6
+
+
+def test_differences_pair_over_seeds(raw, tmp_path, capsys):
+    """silence - none is -0.05 + 0.001 seed^2: -0.049, -0.046, -0.041."""
+    experiment_ = build(raw, tmp_path)
+    for run in experiment_.runs:
+        stand_in(run.arguments())
+    record.write(experiment_, tmp_path / "out", "c")
+    assert experiment.main(["report", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    told = found["differences"]["none"]["validation_loss"]["silence"]
+    assert told["values"] == pytest.approx([-0.049, -0.046, -0.041])
+    assert told["mean"] == pytest.approx(-0.136 / 3)
+    assert told["verdict"] == "lower"
+    assert "lower" in capsys.readouterr().out
+
+
+def test_what_the_folder_holds_already(raw, tmp_path):
+    """Another configuration, another corpus, another commit, a changed plan."""
+    one = build(raw, tmp_path)
+    out = tmp_path / "out"
+    for run in one.runs:
+        stand_in(run.arguments())
+        (run.folder / "config.json").write_text(run.config.model_dump_json())
+    assert record.check_folder(one, out, "c") == []
+    record.write(one, out, "c")
+    assert "commit c" in record.check_folder(one, out, "d")[0]
+    raw["question"] = "Another one?"
+    (warning,) = record.check_folder(build(raw, tmp_path), out, "c")
+    assert "plan is not the one of" in warning
+    record.write(build(raw, tmp_path), out, "c")
+    assert [len(found["sha256"]) for found in record.read(out)] == [64, 64]
+    raw["overrides"]["l2e.weight"] = 0.1
+    with pytest.raises(ValueError, match=r"another l2e.weight"):
+        record.check_folder(build(raw, tmp_path), out, "c")
+    path = one.runs[3].folder / "manifest.json"
+    path.write_text(path.read_text().replace('"d"', '"e"'))
+    with pytest.raises(ValueError, match="another corpus"):
+        record.check_folder(one, out, "c")
+
+
+def test_disk_that_will_not_hold_the_checkpoints(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(ValueError, match=r"0\.0 GB free"):
+        record.check_folder(build(raw, tmp_path), tmp_path / "out", None)
+
+
+def test_dry_run_says_whether_the_seeds_are_enough(raw, tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    for deviation, told in ((0.02, "TOO FEW"), (0.0001, "enough"), (None, "states no deviation")):
+        path.write_text(json.dumps(raw | {"deviation": deviation}))
+        assert experiment.main([str(path), "--output", str(tmp_path / "o"), "--dry-run"]) == 0
+        assert told in capsys.readouterr().out
+    assert not (tmp_path / "o").exists()
