@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.problems import Problem
 from data import check as data_check
 from l2e import select_layers
+from l2e.problems import ConfigError, Problem
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -90,12 +90,10 @@ def check_model(config: Config) -> Iterator[Problem]:
         )
     try:
         select_layers(config.l2e_settings.layers, model.num_layers)
-    except ValueError as error:  # one line a mistake: "key = value: reason; fix"
-        for line in str(error).splitlines():
-            name, _, told = line.partition(" = ")
-            reason, _, fix = told.partition(": ")[2].partition("; ")
-            fix = fix or "choose others"
-            yield Problem(f"l2e.{name}", getattr(config.l2e, name, None), reason, fix)
+    except ConfigError as report:
+        yield from (problem.within("l2e") for problem in report.problems)
+    except Problem as problem:
+        yield problem.within("l2e")
 
 
 def check_deepspeed(config: Config) -> Iterator[Problem]:
@@ -205,8 +203,8 @@ def check_data(config: Config) -> Iterator[Problem]:
                 tokenizer=config.tokenizer.path,
                 vocab_size=config.model.vocab_size,
             ):
-                key = found.what if "." in found.what else f"data.{part}"
-                yield Problem(key, found.where, found.reason, found.fix)
+                key = found.key if "." in found.key else f"data.{part}"
+                yield Problem(key, found.value, found.reason, found.fix)
 
 
 def is_hub(path: object) -> bool:

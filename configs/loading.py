@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from configs.checks import cross_check
-from configs.problems import ConfigError, Problem
 from configs.schema import Config
+from l2e.problems import ConfigError, Problem
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), processes: int | None = None) -> Config:
@@ -39,11 +39,9 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         known = sorted(str(p) for p in Path(__file__).parent.glob("*.json"))
         fix = f"give an existing file, for example one of {', '.join(known)}"
-        raise ConfigError(
-            str(path), [Problem("--config", str(path), "no such file", fix)]
-        ) from None
+        raise ConfigError(str(path), [Problem("--config", path, "no such file", fix)]) from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        problem = Problem("--config", str(path), f"not readable as JSON ({error})", "mend the file")
+        problem = Problem("--config", path, f"not readable as JSON ({error})", "mend the file")
         raise ConfigError(str(path), [problem]) from None
     if not isinstance(raw, dict):
         problem = Problem("--config", raw, "not a JSON object", "write sections in { }")

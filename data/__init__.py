@@ -4,8 +4,8 @@ from data.check import check
 from data.dataset import ORDER_NAMES, Samples, open_dataset
 from data.identity import refuse_changes
 from data.loader import batches, prefetch
-from data.problem import Problem
 from data.tokenizer import load_tokenizer
+from l2e.problems import Problem
 
 __all__ = [
     "ORDER_NAMES",

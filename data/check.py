@@ -9,8 +9,8 @@ from data import manifest
 from data.dataset import blend_shares, check_enough, split_documents
 from data.files import sha256
 from data.index import TokenFile, bin_path, idx_path
-from data.problem import Problem
 from data.tokenizer import Tokenizer, load_tokenizer
+from l2e.problems import Problem
 
 # A .bin file up to this size is hashed and scanned whole; of a larger one, this much is scanned.
 LOOK_AT_BYTES = 2**28

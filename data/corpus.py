@@ -17,7 +17,7 @@ from data.compression import DAMAGE, decompress
 from data.files import sha256
 from data.folders import PassedOver, files_of, without_copies
 from data.formats import ARROW, BYTE_ORDER_MARK, JSON_LINES, PARQUET, TEXT, judge
-from data.problem import Problem
+from l2e.problems import Problem
 
 MAX_DOCUMENT_BYTES = 2**31 - 1  # an index stores a document's length as int32
 HUGGING_FACE = "hf:"

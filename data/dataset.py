@@ -14,7 +14,7 @@ from data.files import sha256
 from data.index import TokenFile, idx_path
 from data.maps import build_once
 from data.order import ORDERS, Order
-from data.problem import Problem
+from l2e.problems import Problem
 
 PRESHUFFLED = "preshuffled"
 ORDER_NAMES = (*ORDERS, PRESHUFFLED)
@@ -193,7 +193,7 @@ def blend_shares(path: str | Sequence[str] | Mapping[str, float]) -> dict[str, f
         if not (math.isfinite(weight) and weight > 0):
             raise Problem(
                 "data.path",
-                prefix,
+                Path(prefix),
                 f"its weight {weight} in the blend is not greater than 0",
                 "give a positive weight, or leave the file out",
             )
@@ -278,7 +278,7 @@ def check_enough(file: TokenFile, documents: range, length: int, samples: int, o
     if tokens < length + 1:
         raise Problem(
             "token file",
-            file.prefix,
+            Path(file.prefix),
             f"{tokens} tokens in {len(documents)} documents are fewer than one sample of "
             f"{length} + 1",
             "take a longer corpus, a shorter data.sequence_length or another split",
@@ -291,7 +291,7 @@ def _check_rows(file: TokenFile, documents: range, length: int, samples: int) ->
         row = documents[int(wrong.argmax())]
         raise Problem(
             "token file",
-            file.prefix,
+            Path(file.prefix),
             f"row {row} has {file.lengths[row]} tokens, a preshuffled file needs sequence_length "
             f"+ 1 = {length + 1} in each",
             "set data.order or data.sequence_length to what the file holds",
@@ -299,7 +299,7 @@ def _check_rows(file: TokenFile, documents: range, length: int, samples: int) ->
     if len(documents) < samples:
         raise Problem(
             "token file",
-            file.prefix,
+            Path(file.prefix),
             f"{len(documents)} rows are fewer than the {samples} samples the run needs, and a "
             "preshuffled order can't be repeated",
             "take fewer train.steps",

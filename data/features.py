@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from data.corpus import Fields, Source, find_sources, read_units
 from data.formats import TEXT, compression_of
-from data.problem import Problem
 from data.records import Record, parse
+from l2e.problems import Problem
 
 TRAIN_SHARE = 0.7
 

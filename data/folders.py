@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.formats import TEXT, by_name
-from data.problem import Problem
+from l2e.problems import Problem
 
 PassedOver = dict[str, list[str]]  # reason: names
 

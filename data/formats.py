@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.compression import BY_NAME, COMPRESSIONS, DAMAGE, decompress
-from data.problem import Problem
+from l2e.problems import Problem
 
 JSON_LINES, PARQUET, ARROW, TEXT = "jsonl", "parquet", "arrow", "text"
 FORMATS = {

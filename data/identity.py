@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from data.problem import Problem
+from l2e.problems import Problem
 
 # What each entry of a training set's identity is to a user.
 MEANINGS = {
@@ -28,8 +28,8 @@ def refuse_changes(before: dict, now: dict) -> None:
     changes = list(_changes(before, now))
     if changes:
         raise Problem(
-            "the run's",
             "training set",
+            None,
             f"is not the one this run began with, changed: {'; '.join(changes)}",
             "put it back as it was, or start a new run",
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.problem import Problem
+from l2e.problems import Problem
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, type, sequences, document bounds

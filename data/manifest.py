@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.problem import Problem
+from l2e.problems import Problem
 
 # What other parts of the code rely on.
 REQUIRED = {

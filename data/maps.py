@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from data.files import sync
-from data.problem import Problem
+from l2e.problems import Problem
 
 TIMEOUT = 3600.0  # seconds; a full Pile is shuffled in minutes
 SILENT_SECONDS = 2.0  # of waiting, before anything is said

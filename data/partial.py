@@ -15,8 +15,8 @@ from typing import Self
 import numpy as np
 
 from data.files import sync, write_json
-from data.problem import Problem
 from data.records import Reject
+from l2e.problems import Problem
 
 TOKENS, LENGTHS, SUBSETS, REJECTS = "tokens", "lengths", "subsets", "rejects.jsonl"
 MANIFEST = "manifest.json"  # written last: all the rest is then on the disk

@@ -19,9 +19,9 @@ from data.corpus import Fields, Source, read_units
 from data.files import sha256, sync, write_json
 from data.index import bin_path, idx_path, write_index
 from data.partial import LENGTHS, MANIFEST, REJECTS, SUBSETS, TOKENS, PartialCorpus
-from data.progress import Progress
 from data.records import Reject, parse
 from data.tokenizer import Tokenizer, load_tokenizer
+from l2e.progress import Progress
 
 INDEX = "index"  # its name inside the partial folder
 BATCH_CHARACTERS = 2**19  # text handed to a worker at a time
@@ -125,16 +125,21 @@ def _already_done(output: str, job: dict) -> dict | None:
 def _tokenize(what: Preparation, partial: PartialCorpus) -> None:
     """Everything the sources still have, into the partial corpus, in their order."""
     starts, total = _source_starts(what.sources)
-    progress = Progress(total)
-    committed = partial.tokens
+    progress = Progress(total=total or None, desc="preparing", unit="B", unit_scale=True)
+    committed, text_bytes = partial.tokens, partial.text_bytes
     units = read_units(what.sources, what.fields, skip=partial.units)
     try:
         for batch, (tokens, lengths) in _encoded(what, _batches(units, what.fields, starts)):
             partial.add(tokens, lengths, batch.subsets, batch.rejects)
             partial.units += batch.units
-            new_bytes = sum(map(_utf8_size, batch.texts))
-            partial.text_bytes += new_bytes
-            progress.update(batch.position, new_bytes, partial.documents, partial.tokens)
+            partial.text_bytes += sum(map(_utf8_size, batch.texts))
+            speed = (partial.text_bytes - text_bytes) / 1e6 / progress.format_dict["elapsed"]
+            progress.set_postfix_str(
+                f"{speed:.2f} MB/s of text, {partial.documents:,} documents, "
+                f"{partial.tokens:,} tokens",
+                refresh=False,
+            )
+            progress.advance_to(batch.position)
             _check_rejects(what, partial)
             if partial.tokens - committed > COMMIT_TOKENS:
                 partial.commit()

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from data import manifest
 from data.check import check_manifest
 from data.index import TokenFile
 from data.manifest import Subsets
-from data.problem import Problem
+from l2e.problems import Problem
 
 
 def describe_corpus(prefix: str) -> Iterator[str]:
@@ -35,7 +36,10 @@ def _by_subset(file: TokenFile, subsets: Subsets) -> Iterator[str]:
     numbers = subsets.number_of_each(len(file))
     if len(numbers) != len(file) or int(numbers.max(initial=0)) >= len(subsets.names):
         raise Problem(
-            "subsets", f"{file.prefix}.subsets", "don't fit the index", "prepare the corpus anew"
+            "subsets",
+            Path(f"{file.prefix}.subsets"),
+            "don't fit the index",
+            "prepare the corpus anew",
         )
     documents = np.bincount(numbers, minlength=len(subsets.names))
     # Sums of int32 lengths in float64 are exact below 2^53 tokens.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.problem import Problem
+from l2e.problems import Problem
 
 # Names under which tokenizers keep the token that ends a document, the Pile's first.
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")

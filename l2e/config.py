@@ -4,9 +4,12 @@ Help, unit and bounds stand in each field's metadata, so that a configuration sc
 can be generated from it and the texts live in one place.
 """
 
+from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from l2e.problems import ConfigError, Problem
 
 LayerChoice = Literal["mid2", "mid_third", "top_bottom", "all"]
 
@@ -28,7 +31,7 @@ def key(default: Any, help: str, unit: str = "", **bounds: float) -> Any:
 class L2EConfig:
     """What is inhibited, where, and how strongly.
 
-    Raises ValueError, listing every problem at once, when a key's type or value is wrong or
+    Raises ConfigError, listing every problem at once, when a key's type or value is wrong or
     when two keys contradict each other.
     """
 
@@ -88,41 +91,46 @@ class L2EConfig:
         hints = get_type_hints(type(self))
         problems = [p for f in fields(self) for p in _problems(f, hints[f.name], self)]
         if not problems:
-            problems = self._contradictions()
+            problems = list(self._contradictions())
         if problems:
-            raise ValueError("\n".join(problems))
+            raise ConfigError("L2EConfig", problems)
 
-    def _contradictions(self) -> list[str]:
-        found = []
+    def _contradictions(self) -> Iterator[Problem]:
         if self.threshold_rate_floor > self.threshold_rate:
-            found.append(
-                f"threshold_rate_floor = {self.threshold_rate_floor}: greater than threshold_rate "
-                f"= {self.threshold_rate}; the step size decays from the rate to the floor"
+            yield Problem(
+                "threshold_rate_floor",
+                self.threshold_rate_floor,
+                f"greater than threshold_rate = {self.threshold_rate}, from which the step size "
+                "decays to it",
+                "lower it, or raise threshold_rate",
             )
         if self.scale_invariant and self.method != "regularize":
-            found.append(
-                f"scale_invariant = true: only L_MS has this form, method is {self.method!r}; "
-                "use method = 'regularize' or scale_invariant = false"
+            yield Problem(
+                "scale_invariant",
+                True,
+                f"only L_MS has this form, method is {self.method!r}",
+                "use method = 'regularize' or scale_invariant = false",
             )
         if self.memel_code_compat and (self.method, self.selection) != ("deactivate", "topk"):
-            found.append(
-                "memel_code_compat = true: MEmeL's code deactivates the top k, here method is "
-                f"{self.method!r} and selection {self.selection!r}; "
-                "use method = 'deactivate' and selection = 'topk'"
+            yield Problem(
+                "memel_code_compat",
+                True,
+                f"MEmeL's code deactivates the top k, here method is {self.method!r} and "
+                f"selection {self.selection!r}",
+                "use method = 'deactivate' and selection = 'topk'",
             )
-        return found
 
 
-def _problems(field: Field, hint: Any, config: L2EConfig) -> list[str]:
-    """What is wrong with one key's value, as messages (an empty list if nothing is)."""
-    value = getattr(config, field.name)
+def _problems(field: Field, hint: Any, config: L2EConfig) -> Iterator[Problem]:
+    """What is wrong with one key's value."""
+    value, fix = getattr(config, field.name), f"give {field.metadata['help']}"
     if not _fits(value, hint):
-        return [f"{field.name} = {value!r}: expected {_describe(hint)}"]
-    return [
-        f"{field.name} = {value!r}: must be {words} {bound}"
-        for name, (words, holds) in BOUNDS.items()
-        if (bound := field.metadata.get(name)) is not None and not holds(value, bound)
-    ]
+        yield Problem(field.name, value, f"expected {_describe(hint)}", fix)
+        return
+    for name, (words, holds) in BOUNDS.items():
+        bound = field.metadata.get(name)
+        if bound is not None and not holds(value, bound):
+            yield Problem(field.name, value, f"must be {words} {bound}", fix)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -158,9 +166,12 @@ def select_layers(layers: LayerChoice | list[int], num_layers: int) -> tuple[int
     if isinstance(layers, list):
         outside = [n for n in layers if not 0 <= n < num_layers]
         if not layers or outside or len(set(layers)) != len(layers):
-            raise ValueError(
-                f"layers = {layers}: expected distinct block numbers from 0 to {num_layers - 1}"
-                + (f", found {outside}" if outside else "")
+            raise Problem(
+                "layers",
+                layers,
+                f"expected distinct block numbers from 0 to {num_layers - 1}"
+                + (f", found {outside}" if outside else ""),
+                "choose others",
             )
         return tuple(sorted(layers))
     if layers == "all":

@@ -19,7 +19,7 @@ from torch import nn
 from l2e.analysis.activations import length_batches, pad, tokenize, watch
 from l2e.analysis.features import FeatureSet
 from l2e.analysis.networks import Network
-from l2e.analysis.progress import Progress
+from l2e.progress import Progress
 
 How = Literal["mean", "zero", "resample"]
 SEED = 42

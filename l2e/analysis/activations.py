@@ -20,7 +20,7 @@ import torch
 
 from l2e.analysis.features import FeatureSet, distinct
 from l2e.analysis.networks import Network
-from l2e.analysis.progress import Progress
+from l2e.progress import Progress
 
 # What can be kept of a passage: the activation after (post) or before (pre) the non-linearity,
 # its maximum or its mean over the passage's valid tokens.

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from l2e.analysis.activations import first_tokens
 from l2e.analysis.features import FeatureSet
 from l2e.analysis.networks import Network
-from l2e.analysis.progress import Progress
-from l2e.attach import Handle
+from l2e.attachment import Handle
 from l2e.config import L2EConfig, LayerChoice, select_layers
+from l2e.progress import Progress
 from l2e.sharding import Sharding
 
 ARMS: dict[str, dict[str, Any]] = {

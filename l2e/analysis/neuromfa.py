@@ -19,7 +19,7 @@ from l2e.analysis.interaction import (
     sampled_network,
 )
 from l2e.analysis.multifractal import MOMENTS, Spectrum, spectrum
-from l2e.analysis.progress import Progress
+from l2e.progress import Progress
 
 CONTROLS = ("rescaled", "shuffled", "gaussian")
 

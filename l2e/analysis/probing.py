@@ -16,7 +16,7 @@ from sklearn.model_selection import train_test_split
 
 from l2e.analysis.activations import Activations
 from l2e.analysis.features import FeatureSet
-from l2e.analysis.progress import Progress
+from l2e.progress import Progress
 
 SEED = 42
 PROBED_KIND = "pre_mean"

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.profiler import DeviceType, profile, record_function
 
+from l2e.progress import say
+
 # What the profiler calls an exchange between ranks: gloo's on a CPU, NCCL's kernels on a GPU.
 EXCHANGES = ("gloo:", "nccl")
 
@@ -122,11 +124,10 @@ class Profiler:
         path = self.folder / f"communication_rank_{self.rank}.json"
         path.write_text(json.dumps({"steps": list(self.steps)} | seconds, indent=1) + "\n")
         if self.rank == 0:
-            print(
+            say(
                 f"profiled steps {self.steps[0]} to {self.steps[-1]}: communication took "
                 f"{seconds['communication']:.4f} s a step, {seconds['exposed']:.4f} s of it with "
-                f"nothing computed meanwhile; trace in {trace}",
-                flush=True,
+                f"nothing computed meanwhile; trace in {trace}"
             )
 
 

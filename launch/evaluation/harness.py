@@ -17,7 +17,7 @@ from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_te
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from l2e.analysis.progress import Progress
+from l2e.progress import Progress
 
 # Rows of fp32 logits held at once while scoring; 512 rows of 50k tokens are 100 MB.
 ROWS_PER_SOFTMAX = 512

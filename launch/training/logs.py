@@ -1,16 +1,13 @@
-"""What a run leaves behind while it trains: metrics.jsonl, TensorBoard events, a progress line."""
+"""What a run leaves behind while it trains: metrics.jsonl and TensorBoard events."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from l2e.threshold import bin_edges
 
@@ -100,48 +97,3 @@ class TensorBoard:
     def close(self) -> None:
         """Write what is still held back."""
         self.writer.close()
-
-
-class Progress:
-    """A progress bar with rate and time left; plain lines where the output is no terminal."""
-
-    SECONDS_BETWEEN_LINES = 5.0
-
-    def __init__(self, total: int, done: int) -> None:
-        self.terminal = sys.stderr.isatty()
-        self.total, self.done = total, done
-        self.first, self.start = done, time.monotonic()
-        self.last_line = 0.0
-        self.bar = tqdm(
-            total=total, initial=done, unit="step", dynamic_ncols=True, disable=not self.terminal
-        )
-
-    def advance(self, step: int, values: dict[str, str]) -> None:
-        """`step` steps are done now; `values` are shown beside them."""
-        self.bar.update(step - self.done)
-        self.done = step
-        self.bar.set_postfix(values, refresh=False)
-        now = time.monotonic()
-        due = now - self.last_line >= self.SECONDS_BETWEEN_LINES or step == self.total
-        if not self.terminal and due:
-            self.last_line = now
-            left = (now - self.start) / max(1, step - self.first) * (self.total - step)
-            shown = ", ".join(f"{name} {value}" for name, value in values.items())
-            print(f"step {step}/{self.total}: {shown}, {format_seconds(left)} left", flush=True)
-
-    def say(self, message: str) -> None:
-        """A line beside the bar."""
-        tqdm.write(message) if self.terminal else print(message, flush=True)
-
-    def close(self) -> None:
-        """End the bar."""
-        self.bar.close()
-
-
-def format_seconds(seconds: float) -> str:
-    """12 s, 3:05, 2:03:40."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02}:{rest:02}"
-    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"

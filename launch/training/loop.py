@@ -213,5 +213,5 @@ def score_tasks(run: Run, engine: Engine, data: Corpus, step: int) -> dict[str, 
         folder.mkdir(exist_ok=True)
         name = f"evaluate_{wanted.shots}shot_step_{step:07d}.json"
         (folder / name).write_text(json.dumps(report | {"step": step}, indent=1) + "\n")
-        print(f"scores after step {step}\n{scores.table(report)}", flush=True)
+        run.say(f"scores after step {step}\n{scores.table(report)}")
     return report["results"]

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from l2e.progress import Progress
 from launch.engine import hardware
 from launch.engine.engine import Engine
 from launch.engine.profiling import peak_memory
 from launch.planning.cost import flops_per_token
-from launch.training.logs import MetricsFile, Progress, TensorBoard
+from launch.training.logs import MetricsFile, TensorBoard
 from launch.training.run import Run
 
 
@@ -35,7 +36,9 @@ class Recorder:
         self.board: TensorBoard | None = None
         if run.process.is_first:
             self.file = MetricsFile(run.folder / "metrics.jsonl", start)
-            self.progress = Progress(last, start)
+            self.progress = Progress(
+                total=last, initial=start, desc="training", unit="steps", delay=0
+            )
             if config.logging.tensorboard:
                 self.board = TensorBoard(run.folder / "tensorboard", start)
 
@@ -123,7 +126,8 @@ class Recorder:
         validations = [r for r in records if "validation_loss" in r]
         if validations:
             shown["validation"] = f"{validations[-1]['validation_loss']:.4f}"
-        self.progress.advance(newest["step"], shown)
+        self.progress.set_postfix(shown, refresh=False)
+        self.progress.advance_to(newest["step"])
 
     def check(self, records: list[dict[str, Any]]) -> None:
         """Stop at a loss that is no number: every later step would be lost."""

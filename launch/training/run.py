@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import Config
+from l2e.progress import say
 from launch.engine.processes import Process
 from launch.engine.profiling import Profiler
 
@@ -22,4 +23,4 @@ class Run:
     def say(self, message: str) -> None:
         """A line of the run's first rank."""
         if self.process.is_first:
-            print(message, flush=True)
+            say(message)

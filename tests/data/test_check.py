@@ -53,7 +53,7 @@ def test_every_problem_is_told_at_once(corpus, tokenizer, tmp_path):
     Path(f"{bad}.idx").write_bytes(Path(f"{bad}.idx").read_bytes()[:-5])
     paths = {corpus: 1.0, bad: 1.0, str(tmp_path / "none"): 2.0}
     problems = check(paths, 10**6, 50, tokenizer=tmp_path / "none.json")
-    assert [(p.what, p.where, p.reason.split(",")[0]) for p in problems] == [
+    assert [(p.key, str(p.value), p.reason.split(",")[0]) for p in problems] == [
         ("tokenizer", str(tmp_path / "none.json"), "no such file"),
         ("token file", corpus, problems[1].reason.split(",")[0]),
         ("token file", f"{bad}.idx", "truncated"),
@@ -66,7 +66,7 @@ def test_every_problem_is_told_at_once(corpus, tokenizer, tmp_path):
 def test_another_tokenizer(corpus, tmp_path):
     other = train_sentencepiece(make_texts(100, seed=9), tmp_path / "other.model", 310)
     [problem] = check(corpus, 32, 50, tokenizer=other.path)
-    assert problem.what == "tokenizer.path"
+    assert problem.key == "tokenizer.path"
     assert other.sha256[:12] in problem.reason
     assert str(manifest.recorded(corpus, "tokenizer_sha256"))[:12] in problem.reason
 
@@ -74,14 +74,14 @@ def test_another_tokenizer(corpus, tmp_path):
 def test_a_tokenizer_whose_ids_the_file_cannot_hold(tmp_path, tokenizer):
     prefix = write_tokens(tmp_path / "x", random_documents(30, vocabulary=200), np.uint8)
     [problem] = check(prefix, 32, 20, tokenizer=tokenizer.path)
-    assert problem.what == "tokenizer.path"
+    assert problem.key == "tokenizer.path"
     assert "its ids go up to 319" in problem.reason
     assert "stores uint8, up to 255" in problem.reason
 
 
 def test_a_tokenizer_larger_than_the_model(corpus, tokenizer):
     [problem] = check(corpus, 32, 50, tokenizer=tokenizer.path, vocab_size=300)[:1]
-    assert (problem.what, problem.where) == ("model.vocab_size", "300")
+    assert (problem.key, problem.value) == ("model.vocab_size", 300)
     assert "set model.vocab_size to 384" in problem.fix
 
 
@@ -103,7 +103,7 @@ def test_content_that_is_not_the_manifests(corpus, tmp_path, end):
     content[100 if end == "bin" else -16] ^= 1
     Path(f"{prefix}.{end}").write_bytes(content)
     [problem] = check(prefix, 32, 50)
-    assert problem.where == f"{prefix}.{end}"
+    assert str(problem.value) == f"{prefix}.{end}"
 
 
 def test_a_damaged_manifest(corpus, tmp_path):
@@ -111,7 +111,7 @@ def test_a_damaged_manifest(corpus, tmp_path):
     for content in ("{", "[]"):
         manifest.path(prefix).write_text(content)
         [problem] = check(prefix, 32, 50)
-        assert problem.where == str(manifest.path(prefix))
+        assert str(problem.value) == str(manifest.path(prefix))
 
 
 def test_too_few_rows_of_a_preshuffled_file(tmp_path):

@@ -10,8 +10,8 @@ from data.check import check
 from data.corpus import Fields, find_sources, read_units
 from data.dataset import open_dataset
 from data.prepare import Preparation, prepare
-from data.problem import Problem
 from data.records import Record, parse
+from l2e.problems import Problem
 from tests.data.conftest import make_texts, random_documents, write_jsonl, write_tokens
 
 VARIANTS = 400
@@ -53,7 +53,8 @@ def test_prepared_files_are_refused_or_read_right(prepared, tokenizer):
         if problems:
             refused += 1
             assert (
-                str(path.with_suffix("").with_suffix("")) in problems[0].where + problems[0].reason
+                str(path.with_suffix("").with_suffix(""))
+                in str(problems[0].value) + problems[0].reason
             )
         else:
             assert open_dataset(prepared, 16, 1, 40).order_hash(40) == expected
@@ -75,7 +76,7 @@ def test_foreign_indexes_are_refused_or_read_right(tmp_path):
         except Problem as caught:
             problem = caught
         if problem is not None:
-            assert prefix in problem.where
+            assert prefix in str(problem.value)
         else:
             assert found == expected or check(prefix, 16, 40, vocab_size=40_000)
 

@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
-from launch.training.logs import MetricsFile, Progress, as_json, format_seconds
+from launch.training.logs import MetricsFile, as_json
 
 
 def test_a_resumed_run_keeps_the_lines_of_finished_steps_only(tmp_path: Path) -> None:
@@ -33,19 +32,3 @@ def test_what_is_not_finite_is_null() -> None:
         "f": 3,
     }
     assert as_json(values) == {"a": None, "b": {"c": None}, "d": 2.5, "e": None, "f": 3}
-
-
-def test_progress_is_plain_lines_where_there_is_no_terminal(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    progress = Progress(total=3, done=1)
-    progress.advance(3, {"loss": "2.5"})
-    progress.close()
-    assert capsys.readouterr().out == "step 3/3: loss 2.5, 0 s left\n"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(12, "12 s"), (185, "3:05"), (7420, "2:03:40"), (59.6, "1:00")]
-)
-def test_times_left_read_easily(seconds: float, text: str) -> None:
-    assert format_seconds(seconds) == text
