@@ -1,7 +1,8 @@
 """Once an optimizer step: merge what all layers observed, on all ranks, and move the thresholds.
 
 One flat all-reduce over the data-parallel ranks and one small one over the tensor-parallel ranks;
-nothing here waits for a GPU, except `metrics` and the checkpoint.
+nothing here waits for a GPU, except `metrics`, the checkpoint, and a step in which a layer may have
+its first statistics or its start. Ranks first agree on layers whose size only activations tell.
 """
 
 import warnings
@@ -18,6 +19,7 @@ from l2e.state import LayerState, Phase, Sums
 from l2e.statistics import Statistics
 
 COLLAPSED = 0.1  # of the standard deviation at the first inhibited step
+PATIENCE = 10  # steps that a layer may be without its start before a warning
 
 
 class Controller:
@@ -64,29 +66,73 @@ class Controller:
     @torch.no_grad()
     def step(self) -> None:
         """Merge the global batch into every layer's statistics; move tau and the shares."""
+        self._agree_on_shapes()
         states = [state for state in self.states if state.positions]
         if states:
             device = next((s.device for s in states if s.device.type != "cpu"), states[0].device)
             for state in states:
                 state.to(device)
-            if self.phase.step == 0:
-                self._agree_on_first_centre(states)
+            self._agree_on_first_centres([state for state in states if state.empty])
             self._sum_over_data_ranks(states)
             merged = [_merge(state) for state in states]
             totals = self._sum_over_tensor_ranks(states, merged)
-            for state, new, total in zip(states, merged, totals, strict=True):
+            usable = [
                 self._accept(state, new, total)
+                for state, new, total in zip(states, merged, totals, strict=True)
+            ]
             self._ms_loss = self._loss(states, totals)
+            if any(state.empty or state.starting for state in states):
+                for state, used in zip(states, torch.stack(usable).tolist(), strict=True):
+                    state.note(used)
         for state in states:
             state.reset_sums()
+        self._warn_of_missing_starts()
         self.phase.step += 1
 
-    def _agree_on_first_centre(self, states: list[LayerState]) -> None:
-        """Move the first step's sums of all data ranks to the first rank's centre."""
-        if self.sharding.data_size == 1:
+    def _warn_of_missing_starts(self) -> None:
+        for state in self.states:
+            state.waited += state.starting
+        late = [state.name for state in self.states if state.waited == PATIENCE and state.starting]
+        if late:
+            warnings.warn(
+                f"l2e: nothing is selected in layers {', '.join(late)}, {PATIENCE} steps after "
+                f"their late start (late_start_step = {self.config.late_start_step}): in none of "
+                "these steps were they called in training mode with finite activations and earlier "
+                "statistics. Each will begin after its first step that can be used",
+                stacklevel=3,
+            )
+
+    def _agree_on_shapes(self) -> None:
+        """Let every rank have the layers that any rank has called, and know who did so first.
+
+        Raises:
+            ValueError: ranks found different numbers of neurons in a layer.
+        """
+        new = [state for state in self.states if state.empty and state.shape_from_data]
+        if not new or self.sharding.data_size == 1:
             return
+        tables = self.sharding.gather_data([[s.positions, s.units, int(s.started)] for s in new])
+        for state, *found in zip(new, *tables, strict=True):
+            shapes = {(positions, units) for positions, units, _ in found if positions}
+            if len(shapes) > 1:
+                raise ValueError(
+                    f"l2e layer {state.name}: data-parallel ranks found different numbers of "
+                    f"(positions, units): {sorted(shapes)}; give all ranks inputs of one width"
+                )
+            if shapes and not state.positions:
+                [(positions, units)] = shapes
+                state.allocate(units, positions, torch.device("cpu"))
+            state.centre_rank = next((rank for rank, row in enumerate(found) if row[2]), 0)
+
+    def _agree_on_first_centres(self, states: list[LayerState]) -> None:
+        """Move first batches' sums on all data ranks to the centre of one rank that has samples."""
+        if self.sharding.data_size > 1:
+            for rank in sorted({state.centre_rank for state in states}):
+                self._move_to_centre([s for s in states if s.centre_rank == rank], rank)
+
+    def _move_to_centre(self, states: list[LayerState], rank: int) -> None:
         own = torch.cat([state.statistics.mean for state in states])
-        common = self.sharding.from_first_data_rank(own)
+        common = self.sharding.from_data_rank(rank, own)
         sizes = [state.neurons for state in states]
         moves = (own - common).split(sizes)
         for state, centre, move in zip(states, common.split(sizes), moves, strict=True):
@@ -101,10 +147,10 @@ class Controller:
     def _sum_over_data_ranks(self, states: list[LayerState]) -> None:
         """Replace every layer's sums by those of the global batch, in one all-reduce."""
         buffers = [state.sums for state in states]
-        if self.phase.measuring:
-            for state in states:
+        for state in states:
+            if state.measuring:
                 state.measured["histogram"].copy_(threshold.to_words(state.counts))
-            buffers += [state.measured for state in states]
+                buffers.append(state.measured)
         flat = self.sharding.sum_data(torch.cat([buffer.flat for buffer in buffers]))
         for buffer, part in zip(
             buffers, flat.split([len(buffer.flat) for buffer in buffers]), strict=True
@@ -116,15 +162,18 @@ class Controller:
     ) -> list[Sums]:
         """What only sums over a layer's shards tell, in one all-reduce."""
         totals = [
-            _totals(state, new, self.phase.measuring, self.sharding)
+            _totals(state, new, state.measuring, self.sharding)
             for state, new in zip(states, merged, strict=True)
         ]
         flat = self.sharding.sum_tensor(torch.cat([total.flat for total in totals]))
         parts = flat.split([len(total.flat) for total in totals])
         return [Sums(total.sizes, part) for total, part in zip(totals, parts, strict=True)]
 
-    def _accept(self, state: LayerState, new: Statistics, total: Sums) -> None:
-        """Take over the merged statistics, unless an activation was NaN or Inf."""
+    def _accept(self, state: LayerState, new: Statistics, total: Sums) -> Tensor:
+        """Take over the merged statistics, unless an activation was NaN or Inf.
+
+        Returns whether there were samples, all of them finite ([], bool).
+        """
         samples = state.sums["samples"][0]
         finite = torch.isfinite(total["var"][0])
         seen = finite & (samples > 0)
@@ -140,19 +189,20 @@ class Controller:
         state.statistics = statistics.where(finite, new, old)
 
         share = total["selected"][0] / (samples.clamp(min=1) * state.total_neurons)
-        if self.phase.selecting:
+        if state.selecting:
             self._follow(state, share, seen)
-        if self.phase.measuring:
+        if state.measuring:
             counts = threshold.from_words(total["histogram"])
             self._histograms[state.name] = counts
-            if self.phase.step == self.phase.observed:
+            if state.observing:
                 start = threshold.quantile(counts, self.config.inhibit_fraction)
                 state.tau = torch.where(seen, start, state.tau)
         state.tau = threshold.carry(state.tau, old_mean_var, mean_var)
-        if self.phase.step == self.phase.start - 1:
-            state.std_at_start = mean_var.sqrt()
+        if state.may_start:
+            state.std_at_start = torch.where(seen, mean_var.sqrt(), state.std_at_start)
         state.refresh(mean_var)
         self._keep_metrics(state, share, total)
+        return seen
 
     def _follow(self, state: LayerState, share: Tensor, seen: Tensor) -> None:
         """Move tau and the neurons' running shares by one selecting step."""
@@ -171,7 +221,7 @@ class Controller:
     def _keep_metrics(self, state: LayerState, share: Tensor, total: Sums) -> None:
         kept = self._metrics.setdefault(state.name, {})
         kept |= {"tau": state.tau, "selected_fraction": share, "std": state.mean_var.sqrt()}
-        if self.phase.measuring:
+        if state.measuring:
             kept |= {
                 "mean_ms": total["scale"][0]
                 / (state.sums["samples"][0].clamp(min=1) * state.total_neurons),
@@ -204,23 +254,42 @@ class Controller:
         `std` is the running activation standard deviation. Waits for the device.
 
         Raises:
-            ValueError: an activation was NaN or Inf; names layer and step.
+            ValueError: an activation was NaN or Inf; names layers and steps, once.
         """
         measured = ("mean_ms", "max_ms", "kurtosis", "mlp_to_residual")
         metrics = {}
-        for state in (state for state in self.states if state.name in self._metrics):
-            if state.bad_step >= 0:
-                raise ValueError(
-                    f"l2e layer {state.name}: NaN or Inf among the activations of step "
-                    f"{int(state.bad_step)}; its statistics were left as before that step. Lower "
-                    "the learning rate or the loss scale, or resume from an earlier checkpoint"
-                )
+        observed = [state for state in self.states if state.name in self._metrics]
+        self._raise_of_bad_steps(observed)
+        for state in observed:
             kept = self._metrics[state.name]
             metrics[state.name] = dict.fromkeys(measured, float("nan")) | {
                 name: float(value) for name, value in kept.items()
             }
             self._warn_of_collapse(state, metrics[state.name]["std"])
         return metrics
+
+    def _raise_of_bad_steps(self, states: list[LayerState]) -> None:
+        bad = {state: step for state in states if (step := int(state.bad_step)) >= 0}
+        if not bad:
+            return
+        for state in bad:
+            state.bad_step = torch.full_like(state.bad_step, -1)
+        found = "; ".join(
+            f"layer {state.name}: NaN or Inf among the activations of step {step}"
+            for state, step in bad.items()
+        )
+        raise ValueError(
+            f"l2e {found}; its statistics were left as before that step. Lower the learning rate "
+            "or the loss scale, resume from an earlier checkpoint, or leave such a batch out: with "
+            "l2e.attach, by handle.discard() before handle.step()"
+        )
+
+    def discard(self) -> None:
+        """Forget what was observed since the last step."""
+        for state in self.states:
+            if state.positions:
+                state.reset_sums()
+                state.started = not state.empty
 
     def _warn_of_collapse(self, state: LayerState, std: float) -> None:
         start = float(state.std_at_start)
@@ -247,7 +316,10 @@ class Controller:
         Every tensor-parallel rank must call it. `step` counts the merged steps.
         """
         tensors = {"step": torch.tensor(self.phase.step)}
-        for state in (state for state in self.states if state.positions):
+        for state in self.states:
+            if not state.positions:  # never called
+                tensors[f"{state.name}.samples"] = torch.zeros(())
+                continue
             for name, value in state.saved().items():
                 full = self.sharding.gather_neurons(value) if value.dim() else value
                 tensors[f"{state.name}.{name}"] = full.detach().to("cpu", copy=True)
@@ -261,6 +333,7 @@ class Controller:
         """
         if "step" not in tensors:
             raise ValueError("l2e state: no entry 'step'; this is not a state this package saved")
+        self.phase.step = int(tensors["step"])
         for state in self.states:
             state.load(
                 {
@@ -269,7 +342,6 @@ class Controller:
                     if name.startswith(f"{state.name}.")
                 }
             )
-        self.phase.step = int(tensors["step"])
 
 
 def _merge(state: LayerState) -> Statistics:

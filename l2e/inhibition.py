@@ -54,7 +54,7 @@ def inhibit(
     recomputing = in_backward()
     rows = _as_rows(pre, state)
     observed = state.kernel_arguments(None, None, bias)
-    if state.phase.step == 0 and not recomputing:
+    if state.empty and not recomputing and len(rows):
         _start(state, rows, observed)
     threshold, replacement, mask = selection.select(
         state, rows, observed, sequence=pre.shape[-2] if pre.dim() > 2 else 1
@@ -93,7 +93,7 @@ def inhibit_backward(
     state = _states[int(handle)]
     rows = _as_rows(pre, state)
     threshold = None
-    if state.phase.selecting:
+    if state.selecting:
         threshold = mask.view(rows.shape) if len(mask) else state.threshold
     injected = state.phase.gradient_scale * state.loss_factor(len(rows))
     loss_gradient = injected if loss_grad is None else loss_grad
@@ -142,7 +142,7 @@ def observe_output(sums: Tensor, mlp_output: Tensor, residual: Tensor, handle: T
 
     On measured steps alone; asked here, so that a compiled graph serves all steps.
     """
-    if _states[int(handle)].phase.measuring and not in_backward():
+    if _states[int(handle)].measuring and not in_backward():
         sums[0] += mlp_output.float().square().sum()
         sums[1] += residual.float().square().sum()
 
@@ -188,7 +188,7 @@ def _record(state: LayerState, rows: Tensor, arguments: KernelArguments, sums: T
         sums[-1] -= (selected * torch.where(var > 0, var, 1).log()).sum()
     state.core_sums.add_(sums)
     state.sums["samples"].add_(len(rows))
-    if state.phase.measuring:
+    if state.measuring and len(rows):
         _measure(state, rows, arguments)
     return sums[-1].clone()
 

@@ -76,7 +76,7 @@ class L2ELayer(nn.Module):
     def observe_output(self, mlp_output: Tensor, residual: Tensor) -> None:
         """Compare the MLP's output with the residual stream it is added to (measured steps)."""
         # A compiled graph must not depend on the step; elsewhere a call that does nothing is saved.
-        if self.training and (torch.compiler.is_compiling() or self.state.phase.measuring):
+        if self.training and (torch.compiler.is_compiling() or self.state.measuring):
             inhibition.observe_output(
                 self.state.measured_squares, mlp_output.detach(), residual.detach(), self.handle
             )

@@ -25,8 +25,8 @@ def select(
     """
     if state.config.selection == "threshold":
         nothing = torch.empty(0, dtype=torch.bool, device=rows.device)
-        return (state.threshold if state.phase.selecting else None), None, nothing
-    if not state.phase.selecting:
+        return (state.threshold if state.selecting else None), None, nothing
+    if not state.selecting:
         return None, None, torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
     z = kernels.activate(arguments.biased(rows), arguments.activation).float()
     mean, denominator, updated_mean = state.statistics.mean, state.denominator, None

@@ -47,12 +47,22 @@ class Sharding:
             dist.all_reduce(values, group=self.tensor_group)
         return values
 
-    def from_first_data_rank(self, values: Tensor) -> Tensor:
-        """The first data-parallel rank's `values` (a new tensor)."""
+    def from_data_rank(self, rank: int, values: Tensor) -> Tensor:
+        """One data-parallel rank's `values` (a new tensor)."""
         values = values.clone()
         if self.data_size > 1:
-            dist.broadcast(values, group=self.data_group, group_src=0)
+            dist.broadcast(values, group=self.data_group, group_src=rank)
         return values
+
+    def gather_data(self, values: list[list[int]]) -> list[list[list[int]]]:
+        """Every data-parallel rank's table of numbers, in the order of the ranks."""
+        if self.data_size == 1:
+            return [values]
+        device = "cuda" if dist.get_backend(self.data_group) == "nccl" else "cpu"
+        own = torch.tensor(values, device=device)
+        tables = [torch.empty_like(own) for _ in range(self.data_size)]
+        dist.all_gather(tables, own, group=self.data_group)
+        return [table.tolist() for table in tables]
 
     def gather_neurons(self, values: Tensor) -> Tensor:
         """[..., neurons] of one shard -> [..., all neurons], in the order of the ranks."""

@@ -4,6 +4,7 @@ Held in plain float32 tensors outside the module, so that no engine casts, shard
 them. A layer adds to its sums in every forward pass; the controller merges them at step's end.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ class Phase:
     Attributes:
         step: optimizer steps merged so far, which is the number of the running step.
         start: the first step that selects.
-        observed: the step whose histogram gives tau its start; None for topk.
+        observed: the first step whose histogram may give tau its start; None for topk.
         measure: also compute what is only logged.
         gradient_scale: what an injected gradient is multiplied by (loss scale / micro-batches).
     """
@@ -45,11 +46,6 @@ class Phase:
     @property
     def selecting(self) -> bool:
         return self.step >= self.start
-
-    @property
-    def measuring(self) -> bool:
-        """Step 0 has no statistics to measure by."""
-        return self.step > 0 and (self.measure or self.step == self.observed)
 
 
 class Sums:
@@ -78,6 +74,13 @@ class LayerState:
             share of selected activations; and how many updates tau and share have had.
         std_at_start: activation standard deviation of the layer when inhibition started.
         bad_step: the first step with a NaN or Inf activation, -1 if there was none.
+        started: sums of this step are taken around `statistics.mean`.
+        empty: no batch was merged yet, on any rank.
+        waiting: it has not had its start, the first step from the late start on that could be
+            used: with samples, all of them finite, and for tau with earlier statistics.
+        waited: how many steps it could have had its start in and did not.
+        shape_from_data: only activations tell the number of neurons.
+        centre_rank: the data-parallel rank whose centre the first batch is summed around.
     """
 
     SAVED = ("share", "tau", "updates", "mean_var", "std_at_start")
@@ -98,8 +101,10 @@ class LayerState:
         self.phase = Phase()
         self.sharding = Sharding()
         self.positions = 0
-        self.started = False
-        if units is not None and config.neuron_axes == "unit":
+        self.started, self.empty, self.waiting, self.waited = False, True, True, 0
+        self.shape_from_data = units is None or config.neuron_axes == "position"
+        self.centre_rank = 0
+        if units is not None and not self.shape_from_data:
             self.allocate(units, 1, torch.device("cpu"))
 
     def allocate(self, units: int, positions: int, device: torch.device) -> None:
@@ -126,6 +131,36 @@ class LayerState:
     @property
     def device(self) -> torch.device:
         return self.tau.device
+
+    @property
+    def selecting(self) -> bool:
+        """Activations are selected in this step; MEmeL's code asks for no earlier statistics."""
+        return self.phase.selecting and (not self.waiting or self.config.memel_code_compat)
+
+    @property
+    def starting(self) -> bool:
+        """This step may be the layer's start."""
+        return self.waiting and self.phase.step >= self.phase.start - 1
+
+    @property
+    def observing(self) -> bool:
+        """A histogram of this step may give tau its start."""
+        return self.starting and self.phase.observed is not None
+
+    @property
+    def may_start(self) -> bool:
+        return self.starting and not (self.observing and self.empty)
+
+    def note(self, usable: bool) -> None:
+        """Learn at a step's end whether it had samples, all of them finite."""
+        self.waiting = self.waiting and not (usable and self.may_start)
+        self.empty = self.empty and not usable
+        self.started = not self.empty
+
+    @property
+    def measuring(self) -> bool:
+        """Without statistics there is nothing to measure by."""
+        return not self.empty and (self.phase.measure or self.observing)
 
     def to(self, device: torch.device) -> None:
         if self.device == device:
@@ -232,6 +267,11 @@ class LayerState:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `saved` gave, gathered over all shards; keeps this process's shard."""
         names = (*Statistics.__dataclass_fields__, *self.SAVED)
+        if set(tensors) == {"samples"}:  # never called when it was saved
+            if self.positions:
+                self.allocate(self.units, self.positions, self.device)
+            self.started, self.empty, self.waiting, self.waited = False, True, True, 0
+            return
         missing = [name for name in names if name not in tensors]
         if missing:
             raise ValueError(f"l2e state of layer {self.name}: no entries {missing}")
@@ -262,5 +302,8 @@ class LayerState:
         )
         for name in self.SAVED:
             setattr(self, name, own[name])
-        self.started = True
+        self.started = not (empty := bool(self.statistics.samples == 0))
+        self.empty = empty
+        has_start = math.isfinite(self.tau) or self.config.selection == "topk"
+        self.waiting, self.waited = empty or not has_start or not self.phase.selecting, 0
         self.refresh(self.mean_var)

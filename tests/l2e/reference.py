@@ -43,7 +43,7 @@ class Reference:
         return (z - self.mean) ** 2 / (self.var + self.eps * self.var.mean())
 
     def selected(self, z):
-        if self.steps < self.start:
+        if self.tau is None:
             return np.zeros(z.shape, dtype=bool)
         return self.phi(z) >= self.tau
 
@@ -62,7 +62,7 @@ class Reference:
     def loss_slope(self, z):
         """dL_MS/dz, by the formulas."""
         chosen, (b, n) = self.selected(z), z.shape
-        if self.steps < self.start:
+        if self.tau is None:
             return np.zeros_like(z)
         slope = np.where(chosen, 2 / (z - self.mean), 0)
         if self.scale_invariant:
@@ -70,18 +70,21 @@ class Reference:
         return self.factor(b, n) * slope
 
     def step(self, z):
-        """Merge one global batch."""
+        """Merge one global batch; one without samples or with a NaN counts as a step alone."""
+        if len(z) == 0 or not np.isfinite(z).all():
+            self.steps += 1
+            return
         b, _ = z.shape
         old_mean_var = None if self.m == 0 else self.var.mean()
         chosen = self.selected(z)
-        if self.steps >= self.start:
+        if self.tau is not None:
             eta = max(self.floor, self.rate / math.sqrt(1 + self.updates))
             move = np.clip(eta * (chosen.mean() - self.k) / self.k, -0.5, 0.5)
             self.tau = math.exp(math.log(self.tau) + move)
             weight = 1 / min(self.updates + 1, self.forget + 1)
             self.share = self.share + weight * (chosen.mean(0) - self.share)
             self.updates += 1
-        elif self.steps == self.start - 1:
+        elif self.steps >= self.start - 1 and self.m > 0:
             bins = np.floor(np.log2(self.phi(z)) * 32)
             values, counts = np.unique(bins, return_counts=True)
             from_top = np.cumsum(counts[::-1])

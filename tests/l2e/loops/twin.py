@@ -1,0 +1,129 @@
+"""What a loop with `l2e.attach` has to give: a twin of the model, trained beside it without the
+method, whose L_MS and statistics come from the float64 reference."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from l2e import L2EConfig
+from tests.l2e.reference import Reference
+
+SETTINGS = {"late_start_step": 2, "weight": 0.5}
+CONFIG = L2EConfig(layers="all", **SETTINGS)
+
+
+def network(seed=0, units=16):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, units), nn.GELU(), nn.Linear(units, 3)).train()
+
+
+def batches(steps, rows=32, width=4, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, width, generator=generator) for _ in range(steps)]
+
+
+class Twin:
+    """A copy of a model, made before `attach`, and the reference of each of its layers.
+
+    Args:
+        names: of the modules that the method observes in the original.
+        neuron_dim, output: as of `attach`; output is a function of the module's output.
+    """
+
+    def __init__(self, model, names, neuron_dim=-1, output=lambda out: out, **settings):
+        self.model = copy.deepcopy(model)
+        self.names = list(names)
+        settings = {"late_start": 2, "weight": 0.5, "forget": 100} | settings
+        self.references = {n: Reference(inhibited_layers=len(names), **settings) for n in names}
+        self.calls = {n: [] for n in names}
+        self.seen = {n: [] for n in names}
+        for name in names:
+            self.model.get_submodule(name).register_forward_hook(
+                lambda module, args, out, name=name: self.calls[name].append(
+                    output(out).movedim(neuron_dim, -1)
+                )
+            )
+
+    def forget(self):
+        """The calls since the last `pull` are not the method's."""
+        for calls in self.calls.values():
+            calls.clear()
+
+    def pull(self, counts=None):
+        """L_MS's gradient, as a loss linear in the activations of the calls since the last.
+
+        Args:
+            counts: [..., ] true where a sample counts; None: everywhere.
+        """
+        total = torch.zeros(())
+        for name, calls in self.calls.items():
+            kept = [call.flatten(0, -2) if counts is None else call[counts] for call in calls]
+            calls.clear()
+            if not kept or not sum(map(len, kept)):
+                continue
+            z = torch.cat(kept)
+            values = z.detach().double().numpy()
+            self.seen[name].append(values)
+            slope = self.references[name].loss_slope(values)
+            total = total + (torch.from_numpy(slope).float() * z).sum()
+        return total
+
+    def step(self):
+        """Merge what `pull` saw; returns each layer's selected share."""
+        shares = {}
+        for name, seen in self.seen.items():
+            reference = self.references[name]
+            z = np.concatenate(seen) if seen else np.zeros((0, 1))
+            shares[name] = reference.selected(z).mean() if len(z) else 0.0
+            reference.step(z)
+            seen.clear()
+        return shares
+
+
+def assert_same_parameters(model, twin, tolerance=2e-4):
+    for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance / 10, msg=name)
+
+
+def assert_same_gradients(model, twin, tolerance=2e-4):
+    for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None), name
+        if mine.grad is not None:
+            difference = (mine.grad - theirs.grad).norm()
+            assert difference <= tolerance * theirs.grad.norm() + 1e-7, name
+
+
+def assert_same_statistics(handle, twin, shares=None):
+    state, metrics = handle.state_dict(), handle.metrics()
+    for name, reference in twin.references.items():
+        assert float(state[f"{name}.samples"]) == reference.m
+        if reference.m == 0:
+            continue
+        np.testing.assert_allclose(state[f"{name}.mean"], reference.mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state[f"{name}.var"], reference.var, rtol=1e-4)
+        tau = float("inf") if reference.tau is None else reference.tau
+        assert metrics[name]["tau"] == pytest.approx(tau, rel=1e-4)
+        if shares is not None:
+            assert metrics[name]["selected_fraction"] == pytest.approx(shares[name], rel=1e-5)
+
+
+def train_both(model, twin, handle, inputs, loss_of, lr=0.05):
+    """The plain loop on both; compares after every step and says whether anything was selected."""
+    optimizers = [torch.optim.SGD(m.parameters(), lr=lr) for m in (model, twin.model)]
+    selected = 0.0
+    for x in inputs:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        (loss_of(model, x) + handle.loss()).backward()
+        (loss_of(twin.model, x) + twin.pull()).backward()
+        assert_same_gradients(model, twin.model)
+        for optimizer in optimizers:
+            optimizer.step()
+        handle.step()
+        shares = twin.step()
+        selected += sum(shares.values())
+        assert_same_statistics(handle, twin, shares)
+    return selected > 0
