@@ -88,7 +88,11 @@ def test_a_layer_without_tau_ten_steps_later_is_warned_of():
     model = Dropped().train()
     model.left_out = range(1, 100)
     handle = l2e.attach(model, "blocks.*.1", CONFIG)
-    with pytest.warns(UserWarning, match=r"nothing is selected in layers blocks\.1\.1, 10 steps"):
-        for x in batches(12):
+
+    def train(steps):
+        for x in batches(steps):
             model(x)
             handle.step()
+
+    with pytest.warns(UserWarning, match=r"nothing is selected in layers blocks\.1\.1, 10 steps"):
+        train(12)
