@@ -137,6 +137,16 @@ class Parallel(Section):
     activation_checkpointing: bool = key(
         False, "recompute each block's activations in the backward pass: less memory, more time"
     )
+    join_timeout: int = key(
+        1800, "how long the ranks wait for each other at the start of a run", "seconds", ge=1
+    )
+    step_timeout: int = key(
+        600,
+        "how long a step may take, or a rank be silent, before all ranks show where they stand and "
+        "the run ends; saves, evaluations and the first step may take four times as long",
+        "seconds",
+        ge=1,
+    )
 
 
 class Train(Section):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.engine.signals import STOP
+
+if __name__ == "__main__":
+    STOP.listen()  # before anything that takes its time
+
+import argparse
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from launch import cli
 
@@ -58,14 +65,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Check the configuration before anything is started; then train."""
+def main(arguments: list[str] | None = None) -> int:
+    """Check the configuration before anything is started; then train; the exit status."""
     options = parse(arguments)
     import configs
 
     if options.help_config:
         print(configs.help_text())
-        return
+        return 0
     from launch.engine import processes
 
     process = processes.find()
@@ -73,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         from launch.planning.dry_run import print_plan
 
         print_plan(configs.load(options.config, options.set))
-        return
+        return 0
     try:
         config = configs.load(options.config, options.set, process.world_size)
     except ValueError:
@@ -83,11 +90,11 @@ def main(arguments: list[str] | None = None) -> None:
         # since a launcher ends all ranks when one leaves.
         time.sleep(5)
         sys.exit(2)
-    start(config, cli.run_folder(options), options, process)
+    return start(config, cli.run_folder(options), options, process)
 
 
-def start(config: Config, folder: Path, options: argparse.Namespace, process: Process) -> None:
-    """Find the checkpoint and the data, join the other ranks, and train."""
+def start(config: Config, folder: Path, options: argparse.Namespace, process: Process) -> int:
+    """Find the checkpoint and the data, join the other ranks, and train; the exit status."""
     resume = options.resume
     if resume == "none" and (folder / "metrics.jsonl").exists():
         raise ValueError(
@@ -95,21 +102,24 @@ def start(config: Config, folder: Path, options: argparse.Namespace, process: Pr
             "another folder"
         )
     from launch import checkpoint
-    from launch.engine import hardware
+    from launch.engine import hardware, joining
     from launch.engine.processes import process_group
     from launch.engine.profiling import Profiler, parse_steps
+    from launch.engine.watch import Watch
     from launch.training import data
     from launch.training.loop import Run, train
 
     hardware.refuse_unsupported(config)
     profiler = Profiler(parse_steps(options.profile), folder / "profile", process.rank)
-    paths = data.fetch(config, folder) if process.local_rank == 0 else None
-    with process_group(process):  # the other ranks wait here for the first one's data
-        paths = paths or data.fetch(config, folder)
-        # Inside the group, so that the ranks share the hashing of a checkpoint's files.
-        found = checkpoint.find_resumable(folder, resume)
-        corpus = data.open_corpus(config, folder, paths)
-        train(Run(config, folder, process, profiler), corpus, found)
+    STOP.launched = process.launcher != "alone"
+    joined = joining.join(process, timedelta(seconds=config.parallel.join_timeout))
+    with Watch(joined, STOP, config.parallel.step_timeout, folder) as watch:
+        paths = joining.first_of_host(joined, "data", lambda: data.fetch(config, folder))
+        with process_group(joined.process, joined):
+            # Inside the group, so that the ranks share the hashing of a checkpoint's files.
+            found = checkpoint.find_resumable(folder, resume)
+            corpus = data.open_corpus(config, folder, paths)
+            return train(Run(config, folder, joined.process, profiler, watch), corpus, found)
 
 
 if __name__ == "__main__":

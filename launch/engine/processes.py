@@ -10,19 +10,55 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
+from urllib.parse import urlparse
 
-# What each launcher calls the rank, the number of ranks, and the same two within a node.
+if TYPE_CHECKING:
+    from launch.engine.joining import Joined
+
+
+@dataclass(frozen=True)
+class Variables:
+    """What a launcher calls a process's rank, the number of ranks, and both within a node."""
+
+    rank: str
+    world_size: str
+    local_rank: str
+    local_size: str
+    mark: str  # set by this launcher alone
+
+    def described(self, environment: Mapping[str, str]) -> str:
+        """RANK=3 and WORLD_SIZE=8, as the environment has them."""
+        return " and ".join(
+            f"{name}={environment.get(name, '(not set)')}" for name in (self.rank, self.world_size)
+        )
+
+
 VARIABLES = {
-    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
-    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-    "mpirun": (
+    "torchrun": Variables(
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"
+    ),
+    "deepspeed": Variables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK"),
+    # Kubeflow's operators and wrappers written by hand; often without the local two.
+    "environment": Variables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK"),
+    "mpirun": Variables(
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_SIZE",
         "OMPI_COMM_WORLD_LOCAL_RANK",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "OMPI_COMM_WORLD_RANK",
+    ),
+    "srun": Variables(
+        "SLURM_PROCID",
+        "SLURM_NTASKS",
+        "SLURM_LOCALID",
+        "SLURM_STEP_TASKS_PER_NODE",
+        "SLURM_STEP_ID",
     ),
 }
+# Slurm numbers the steps that srun makes from 0; above this are a job's script and its shell.
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
+SCONTROL_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -31,8 +67,8 @@ class Process:
 
     rank: int
     world_size: int
-    local_rank: int
-    local_size: int
+    local_rank: int | None  # None: not told by the launcher; found when the ranks meet
+    local_size: int | None
     launcher: str
     address: str
     port: int
@@ -43,49 +79,176 @@ class Process:
         return self.rank == 0
 
 
+ALONE = Process(0, 1, 0, 1, "alone", "localhost", 0)
+
+
 def find(environment: Mapping[str, str] = os.environ) -> Process:
-    """This process, read from what the launcher left in the environment."""
-    if "SLURM_STEP_ID" in environment and "RANK" not in environment:
-        return from_variables(environment, "srun")
-    for launcher in ("torchrun", "deepspeed", "mpirun"):
-        names = VARIABLES[launcher]
-        if names[0] in environment and names[3] in environment:
-            return from_variables(environment, launcher)
-    return Process(0, 1, 0, 1, "alone", "localhost", 0)
+    """This process, read from what the launcher left in the environment.
+
+    Raises:
+        ValueError: the variables are incomplete or contradict each other.
+    """
+    launcher = find_launcher(environment)
+    if launcher is None:
+        return ALONE
+    process = from_variables(environment, launcher)
+    refuse_contradictions(environment, process)
+    return process
+
+
+def find_launcher(environment: Mapping[str, str]) -> str | None:
+    """The innermost launcher that has set the environment's variables."""
+    if "RANK" in environment:
+        for launcher in ("torchrun", "deepspeed"):
+            names = VARIABLES[launcher]
+            if names.mark in environment or names.local_size in environment:
+                return launcher
+        return "environment"
+    if VARIABLES["mpirun"].mark in environment:
+        return "mpirun"
+    if in_srun(environment):
+        return "srun"
+    return "environment" if environment.get("WORLD_SIZE", "1") != "1" else None
+
+
+def in_srun(environment: Mapping[str, str]) -> bool:
+    """Whether srun started this process, and not sbatch or salloc."""
+    step = environment.get("SLURM_STEP_ID", "")
+    return step.isdigit() and int(step) < FIRST_SPECIAL_STEP
 
 
 def from_variables(environment: Mapping[str, str], launcher: str) -> Process:
     """A process whose launcher uses these variable names."""
-    rank, size, local_rank, local_size = VARIABLES[launcher]
+    names = VARIABLES[launcher]
+    rank, size = number(environment, names.rank), number(environment, names.world_size)
+    if rank is None or size is None:
+        missing = names.rank if rank is None else names.world_size
+        raise ValueError(
+            f"{missing} is not set, but {names.described(environment)}: set both, or neither for "
+            "a run of one process"
+        )
+    if not 0 <= rank < size:
+        raise ValueError(
+            f"{names.described(environment)}: the rank must lie in 0..{size - 1}; unset what is "
+            "left of an earlier job, or correct the launcher's line"
+        )
     return Process(
-        rank=int(environment[rank]),
-        world_size=int(environment[size]),
-        local_rank=int(environment.get(local_rank, "0")),
-        # Slurm writes "8(x2)" for 8 tasks on each of 2 nodes
-        local_size=int(re.match(r"\d+", environment.get(local_size, "1")).group()),
+        rank=rank,
+        world_size=size,
+        local_rank=0 if size == 1 else number(environment, names.local_rank),
+        local_size=1 if size == 1 else tasks_of_node(environment, names.local_size),
         launcher=launcher,
-        address=environment.get("MASTER_ADDR") or first_host(environment),
-        port=int(environment.get("MASTER_PORT") or port_of_job(environment)),
+        address=environment.get("MASTER_ADDR") or first_host(environment, launcher),
+        port=number(environment, "MASTER_PORT") or port_of_job(environment, launcher),
     )
 
 
-def first_host(environment: Mapping[str, str]) -> str:
-    """The host of rank 0, where only Slurm's node list names it."""
+def number(environment: Mapping[str, str], name: str) -> int | None:
+    """A variable that holds a whole number; None where it is not set."""
+    text = environment.get(name)
+    if not text:
+        return None
+    if not re.fullmatch(r"\d+", text):
+        raise ValueError(f"{name}={text} in the environment is no whole number")
+    return int(text)
+
+
+def tasks_of_node(environment: Mapping[str, str], name: str) -> int | None:
+    """The number of ranks on this node.
+
+    Slurm lists the nodes' tasks, "4(x2),3": that of the node with number SLURM_NODEID.
+    """
+    text = environment.get(name)
+    if not text:
+        return None
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise ValueError(f"{name}={text} in the environment is no number of tasks")
+        counts += [int(match[1])] * int(match[2] or 1)
+    node = number(environment, "SLURM_NODEID") or 0
+    return counts[node] if node < len(counts) else counts[0]
+
+
+def refuse_contradictions(environment: Mapping[str, str], process: Process) -> None:
+    """Two launchers that number this process differently: only one of them can be right.
+
+    torchrun and deepspeed sign what they set; srun or mpirun around them start them, not ranks.
+    mpirun in a Slurm job starts its own daemons by srun, fewer than there are ranks.
+    """
+    own = VARIABLES[process.launcher]
+    if process.launcher in ("torchrun", "deepspeed") and own.mark in environment:
+        return
+    for launcher in ("mpirun", "srun"):
+        other = VARIABLES[launcher]
+        if launcher == process.launcher or other.rank not in environment:
+            continue
+        if launcher == "srun" and not in_srun(environment):
+            continue
+        rank, size = number(environment, other.rank), number(environment, other.world_size)
+        daemons = process.launcher == "mpirun" and (size or 0) < process.world_size
+        if not daemons and (rank, size) != (process.rank, process.world_size):
+            raise ValueError(
+                f"two launchers number this process: {own.described(environment)}, but "
+                f"{other.described(environment)}. Start the run through one of them, or unset the "
+                f"other's variables (env -u {own.rank} -u {own.world_size} ..., or -u {other.mark})"
+            )
+
+
+def first_host(environment: Mapping[str, str], launcher: str) -> str:
+    """The host of rank 0, where MASTER_ADDR doesn't name it."""
+    if launcher == "mpirun":
+        # The address of mpirun itself, on whose host the first rank runs.
+        uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
+        local = environment.get(VARIABLES["mpirun"].local_size)
+        if local == environment.get(VARIABLES["mpirun"].world_size) or ";" not in uri:
+            return "localhost"
+        return urlparse(uri.split(";")[1]).hostname or "localhost"
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
-    if not nodes:
-        return "localhost"
+    if nodes:
+        return expand_first(nodes)
+    size = environment.get(VARIABLES[launcher].world_size)
+    if size != "1":
+        raise ValueError(
+            f"MASTER_ADDR is not set, but {VARIABLES[launcher].described(environment)}: set it to "
+            "the host of rank 0"
+        )
+    return "localhost"
+
+
+def expand_first(nodes: str) -> str:
+    """The first of a Slurm node list: node[003-006,9],other -> node003.
+
+    By scontrol, which knows every form; by ourselves where it is missing or has no controller.
+    """
     if shutil.which("scontrol"):
         command = ["scontrol", "show", "hostnames", nodes]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    # node[003-006,9],other -> node003
-    match = re.match(r"([^,\[]+)(?:\[(\d+))?([^,\]-]*)", nodes)
-    assert match is not None
-    return match.group(1) + (match.group(2) or "")
+        try:
+            found = subprocess.run(
+                command, capture_output=True, text=True, timeout=SCONTROL_SECONDS, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            found = None
+        if found is not None and found.returncode == 0 and found.stdout.split():
+            return found.stdout.split()[0]
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)  # up to a comma outside brackets
+    if first is None:
+        raise ValueError(f"the node list {nodes!r} in Slurm's environment names no node")
+    # Of each bracket the first number: [003-006,9] -> 003.
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
-def port_of_job(environment: Mapping[str, str]) -> int:
+def port_of_job(environment: Mapping[str, str], launcher: str) -> int:
     """A port that all ranks of a job agree on and that two jobs of one node seldom share."""
-    return 20000 + int(environment.get("SLURM_JOB_ID", "9500")) % 20000
+    if launcher not in ("srun", "mpirun") and environment.get("WORLD_SIZE") != "1":
+        raise ValueError(
+            f"MASTER_PORT is not set, but {VARIABLES[launcher].described(environment)}: set it to "
+            "a free port of the host of rank 0, the same for all ranks"
+        )
+    job = number(environment, "SLURM_JOB_ID") or number(environment, "OMPI_MCA_ess_base_jobid")
+    step = number(environment, "SLURM_STEP_ID") or 0
+    return 20000 + ((job or 9500) + 97 * step) % 20000
 
 
 @contextmanager
@@ -110,8 +273,12 @@ def exported(process: Process) -> Iterator[None]:
 
 
 @contextmanager
-def process_group(process: Process, timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
+def process_group(
+    process: Process, joined: Joined | None = None, timeout: timedelta = timedelta(minutes=30)
+) -> Iterator[None]:
     """torch.distributed for the length of the block, ended on every way out.
+
+    joined: how the ranks have met, if they have yet.
 
     gloo aborts a process that leaves without destroying its groups, hence the finally. After an
     error the other ranks may be anywhere, so only a clean end waits for them.
@@ -120,21 +287,28 @@ def process_group(process: Process, timeout: timedelta = timedelta(minutes=30)) 
     import torch.distributed as dist
 
     from launch.engine import hardware
+    from launch.engine.joining import join
 
+    joined = joined or join(process, timeout)
+    process = joined.process
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(process.local_rank)
     else:
         hardware.keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // process.local_size))
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // (process.local_size or 1)))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     with exported(process):
-        if process.launcher == "alone":
-            store = dist.HashStore()
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        else:
-            dist.init_process_group(backend, timeout=timeout)
+        os.environ.update(joined.interface)
+        dist.init_process_group(
+            backend,
+            store=joined.store,
+            rank=process.rank,
+            world_size=process.world_size,
+            timeout=timeout,
+        )
         try:
             yield
             dist.barrier()

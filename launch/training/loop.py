@@ -15,18 +15,22 @@ from l2e.config import select_layers
 from launch import checkpoint
 from launch.engine import hardware
 from launch.engine.engine import Engine, build
+from launch.engine.signals import status_of
 from launch.planning.cost import flops_per_token
 from launch.training import provenance
+from launch.training.agreement import Agreement
 from launch.training.data import HASHED_SAMPLES, Corpus
 from launch.training.feature_monitor import FeatureMonitor
 from launch.training.recorder import Recorder
 from launch.training.run import Run
 from launch.training.schedule import learning_rate
-from launch.training.signals import StopSignal
 
 
-def train(run: Run, data: Corpus, resume: Path | None) -> None:
-    """Train from the checkpoint `resume`, or from the start, to the configuration's last step."""
+def train(run: Run, data: Corpus, resume: Path | None) -> int:
+    """Train from the checkpoint `resume`, or from the start, to the configuration's last step.
+
+    Returns the exit status: 0, or a signal's.
+    """
     config = run.config
     check_tasks(config, data)
     engine = build(config)
@@ -43,7 +47,7 @@ def train(run: Run, data: Corpus, resume: Path | None) -> None:
         run.say(str(monitor))
     run.say(f"data order: sha256 {told['order_hash']} of the first {HASHED_SAMPLES} samples")
     provenance.write(run.folder, config, engine, told, run.process.launcher)
-    fit(run, engine, data, start, monitor)
+    return fit(run, engine, data, start, monitor)
 
 
 def describe(run: Run, engine: Engine) -> None:
@@ -72,51 +76,75 @@ def describe(run: Run, engine: Engine) -> None:
 
 def fit(
     run: Run, engine: Engine, data: Corpus, start: int, monitor: FeatureMonitor | None = None
-) -> None:
-    """Steps `start` to the end, or to a signal that asks this job to leave."""
+) -> int:
+    """Steps `start` to the end, or to a signal that asks this job to leave; the exit status."""
     config = run.config
     last = min(config.train.steps, config.train.stop_after or config.train.steps)
     if start >= last:
         run.say(f"nothing left to do: step {start} of {last} is done")
-        return
+        mark_finished(run, start)
+        return 0
     run.profiler.expect(range(start + 1, last + 1))
     on_gpu = engine.device.type == "cuda"
     batches = prefetch(data.training_batches(start, engine.layout), pin=on_gpu)
-    stop = StopSignal()
+    request = run.watch.request
+    agreement = Agreement(request)
     recorder = Recorder(run, engine, start, last)
     with checkpoint.Saver(
         engine, run.folder / "checkpoints", data.paths.tokenizer, run.say
     ) as saver:
+
+        def save(step: int) -> None:
+            recorder.flush()
+            run.watch.expect(step, "saving", longer=True)
+            with recorder.paused():
+                saver.save(progress(config, step))
+
         if start == 0 and 0 in config.checkpoint.steps:
-            saver.save(progress(config, 0))
+            save(0)
         for step in range(start, last):
             done = step + 1
+            run.watch.expect(done, "the step", longer=step == start)
             measured = done % config.logging.interval == 0 or done in (1, last)
             engine.measure(measured)
             rate = learning_rate(config, step)
             with run.profiler.step(done):
                 loss = engine.train_step(batches, rate)
+            request.nothing_to_lose = False
             recorder.add(done, loss, rate)
+            run.watch.expect(done, "looking at the model", longer=True)
             with recorder.paused():
                 recorder.annotate(look_at_model(run, engine, data, monitor, done, last))
-            if measured:
+            scored = scores_due(config, done, last)
+            if scored:
+                # It takes minutes to hours, in which a signal finds the step saved.
+                save(done)
+                saver.wait()
+                with recorder.paused(), run.watch.nothing_to_lose(done, "scoring"):
+                    recorder.annotate({"scores": score_tasks(run, engine, data, done)})
+            if measured or scored:
                 recorder.flush()
-            leaving = stop.agreed()
-            if done == last or leaving or save_due(config, done):
-                recorder.flush()
-                with recorder.paused():
-                    saver.save(progress(config, done))
+            leaving = agreement.signal()
+            if not scored and (done == last or leaving or save_due(config, done)):
+                save(done)
             if leaving:
                 break
+    request.nothing_to_lose = True
     if done < last:
         run.say(
             f"stopped by a signal after step {done}; the same command with --resume auto "
             "goes on from here"
         )
-    elif done == config.train.steps and run.process.is_first:
-        (run.folder / "finished").touch()  # batch jobs look for it before they requeue
-    stop.close()
+    mark_finished(run, done)
+    agreement.close()
     recorder.close()
+    return status_of(leaving) if done < last else 0
+
+
+def mark_finished(run: Run, step: int) -> None:
+    """After the last step: batch jobs look for the mark before they requeue."""
+    if step >= run.config.train.steps and run.process.is_first:
+        (run.folder / "finished").touch()
 
 
 def look_at_model(
@@ -134,11 +162,15 @@ def look_at_model(
         found["validation_loss"] = loss = validate(run.config, engine, data)
         if step == last and wanted.layer_worth:
             found["layer_worth"] = layer_worth(run.config, engine, data, float(loss))
-    if wanted.tasks and (step == last or due(wanted.task_interval, step)):
-        found["scores"] = score_tasks(run, engine, data, step)
     if monitor is not None and (step == last or due(monitor.interval, step)):
         found |= monitor.measure()
     return found
+
+
+def scores_due(config: Config, step: int, last: int) -> bool:
+    """Whether downstream tasks are scored after `step`."""
+    wanted = config.evaluate
+    return bool(wanted.tasks) and (step == last or due(wanted.task_interval, step))
 
 
 def due(interval: int, step: int) -> bool:

@@ -9,6 +9,7 @@ from configs import Config
 from l2e.progress import say
 from launch.engine.processes import Process
 from launch.engine.profiling import Profiler
+from launch.engine.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Run:
     folder: Path
     process: Process
     profiler: Profiler
+    watch: Watch
 
     def say(self, message: str) -> None:
         """A line of the run's first rank."""

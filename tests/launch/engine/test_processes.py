@@ -1,9 +1,11 @@
 """Rank discovery under every launcher, from the variables each is documented to set."""
 
 import os
+from pathlib import Path
 
 import pytest
 
+from launch.engine import processes
 from launch.engine.processes import find, process_group
 
 
@@ -32,7 +34,7 @@ def test_torchrun_and_deepspeed(launcher: str, size_variable: str) -> None:
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("gpu[003-006,009]", "gpu003"), ("alpha,beta", "alpha"), ("one", "one"), ("a[7,9]b", "a7")],
+    [("gpu[003-006,009]", "gpu003"), ("alpha,beta", "alpha"), ("one", "one"), ("a[7,9]b", "a7b")],
 )
 def test_srun(nodes: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
@@ -51,6 +53,80 @@ def test_srun(nodes: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert process.address == first
     assert process.port == find(environment | {"SLURM_PROCID": "0"}).port
     assert 20000 <= process.port < 40000
+
+
+@pytest.mark.parametrize("script", ["exit 1", "exec sleep 60"])
+def test_srun_where_scontrol_does_not_answer(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine with Slurm's client and no controller."""
+    client = tmp_path / "scontrol"
+    client.write_text(f"#!/bin/sh\n{script}\n")
+    client.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(processes, "SCONTROL_SECONDS", 0.2)
+    assert processes.expand_first("rack[1-2]node[03-04],z") == "rack1node03"
+
+
+def test_four_variables_are_enough() -> None:
+    """Kubeflow's operators and wrappers written by hand; the local rank is found later."""
+    environment = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "head", "MASTER_PORT": "29400"}
+    process = find(environment)
+    assert (process.rank, process.world_size, process.local_rank) == (3, 4, None)
+    assert (process.address, process.port, process.launcher) == ("head", 29400, "environment")
+
+
+STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_NODELIST": "a"}
+MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
+PLACE = {"MASTER_ADDR": "head", "MASTER_PORT": "29400"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"RANK": "1", **PLACE}, ["RANK=1", "WORLD_SIZE is not set"]),
+        ({"WORLD_SIZE": "4", **PLACE}, ["RANK is not set", "WORLD_SIZE=4"]),
+        ({"RANK": "4", "WORLD_SIZE": "4", **PLACE}, ["RANK=4 and WORLD_SIZE=4", "0..3"]),
+        ({"RANK": "one", "WORLD_SIZE": "4", **PLACE}, ["RANK=one", "whole number"]),
+        ({"RANK": "0", "WORLD_SIZE": "4", "MASTER_PORT": "1"}, ["MASTER_ADDR is not set"]),
+        ({"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "a"}, ["MASTER_PORT is not set"]),
+        # A RANK that was exported before srun, or left by another launcher
+        ({"RANK": "0", "WORLD_SIZE": "4", **PLACE, **STEP}, ["RANK=0", "SLURM_PROCID=1"]),
+        ({"RANK": "0", **PLACE, **STEP}, ["RANK=0", "WORLD_SIZE is not set"]),
+        ({"RANK": "0", "WORLD_SIZE": "2", **PLACE, **MPI}, ["RANK=0", "OMPI_COMM_WORLD_RANK=1"]),
+        ({**MPI, **STEP, "SLURM_PROCID": "2", **PLACE}, ["RANK=1", "SLURM_PROCID=2"]),
+        ({**STEP, "SLURM_NTASKS": "1"}, ["SLURM_PROCID=1 and SLURM_NTASKS=1"]),
+    ],
+)
+def test_contradictions_are_refused_with_both_values(environment: dict, told: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:
+        find(environment)
+    assert all(words in str(refusal.value) for words in told), str(refusal.value)
+
+
+def test_launchers_inside_launchers() -> None:
+    """One torchrun a node by srun; mpirun's daemons by srun; a wrapper that agrees with srun."""
+    torchrun = {"RANK": "9", "WORLD_SIZE": "32", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
+    marked = find({**STEP, **PLACE, **torchrun, "TORCHELASTIC_RUN_ID": "none"})
+    assert (marked.rank, marked.launcher) == (9, "torchrun")
+    daemon = {**STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
+    assert find({**daemon, **MPI, **PLACE}).launcher == "mpirun"
+    agrees = find({**STEP, **PLACE, "RANK": "1", "WORLD_SIZE": "4"})
+    assert (agrees.rank, agrees.local_rank) == (1, None)
+    # An allocation's shell and a batch script have a step number, too, of another kind.
+    assert find({**STEP, "SLURM_STEP_ID": str(0xFFFFFFFA)}).launcher == "alone"
+
+
+def test_tasks_of_unequal_nodes() -> None:
+    environment = {**STEP, "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NTASKS": "5"}
+    environment |= {"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_NODEID": "2", "SLURM_PROCID": "4"}
+    assert find(environment).local_size == 1
+
+
+def test_mpirun_over_several_hosts_finds_the_first() -> None:
+    uri = "649199616.0;tcp://192.0.2.2:43273;tcp6://[fd00::2]:35357"
+    process = find({**MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_MCA_orte_hnp_uri": uri})
+    assert process.address == "192.0.2.2"
 
 
 def test_inside_an_allocation_without_srun_is_alone() -> None:

@@ -1,0 +1,73 @@
+"""Ranks that find each other: real stores, one thread a rank."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+
+from launch.engine import joining
+from launch.engine.joining import Joined, join
+from launch.engine.processes import find
+from tests.launch.running import free_port
+
+
+def ranks(numbers: list[int], world_size: int, seconds: float = 30, **variables: str):
+    """What each of these ranks gets (or is told), by its position, and every line said."""
+    port, said = str(free_port()), []
+
+    def one(number: int) -> Joined | str:
+        place = {"RANK": str(number), "WORLD_SIZE": str(world_size)}
+        process = find(place | {"MASTER_ADDR": "localhost", "MASTER_PORT": port} | variables)
+        try:
+            return join(process, timedelta(seconds=seconds), said.append)
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(numbers)) as pool:
+        return list(pool.map(one, numbers)), said
+
+
+def test_local_ranks_come_from_the_hosts_names() -> None:
+    """Four variables are enough; both hosts here are one, so the places are 0, 1, 2."""
+    joined, said = ranks([2, 0, 1], 3)
+    assert [(one.process.local_rank, one.process.local_size) for one in joined] == [
+        (2, 3),
+        (0, 3),
+        (1, 3),
+    ]
+    assert said == []
+    process = joined[0].process
+    placed = joining.place_within_host(process, ["a", "b", "b"])
+    assert (placed.local_rank, placed.local_size) == (2, 3)  # what is known stays
+
+
+def test_who_is_awaited_is_said_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining, "FIRST_NOTICE", 0.3)
+    errors, said = ranks([0, 1, 3], 6, seconds=1)
+    line = f"here are ranks 0-1, 3 (on {joining.socket.gethostname()}), awaited are ranks 2, 4-5"
+    assert len(said) == 1, "one rank speaks"
+    assert line in said[0]
+    assert all(line in error and "parallel.join_timeout" in error for error in errors)
+    errors, said = ranks([1], 2, seconds=1)
+    assert "waits for the first rank at localhost" in said[0]
+    assert "refused" in errors[0]
+
+
+def test_a_rank_that_is_there_twice() -> None:
+    errors, _ = ranks([0, 1, 1], 3, seconds=2)
+    assert all("rank 1 of 3 is there twice" in str(error) for error in errors)
+
+
+def test_a_host_whose_name_leads_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interface that reaches the other hosts is named to gloo; none is refused."""
+    process = find({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
+    told = [{"host": "a", "address": "127.0.1.1"}, {"host": "b", "address": "10.9.8.7"}]
+    reached = {"a": "127.0.1.1", "10.9.8.7": "10.9.8.6"}
+    monkeypatch.setattr(joining, "source_address", lambda host, port: reached.get(host))
+    monkeypatch.setattr(joining, "interface_of", {"10.9.8.6": "fabric0"}.get)
+    assert joining.interface(process, told) == {"GLOO_SOCKET_IFNAME": "fabric0"}
+    reached["10.9.8.7"] = "127.0.0.1"
+    with pytest.raises(ValueError, match="Set GLOO_SOCKET_IFNAME"):
+        joining.interface(process, told)
+    reached["a"] = "10.9.8.6"
+    assert joining.interface(process, told) == {}

@@ -1,0 +1,140 @@
+"""What becomes of a run when ranks die, hang or are told to leave. docs/operations.md lists it."""
+
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch import fleet
+from tests.launch.fleet import ranks, started, wait_for, wait_for_end, wait_for_step, words
+from tests.launch.running import free_port
+
+HOST = socket.gethostname()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return fleet.write_config(tmp_path_factory.mktemp("faults"))
+
+
+def test_a_killed_rank_takes_the_others_along(config: Path, tmp_path: Path) -> None:
+    """Any rank: the first one, which the others watch through, is no exception."""
+    run = tmp_path / "run"
+    for victim in (1, 0):
+        before = fleet.steps(run)
+        resume = ["--resume", "auto"] if before else []
+        with ranks(3, config, run, *words({"train.global_batch_size": 3}), *resume,
+                   logs=tmp_path / str(victim)) as members:  # fmt: skip
+            wait_for_step(run, before + 8, *members)
+            members[victim].process.send_signal(signal.SIGKILL)
+            others = [m for rank, m in enumerate(members) if rank != victim]
+            wait_for_end(others, 60)
+            for member in others:
+                assert member.process.returncode == 1
+                last = member.last_line()
+                assert f"rank {victim} on {HOST} died in step" in last, member.output()
+                assert f"step_{fleet.newest(run):07d}" in last
+
+
+def test_a_stopped_rank_ends_the_run(config: Path, tmp_path: Path) -> None:
+    """After parallel.step_timeout all show where they stand; SIGTERM does not wait for that."""
+    run, few = tmp_path / "run", {"parallel.step_timeout": 7}
+    with ranks(2, config, run, *words(few), logs=tmp_path / "a") as members:
+        wait_for_step(run, 6, *members)
+        members[1].process.send_signal(signal.SIGSTOP)
+        wait_for_end(members, 30)
+        assert members[0].process.returncode == 1
+        assert f"rank 1 on {HOST} gave no sign of life" in members[0].last_line()
+        assert members[1].process.returncode == -signal.SIGKILL, "nothing is left running"
+        shown = (run / "stacks" / "rank_00000.txt").read_text()
+        assert "train_step" in shown
+        assert "train_step" in members[0].output()
+    with ranks(2, config, run, "--resume", "auto", logs=tmp_path / "b") as members:
+        before = fleet.newest(run)
+        wait_for_step(run, before + 4, *members)
+        members[0].process.send_signal(signal.SIGSTOP)
+        time.sleep(0.5)  # a step at least, so that the other one waits
+        members[1].process.send_signal(signal.SIGTERM)
+        assert wait_for_end(members[1:], 15) < 10
+        assert f"rank 0 on {HOST} did not answer" in members[1].last_line()
+
+
+def test_a_signal_to_one_rank_is_a_signal_to_all(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for number, status in ((signal.SIGHUP, 0), (signal.SIGINT, 130)):
+        before = fleet.steps(run)
+        resume = ["--resume", "auto"] if before else []
+        with ranks(2, config, run, *resume, logs=tmp_path / str(number)) as members:
+            wait_for_step(run, before + 3, *members)
+            members[1].process.send_signal(number)
+            wait_for_end(members, 30)
+            assert [m.process.returncode for m in members] == [status] * 2, members[0].output()
+        assert fleet.newest(run) == fleet.steps(run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_while_the_run_starts(number: int, config: Path, tmp_path: Path) -> None:
+    """Whatever is being imported: in order, so that a batch system queues the job again."""
+    for delay in (0.15, 1.2):
+        run, log = tmp_path / f"{delay}", tmp_path / f"{delay}.log"
+        with started(log, sys.executable, fleet.VERB, "--config", config, "--run", run) as member:
+            time.sleep(delay)
+            member.process.send_signal(number)
+            wait_for_end([member], 10)
+            assert member.process.returncode == (130 if number == signal.SIGINT else 0)
+            assert signal.Signals(number).name in member.output()
+
+
+def test_a_second_signal_leaves_at_once(config: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    slow = words({"data.sequence_length": 256, "train.global_batch_size": 256})
+    with started(log, sys.executable, fleet.VERB, "--config", config, "--run", run, *slow) as one:
+        wait_for_step(run, 1, one)
+        one.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)  # two signals at once are one
+        one.process.send_signal(signal.SIGTERM)
+        assert wait_for_end([one], 10) < 5
+        assert one.process.returncode == 128 + signal.SIGTERM
+        assert "left without saving" in one.last_line()
+
+
+def test_torchrun_restarts_from_the_newest_checkpoint(config: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "2", "--", fleet.VERB, "--config", config, "--run", run]
+    command += ["--resume", "auto", *words({"train.stop_after": 60})]
+    with started(log, sys.executable, *command) as launcher:
+        for goal in (6, 25):
+            wait_for_step(run, goal, launcher)
+            victim = fleet.descendants(launcher.process.pid)[-1]
+            fleet.end(victim)
+            wait_for(lambda victim=victim: not Path(f"/proc/{victim}").exists(), launcher)
+        wait_for_end([launcher], 120)
+        assert launcher.process.returncode == 0, launcher.output()
+    assert launcher.output().count("resumed from") == 2
+    assert sorted(fleet.losses(run)) == list(range(1, 61))
+
+
+def test_ranks_notice_the_end_of_their_launcher(config: Path, tmp_path: Path) -> None:
+    """SIGTERM to `deepspeed` ends it alone; its ranks save and leave."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2"]
+    command += ["--master_port", free_port(), fleet.VERB, "--config", config, "--run", run]
+    with started(log, *command) as launcher:
+        wait_for_step(run, 3, launcher)
+        below = fleet.descendants(launcher.process.pid)
+        launcher.process.terminate()
+        wait_for_end([launcher], 30)
+        until = time.monotonic() + 30
+        try:
+            while any(Path(f"/proc/{pid}").exists() for pid in below):
+                assert time.monotonic() < until, launcher.output()
+                time.sleep(0.1)  # polling processes that nobody here started
+        finally:
+            for pid in below:
+                fleet.end(pid)
+    assert fleet.newest(run) == fleet.steps(run)
+    assert "stopped by a signal after step" in launcher.output()
