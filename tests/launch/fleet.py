@@ -83,7 +83,7 @@ def ranks(count: int, config: Path, run: Path, *more: str, logs: Path) -> Iterat
     """`count` ranks that no launcher looks after, only each other."""
     logs.mkdir(parents=True, exist_ok=True)
     place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    command = (sys.executable, VERB, "--config", config, "--run", run, *more)
+    command = (sys.executable, VERB, "--config", config, "--run-dir", run, *more)
     contexts = [
         started(logs / f"rank_{rank}.log", *command, RANK=str(rank), **place)
         for rank in range(count)

@@ -80,7 +80,9 @@ def test_a_signal_while_the_run_starts(number: int, config: Path, tmp_path: Path
     """Whatever is being imported: in order, so that a batch system queues the job again."""
     for delay in (0.15, 1.2):
         run, log = tmp_path / f"{delay}", tmp_path / f"{delay}.log"
-        with started(log, sys.executable, fleet.VERB, "--config", config, "--run", run) as member:
+        with started(
+            log, sys.executable, fleet.VERB, "--config", config, "--run-dir", run
+        ) as member:
             time.sleep(delay)
             member.process.send_signal(number)
             wait_for_end([member], 10)
@@ -91,7 +93,9 @@ def test_a_signal_while_the_run_starts(number: int, config: Path, tmp_path: Path
 def test_a_second_signal_leaves_at_once(config: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     slow = words({"data.sequence_length": 256, "train.global_batch_size": 256})
-    with started(log, sys.executable, fleet.VERB, "--config", config, "--run", run, *slow) as one:
+    with started(
+        log, sys.executable, fleet.VERB, "--config", config, "--run-dir", run, *slow
+    ) as one:
         wait_for_step(run, 1, one)
         one.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)  # two signals at once are one
@@ -104,7 +108,7 @@ def test_a_second_signal_leaves_at_once(config: Path, tmp_path: Path) -> None:
 def test_torchrun_restarts_from_the_newest_checkpoint(config: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "2", "--", fleet.VERB, "--config", config, "--run", run]
+    command += ["--max-restarts", "2", "--", fleet.VERB, "--config", config, "--run-dir", run]
     command += ["--resume", "auto", *words({"train.stop_after": 60})]
     with started(log, sys.executable, *command) as launcher:
         for goal in (6, 25):
@@ -122,7 +126,7 @@ def test_ranks_notice_the_end_of_their_launcher(config: Path, tmp_path: Path) ->
     """SIGTERM to `deepspeed` ends it alone; its ranks save and leave."""
     run, log = tmp_path / "run", tmp_path / "log"
     command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2"]
-    command += ["--master_port", free_port(), fleet.VERB, "--config", config, "--run", run]
+    command += ["--master_port", free_port(), fleet.VERB, "--config", config, "--run-dir", run]
     with started(log, *command) as launcher:
         wait_for_step(run, 3, launcher)
         below = fleet.descendants(launcher.process.pid)
