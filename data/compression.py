@@ -5,7 +5,7 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 
@@ -60,7 +60,7 @@ class _Streams(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, compression: Compression):
         self._file, self._compression = file, compression
-        self._stream = None
+        self._stream: Any = None
         self._streams = 0
         self._input = b""
         self._output = memoryview(b"")

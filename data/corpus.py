@@ -48,6 +48,11 @@ class Source:
     format: str  # jsonl, text, parquet, arrow, hf or builtin
     compression: str = ""  # gzip, zstd, xz, bzip2 or none
 
+    @property
+    def size(self) -> int:
+        """Bytes on this machine's disk, 0 for what isn't a file there."""
+        return Path(self.name).stat().st_size if self.format not in ("hf", "builtin") else 0
+
     def sha256(self) -> str | None:
         """Hash of the source's content; None where only the network has it."""
         if self.format == "hf":
@@ -85,8 +90,8 @@ def look_over(inputs: list[str]) -> Found:
             entries += inside
             _merge(passed_over, beside)
     if not entries:
-        beside = "".join(f", {len(found)} {reason}" for reason, found in passed_over.items())
-        raise ValueError(f"input {' '.join(inputs)}: holds no files{beside and ' but' + beside}")
+        others = ", ".join(f"{len(names)} {reason}" for reason, names in passed_over.items())
+        raise ValueError(f"input {' '.join(inputs)}: holds no files{others and f' but {others}'}")
     _check_names([entry.name if isinstance(entry, Source) else str(entry) for entry in entries])
     files, copies = without_copies([entry for entry in entries if isinstance(entry, Path)])
     _merge(passed_over, copies)

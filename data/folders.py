@@ -39,7 +39,7 @@ def files_of(folder: Path) -> tuple[list[Path], PassedOver]:
         else:
             found.append(path)
     found.sort()
-    holds_records = set()  # folders with a file of records in them or below
+    holds_records: set[Path] = set()  # folders with a file of records in them or below
     for path in found:
         if by_name(path.name)[0] not in ("", TEXT) and not COMPANION.fullmatch(path.name):
             holds_records.update(path.parents)
@@ -92,7 +92,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _unreadable(error: OSError) -> None:
-    raise Problem("input", error.filename, f"can't be read ({error.strerror})", "repair it")
+    raise Problem("input", Path(error.filename), f"can't be read ({error.strerror})", "repair it")
 
 
 def without_copies(files: list[Path]) -> tuple[list[Path], PassedOver]:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +21,29 @@ from l2e.problems import Problem
 
 TOKENS, LENGTHS, SUBSETS, REJECTS = "tokens", "lengths", "subsets", "rejects.jsonl"
 MANIFEST = "manifest.json"  # written last: all the rest is then on the disk
+# What is kept of the work so far, beside what is kept of each file.
+PROGRESS = (
+    *("units", "position", "text_bytes", "documents", "tokens", "reasons", "subsets"),
+    *("said", "inside", "spaces", "example"),
+)
+
+
+@dataclass
+class Given:
+    """What a source gave: documents, rejects, and why the first of these is none."""
+
+    documents: int = 0
+    rejects: int = 0
+    reason: str = ""
+
+    @property
+    def units(self) -> int:
+        return self.documents + self.rejects
+
+    def add(self, more: "Given") -> None:
+        self.documents += more.documents
+        self.rejects += more.rejects
+        self.reason = self.reason or more.reason
 
 
 class PartialCorpus:
@@ -34,6 +58,11 @@ class PartialCorpus:
         self.units = self.position = self.text_bytes = self.documents = self.tokens = 0
         self.reasons: Counter[str] = Counter()
         self.subsets: dict[str, list[int]] = {}  # name: [number, documents, tokens]
+        self.files: dict[int, Given] = {}  # by the source's number
+        self.said: Counter[str] = Counter()  # see `data.wording.COUNTS`
+        self.inside: Counter[str] = Counter()  # end-of-text tokens written out in texts
+        self.spaces: dict[str, str] = {}  # kind of space: an example of its loss, "" if it is kept
+        self.example = ""  # of a text with something that has no token
         self._job = job
         self._files: dict = {}
         try:
@@ -79,7 +108,14 @@ class PartialCorpus:
         path = self.folder / "state.json"
         if not path.exists():
             return {}
-        state = json.loads(path.read_text("utf-8"))
+        try:
+            state = json.loads(path.read_text("utf-8"))
+            found = state["job"], state["progress"], state["sizes"]
+            assert all(isinstance(part, dict) for part in found)
+        except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
+            reason = f"cannot be read ({error!r})"
+            fix = f"delete the folder {self.folder} and start anew"
+            raise Problem("interrupted preparation", path, reason, fix) from error
         if state["job"] != self._job:
             changed = [key for key in self._job if state["job"].get(key) != self._job[key]]
             raise Problem(
@@ -88,9 +124,11 @@ class PartialCorpus:
                 f"holds an interrupted preparation that differs in {', '.join(changed)}",
                 "delete the folder, or choose another --output",
             )
-        for key, value in state["progress"].items():
-            setattr(self, key, value)
-        self.reasons = Counter(self.reasons)
+        for key in PROGRESS:
+            setattr(self, key, state["progress"][key])
+        for key in ("reasons", "said", "inside"):
+            setattr(self, key, Counter(getattr(self, key)))
+        self.files = {int(n): Given(**given) for n, given in state["progress"]["files"].items()}
         print(f"continuing after {self.documents:,} documents, {self.tokens:,} tokens", flush=True)
         return state["sizes"]
 
@@ -105,6 +143,10 @@ class PartialCorpus:
     @property
     def rejects(self) -> int:
         return self.reasons.total()
+
+    def given(self, number: int) -> Given:
+        """What a source has given so far, by its number."""
+        return self.files.setdefault(number, Given())
 
     def add(
         self, tokens: np.ndarray, lengths: list[int], subsets: list[str], rejects: list[Reject]
@@ -131,12 +173,12 @@ class PartialCorpus:
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        keys = ("units", "position", "text_bytes", "documents", "tokens", "reasons", "subsets")
+        files = {number: asdict(given) for number, given in self.files.items()}
         write_json(
             self.folder / "state.json",
             {
                 "job": self._job,
-                "progress": {key: getattr(self, key) for key in keys},
+                "progress": {**{key: getattr(self, key) for key in PROGRESS}, "files": files},
                 "sizes": {name: file.tell() for name, file in self._files.items()},
             },
         )

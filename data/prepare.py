@@ -1,5 +1,6 @@
 """From sources to token files: read, tokenize on several processes, write whole or not at all."""
 
+import itertools
 import os
 import signal
 import threading
@@ -10,32 +11,35 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from data import manifest
-from data.corpus import Fields, Source, read_units
+from data.corpus import Fields, Source, Unit, read_units
 from data.files import sha256, sync, write_json
+from data.folders import PassedOver
 from data.index import bin_path, idx_path, write_index
-from data.partial import LENGTHS, MANIFEST, REJECTS, SUBSETS, TOKENS, PartialCorpus
-from data.records import Reject, parse
+from data.limits import Judge, Limits
+from data.partial import LENGTHS, MANIFEST, REJECTS, SUBSETS, TOKENS, Given, PartialCorpus
+from data.records import Record, Reject, parse
 from data.tokenizer import Tokenizer, load_tokenizer
-from l2e.progress import Progress
+from data.wording import COUNTS, SPACES, Encoded, encode, find_lost_spaces
+from l2e.progress import Progress, say
 
 INDEX = "index"  # its name inside the partial folder
 BATCH_CHARACTERS = 2**19  # text handed to a worker at a time
 BATCH_DOCUMENTS = 2**10
 COMMIT_TOKENS = 2**24  # a killed preparation loses less than this
-REJECTS_BEFORE_STOP = 1000  # units to see before too many rejects stop the work
 
 
 @dataclass(frozen=True)
 class Preparation:
     """What to prepare, and how.
 
-    `max_rejects` is the share of units that may be rejected; `workers` the processes that
-    tokenize, beside the one that reads and writes. The result doesn't depend on them.
+    `max_rejects` and `max_unknown` are the shares of `data.limits.Limits`; `workers` the processes
+    that tokenize, beside the one that reads and writes. The result doesn't depend on them.
+    `end_of_text` names the token that ends documents, where the tokenizer leaves that open;
+    `passed_over` is what lies beside the sources, for the manifest.
     """
 
     sources: list[Source]
@@ -44,20 +48,48 @@ class Preparation:
     fields: Fields = field(default_factory=Fields)
     workers: int = 1
     max_rejects: float = 0.01
+    max_unknown: float = 0.01
+    end_of_text: str | None = None
+    passed_over: PassedOver = field(default_factory=dict)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_rejects, self.max_unknown)
 
 
 class Interrupted(ValueError):
     """The work stopped, and the same command takes it up again."""
 
 
-class Batch(NamedTuple):
+@dataclass
+class Batch:
     """Units read together: the documents among them, the rejects, and how far the source is."""
 
-    texts: list[str]
-    subsets: list[str]
-    rejects: list[Reject]
-    units: int
-    position: int
+    texts: list[str] = field(default_factory=list)
+    subsets: list[str] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    files: dict[int, Given] = field(default_factory=dict)  # by the source's number
+    characters: int = 0
+    source: int = 0  # the number of the one that was read last
+    position: int = 0
+
+    @property
+    def units(self) -> int:
+        return len(self.texts) + len(self.rejects)
+
+    def add(self, found: Record | Reject, source: int) -> None:
+        """The next unit, of a source's number."""
+        self.source = source
+        given = self.files.setdefault(source, Given())
+        if isinstance(found, Reject):
+            self.rejects.append(found)
+            given.rejects += 1
+            given.reason = given.reason or found.reason
+        else:
+            self.texts.append(found.text)
+            self.subsets.append(found.subset)
+            self.characters += len(found.text)
+            given.documents += 1
 
 
 def prepare(what: Preparation) -> dict:
@@ -67,8 +99,9 @@ def prepare(what: Preparation) -> dict:
     Returns the manifest. Raises ValueError for a user's mistake: nothing is left behind then,
     but the rejects where there were too many of them.
     """
-    tokenizer = load_tokenizer(what.tokenizer)
+    tokenizer = load_tokenizer(what.tokenizer, what.end_of_text)
     job = {
+        "end_of_text": tokenizer.eod,
         "sources": [[Path(s.name).name, s.format, s.sha256()] for s in what.sources],
         "tokenizer": tokenizer.sha256,
         "fields": asdict(what.fields),
@@ -81,8 +114,7 @@ def prepare(what: Preparation) -> dict:
     with PartialCorpus(folder, job) as partial:
         try:
             if not partial.finished:
-                _tokenize(what, partial)
-                _check_rejects(what, partial, at_end=True)
+                _tokenize(what, partial, tokenizer)
                 _finish(what, partial, job, tokenizer)
             return _move_into_place(what.output, partial)
         except Interrupted:
@@ -114,7 +146,8 @@ def _already_done(output: str, job: dict) -> dict | None:
     found = manifest.read(output)
     if found is None and not bin_path(output).exists():
         return None
-    if found is not None and found.get("job") == job:
+    # Once a job didn't name the end of text; the manifest always did.
+    if found is not None and {"end_of_text": found.get("end_of_text"), **found["job"]} == job:
         return found
     raise ValueError(
         f"output {output}: token files of other sources, another tokenizer or another tool are "
@@ -122,17 +155,17 @@ def _already_done(output: str, job: dict) -> dict | None:
     )
 
 
-def _tokenize(what: Preparation, partial: PartialCorpus) -> None:
+def _tokenize(what: Preparation, partial: PartialCorpus, tokenizer: Tokenizer) -> None:
     """Everything the sources still have, into the partial corpus, in their order."""
     starts, total = _source_starts(what.sources)
     progress = Progress(total=total or None, desc="preparing", unit="B", unit_scale=True)
     committed, text_bytes = partial.tokens, partial.text_bytes
     units = read_units(what.sources, what.fields, skip=partial.units)
+    batches = _looked_at(_batches(units, what, starts), partial, tokenizer)
+    judge = Judge(partial, what.sources, what.limits, what.output)
     try:
-        for batch, (tokens, lengths) in _encoded(what, _batches(units, what.fields, starts)):
-            partial.add(tokens, lengths, batch.subsets, batch.rejects)
-            partial.units += batch.units
-            partial.text_bytes += sum(map(_utf8_size, batch.texts))
+        for batch, encoded in _encoded(what, batches):
+            _add(partial, batch, encoded)
             speed = (partial.text_bytes - text_bytes) / 1e6 / progress.format_dict["elapsed"]
             progress.set_postfix_str(
                 f"{speed:.2f} MB/s of text, {partial.documents:,} documents, "
@@ -140,10 +173,11 @@ def _tokenize(what: Preparation, partial: PartialCorpus) -> None:
                 refresh=False,
             )
             progress.advance_to(batch.position)
-            _check_rejects(what, partial)
+            judge.look(batch.source)
             if partial.tokens - committed > COMMIT_TOKENS:
                 partial.commit()
                 committed = partial.tokens
+        judge.look(len(what.sources))
     except BrokenProcessPool as error:
         partial.commit()
         raise Interrupted(
@@ -157,49 +191,67 @@ def _tokenize(what: Preparation, partial: PartialCorpus) -> None:
         progress.close()
 
 
+def _add(partial: PartialCorpus, batch: Batch, encoded: Encoded) -> None:
+    """A tokenized batch, and what is counted of it."""
+    partial.add(encoded.tokens, encoded.lengths, batch.subsets, batch.rejects)
+    partial.units += batch.units
+    partial.text_bytes += sum(map(_utf8_size, batch.texts))
+    partial.said += encoded.said
+    partial.inside += encoded.inside
+    partial.example = partial.example or encoded.example
+    for number, given in batch.files.items():
+        partial.given(number).add(given)
+
+
 def _utf8_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _source_starts(sources: list[Source]) -> tuple[dict[Source, int], int]:
+def _looked_at(
+    batches: Iterable[Batch], partial: PartialCorpus, tokenizer: Tokenizer
+) -> Iterator[Batch]:
+    """The batches; tells of each kind of space, once, that the tokenizer doesn't keep it."""
+    for batch in batches:
+        for text in batch.texts if len(partial.spaces) < len(SPACES) else ():
+            for kind, example in find_lost_spaces(tokenizer, text, partial.spaces).items():
+                partial.spaces[kind] = example
+                if example:
+                    say(f"the tokenizer doesn't keep {kind}, as in {example!r}")
+        yield batch
+
+
+def _source_starts(sources: list[Source]) -> tuple[list[int], int]:
     """Where each source starts if all lay end to end, and their sum, in bytes."""
-    starts, total = {}, 0
-    for source in sources:
-        starts[source] = total
-        total += Path(source.name).stat().st_size if Path(source.name).exists() else 0
-    return starts, total
+    ends = list(itertools.accumulate((source.size for source in sources), initial=0))
+    return ends[:-1], ends[-1]
 
 
-def _batches(units: Iterable, fields: Fields, starts: dict[Source, int]) -> Iterator[Batch]:
+def _batches(units: Iterable[Unit], what: Preparation, starts: list[int]) -> Iterator[Batch]:
     """Units in groups of bounded size."""
-    texts, subsets, rejects, count, size, position = [], [], [], 0, 0, 0
+    numbers = {source: number for number, source in enumerate(what.sources)}
+    source, number, batch = None, 0, Batch()
     for unit in units:
-        found = parse(unit, fields)
-        if isinstance(found, Reject):
-            rejects.append(found)
-        else:
-            texts.append(found.text)
-            subsets.append(found.subset)
-            size += len(found.text)
-        count += 1
-        position = starts[unit.source] + unit.position
-        if size >= BATCH_CHARACTERS or count >= BATCH_DOCUMENTS:
-            yield Batch(texts, subsets, rejects, count, position)
-            texts, subsets, rejects, count, size = [], [], [], 0, 0
-    if count:
-        yield Batch(texts, subsets, rejects, count, position)
-
-
-Encoded = tuple[np.ndarray, list[int]]  # tokens laid end to end, and each document's length
+        if unit.source is not source:
+            source = unit.source
+            number = numbers[source]
+        batch.add(parse(unit, what.fields), number)
+        if batch.characters >= BATCH_CHARACTERS or batch.units >= BATCH_DOCUMENTS:
+            batch.position = starts[number] + unit.position
+            yield batch
+            batch = Batch()
+    if batch.units:
+        batch.position = starts[number] + unit.position
+        yield batch
 
 
 def _encoded(what: Preparation, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Encoded]]:
     """Batches with their tokens, in order; a few of them wait in memory, never the corpus."""
     if what.workers == 1:
-        _start_worker(what.tokenizer)
+        _start_worker(what.tokenizer, what.end_of_text)
         yield from ((batch, _encode(batch.texts)) for batch in batches)
         return
-    pool = ProcessPoolExecutor(what.workers, get_context("spawn"), _start_worker, (what.tokenizer,))
+    started_with = (what.tokenizer, what.end_of_text)
+    pool = ProcessPoolExecutor(what.workers, get_context("spawn"), _start_worker, started_with)
     waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
     try:
         for batch in batches:
@@ -213,14 +265,14 @@ def _encoded(what: Preparation, batches: Iterator[Batch]) -> Iterator[tuple[Batc
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(tokenizer_path: Path) -> None:
+def _start_worker(tokenizer_path: Path, end_of_text: str | None) -> None:
     """Make `_encode` ready in this process; a worker ends with its parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     if parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=_end_with_parent, daemon=True).start()
     global _tokenizer
-    _tokenizer = load_tokenizer(tokenizer_path)
+    _tokenizer = load_tokenizer(tokenizer_path, end_of_text)
 
 
 def _end_with_parent() -> None:
@@ -234,26 +286,7 @@ _tokenizer: Tokenizer  # a worker's own, loaded once
 
 
 def _encode(texts: list[str]) -> Encoded:
-    """Tokens of the texts, each ended by the end-of-text token."""
-    documents = [[*ids, _tokenizer.eod] for ids in _tokenizer.encode_batch(texts)]
-    tokens = [np.array(document, _tokenizer.dtype) for document in documents]
-    empty = np.empty(0, _tokenizer.dtype)
-    return np.concatenate([empty, *tokens]), [len(document) for document in documents]
-
-
-def _check_rejects(what: Preparation, partial: PartialCorpus, at_end: bool = False) -> None:
-    """Stop where too much of the input can't be used."""
-    allowed = what.max_rejects * partial.units
-    if partial.rejects <= allowed or not (at_end or partial.units >= REJECTS_BEFORE_STOP):
-        if at_end and not partial.documents:
-            raise ValueError(f"output {what.output}: the input holds no documents")
-        return
-    reasons = ", ".join(f"{count} x {reason}" for reason, count in partial.reasons.most_common(5))
-    raise ValueError(
-        f"{partial.rejects} of {partial.units} records can't be used ({reasons}), above "
-        f"--max-rejects {what.max_rejects:g}; they are listed in {what.output}.{REJECTS}: repair "
-        "the input or raise the limit"
-    )
+    return encode(_tokenizer, texts)
 
 
 def _finish(what: Preparation, partial: PartialCorpus, job: dict, tokenizer: Tokenizer) -> None:
@@ -272,6 +305,12 @@ def _finish(what: Preparation, partial: PartialCorpus, job: dict, tokenizer: Tok
             "text_bytes": partial.text_bytes,
             "subsets": counts,
             "rejects": {"total": partial.rejects, "reasons": dict(partial.reasons)},
+            "wording": {
+                **{name: partial.said[name] for name in COUNTS},
+                "example": partial.example,
+                "end_of_text_written_out": dict(partial.inside),
+                "lost_spaces": {kind: text for kind, text in partial.spaces.items() if text},
+            },
             "dtype": np.dtype(tokenizer.dtype).name,
             "bin_sha256": sha256(folder / TOKENS),
             "idx_sha256": sha256(folder / INDEX),
@@ -279,10 +318,20 @@ def _finish(what: Preparation, partial: PartialCorpus, job: dict, tokenizer: Tok
             "tokenizer_sha256": tokenizer.sha256,
             "tokenizer_vocab_size": tokenizer.vocab_size,
             "end_of_text": tokenizer.eod,
+            "end_of_text_token": tokenizer.name_of(tokenizer.eod),
             "sources": [
-                {"name": s.name, "sha256": hash_}
-                for s, (*_, hash_) in zip(what.sources, job["sources"], strict=True)
+                {
+                    "name": source.name,
+                    "sha256": hash_,
+                    "format": source.format,
+                    "documents": partial.given(number).documents,
+                    "rejects": partial.given(number).rejects,
+                }
+                for number, (source, (*_, hash_)) in enumerate(
+                    zip(what.sources, job["sources"], strict=True)
+                )
             ],
+            "passed_over": what.passed_over,
             "job": job,
         },
     )

@@ -4,15 +4,20 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from data.formats import refuse_lfs_pointer
 from l2e.problems import Problem
 
 # Names under which tokenizers keep the token that ends a document, the Pile's first.
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
+# In a copy made for counting, the token for what a tokenizer.json leaves out.
+LEFT_OUT = "\0left out"
 # sentencepiece writes a space as this character, so the character itself goes byte by byte.
 SPACE_MARK = "\u2581"
 # Texts of more characters are tokenized in parts, cut before the space between two words or
@@ -22,16 +27,18 @@ LONG = 2**15
 CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=[^\W_]\n)(?=[^\W_])")
 
 
-def load_tokenizer(path: str | Path) -> "Tokenizer":
+def load_tokenizer(path: str | Path, end_of_text: str | None = None) -> "Tokenizer":
     """Open a tokenizer file: `*.json` is Hugging Face's format, `*.model` sentencepiece's.
 
-    Raises ValueError for a missing, damaged or unknown file.
+    `end_of_text` names the token that ends a document, for a file where several may.
+    Raises ValueError for a missing, damaged or unknown file, or one without that token.
     """
     path = Path(path)
     if not path.is_file():
         raise Problem("tokenizer", path, "no such file", "give a tokenizer.json or a .model file")
     kinds = {".json": HuggingFaceTokenizer, ".model": SentencePieceTokenizer}
-    if path.suffix not in kinds:
+    ending = path.suffix.lower()
+    if ending not in kinds:
         raise Problem(
             "tokenizer",
             path,
@@ -39,7 +46,12 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
             "give a Hugging Face tokenizer.json or a sentencepiece .model file",
         )
     try:
-        return kinds[path.suffix](path)
+        content = path.read_bytes()
+        refuse_lfs_pointer("tokenizer", path, content)
+        loaded = kinds[ending](path, content, end_of_text)
+        if not loaded._ends() or end_of_text is not None:
+            loaded.find_end()
+        return loaded
     except Problem:
         raise
     except Exception as error:  # both libraries raise kinds of their own for a damaged file
@@ -47,11 +59,24 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         raise Problem("tokenizer", path, reason, "get a whole copy of it") from error
 
 
+class Unsaid(NamedTuple):
+    """What a tokenizer has no token for in a text."""
+
+    ids: int  # that stand for something unknown
+    characters: int  # that these stand for, spaces aside
+
+
 class Tokenizer(ABC):
     """A tokenizer file. `vocab_size` is one more than the largest id, `eod` ends a document."""
 
     vocab_size: int
-    eod: int
+    unknown: int | None  # the id of what there is no token for
+    leaves_out: bool  # whether what there is no token for may leave no id at all
+
+    def __init__(self, path: Path, content: bytes, end_of_text: str | None):
+        self.path = path
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self._end_of_text = end_of_text
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -61,24 +86,48 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, end-of-text tokens by their names."""
 
+    @abstractmethod
+    def unsaid(self, text: str) -> Unsaid:
+        """What of a text has no token; slow, for texts that have something of it."""
+
+    @abstractmethod
+    def name_of(self, token: int) -> str:
+        """A token as the file writes it."""
+
+    @abstractmethod
+    def _id_of(self, name: str) -> int | None:
+        """The id of a token, None where there is none of that name."""
+
+    @abstractmethod
+    def _ends(self) -> list[str]:
+        """The tokens that may end a document, by their names."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without an end-of-text token."""
         return self.encode_batch([text])[0]
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    @cached_property
+    def eod(self) -> int:
+        return self.find_end()
 
-    def _find_eod(self, ids: dict[str, int | None]) -> int:
-        found = [i for name in END_OF_TEXT if (i := ids[name]) is not None]
-        if not found:
-            raise Problem(
-                "tokenizer",
-                self.path,
-                f"has no end-of-text token, looked for {', '.join(END_OF_TEXT)}",
-                "documents could not be told apart: take another tokenizer",
-            )
-        return found[0]
+    def find_end(self) -> int:
+        """The id that ends a document. Raises ValueError where it is open which one does."""
+        names = self._ends()
+        if self._end_of_text is not None:
+            names = [self._end_of_text] if self._id_of(self._end_of_text) is not None else []
+        if len(names) == 1:
+            end = self._id_of(names[0])
+            assert end is not None
+            return end
+        if self._end_of_text is not None:
+            reason, fix = f"has no token {self._end_of_text!r}", "name one that it has"
+        elif names:
+            reason = f"has {len(names)} tokens that may end a document: {', '.join(names)}"
+            fix = "choose one with --end-of-text"
+        else:
+            reason = f"has no end-of-text token, looked for {', '.join(END_OF_TEXT)}"
+            fix = "documents could not be told apart: name one with --end-of-text, or take another"
+        raise Problem("tokenizer", self.path, reason, fix)
 
     @property
     def dtype(self) -> type[np.integer]:
@@ -93,16 +142,18 @@ class HuggingFaceTokenizer(Tokenizer):
     decoding gives the normalized text back exactly.
     """
 
-    def __init__(self, path: Path):
-        import tokenizers
-
-        super().__init__(path)
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+    def __init__(self, path: Path, content: bytes, end_of_text: str | None):
+        super().__init__(path, content, end_of_text)
+        file = json.loads(content)
+        self._tokenizer = self._measured = _open(content.decode())
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.eod = self._find_eod({n: self._tokenizer.token_to_id(n) for n in END_OF_TEXT})
-        self._may_cut = _splits_like_gpt2(json.loads(path.read_text("utf-8")))
+        self._may_cut = _splits_like_gpt2(file)
+        self._added = file.get("added_tokens") or []
+        name = _unknown_token(file["model"])
+        self.unknown = None if name is None else self._id_of(name)
+        self.leaves_out = self.unknown is None and not _says_every_byte(file)
+        if self.leaves_out and file["model"]["type"] == "BPE":
+            self._measured = _open(json.dumps(_with_unknown_token(file)))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # One by one: a batch would keep 160 bytes a character until its last text is done.
@@ -115,42 +166,149 @@ class HuggingFaceTokenizer(Tokenizer):
         while start < len(text):
             cut = CUT.search(text, start + LONG) if self._may_cut else None
             stop = cut.start() if cut else len(text)
-            ids += self._tokenizer.encode(text[start:stop], add_special_tokens=False).ids
+            try:
+                ids += self._tokenizer.encode(text[start:stop], add_special_tokens=False).ids
+            except Exception as error:  # the library's own kind, for a word without any token
+                shown = repr(text[start : start + 40])
+                reason = f"can't express the text {shown} ({error})"
+                fix = "take one that has a token for everything, or for what is unknown"
+                raise Problem("tokenizer", self.path, reason, fix) from error
             start = stop
         return ids
 
+    def unsaid(self, text: str) -> Unsaid:
+        # Where nothing stands for what is left out, a copy that has an unknown token shows it.
+        unknown = self._measured.token_to_id(LEFT_OUT) if self.leaves_out else self.unknown
+        encoding = self._measured.encode(text, add_special_tokens=False)
+        return _count(text, encoding.ids, encoding.offsets, unknown)
+
+    def name_of(self, token: int) -> str:
+        return self._tokenizer.id_to_token(token)
+
+    def _id_of(self, name: str) -> int | None:
+        return self._tokenizer.token_to_id(name)
+
+    def _ends(self) -> list[str]:
+        """Its special tokens; pieces of the same names are text, unless there is nothing else."""
+        special = [token["content"] for token in self._added if token.get("special")]
+        found = [name for name in END_OF_TEXT if self._id_of(name) is not None]
+        found = [name for name in found if name in special] or found
+        # What a model's own configuration, beside the file, calls its end of text decides.
+        named = _end_beside(self.path)
+        return [named] if named in found else found
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def _open(content: str):
+    """The library's tokenizer of a tokenizer.json, which neither cuts nor fills up."""
+    import tokenizers
+
+    opened = tokenizers.Tokenizer.from_str(content)
+    opened.no_truncation()
+    opened.no_padding()
+    return opened
+
+
+def _end_beside(path: Path) -> str | None:
+    """The end-of-text token that tokenizer_config.json names, as Hugging Face's folders have it."""
+    try:
+        end = json.loads((path.parent / "tokenizer_config.json").read_text("utf-8"))["eos_token"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return end["content"] if isinstance(end, dict) else end
 
 
 def _splits_like_gpt2(file: dict) -> bool:
     """Whether a tokenizer.json splits text into words as GPT-2 does, so that no token, merge or
     normal form reaches over a place that `CUT` finds."""
     splitter, normalizer = file.get("pre_tokenizer") or {}, file.get("normalizer") or {}
-    words = [token["content"] for token in file.get("added_tokens", [])]
     return (
         splitter.get("type") == "ByteLevel"
         and splitter.get("use_regex", True)
         and not splitter.get("add_prefix_space")
         and normalizer.get("type", "NFC") == "NFC"
-        and not any(word.strip() and len(word.split()) > 1 for word in words)
+        and not any(map(_reaches_out, file.get("added_tokens") or []))
     )
+
+
+def _reaches_out(token: dict) -> bool:
+    """Whether an added token takes spaces beside it, or holds a space between other characters."""
+    word = token["content"]
+    strips = token.get("lstrip") or token.get("rstrip")
+    return bool(strips) or not (word.isspace() or word.split() == [word])
+
+
+def _unknown_token(model: dict) -> str | None:
+    """The token that a tokenizer.json's model puts for what it doesn't know."""
+    if model.get("unk_id") is not None:
+        return model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token")
+
+
+def _says_every_byte(file: dict) -> bool:
+    """Whether the model has a token for each of the 256 bytes, and gets text as bytes."""
+    from tokenizers import pre_tokenizers
+
+    vocabulary = file["model"]["vocab"]
+    if file["model"].get("byte_fallback"):
+        names = {f"<0x{byte:02X}>" for byte in range(256)}
+    elif '"ByteLevel"' in json.dumps([file.get("pre_tokenizer"), file.get("normalizer")]):
+        names = set(pre_tokenizers.ByteLevel.alphabet())
+    else:
+        return False
+    known = vocabulary if isinstance(vocabulary, Mapping) else {piece for piece, _ in vocabulary}
+    return names <= set(known)
+
+
+def _with_unknown_token(file: dict) -> dict:
+    """A BPE tokenizer.json with a token for the characters that it would leave out."""
+    model = {**file["model"], "unk_token": LEFT_OUT, "fuse_unk": False}
+    model["vocab"] = {**model["vocab"], LEFT_OUT: len(model["vocab"])}
+    return {**file, "model": model}
+
+
+def _count(
+    text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], unknown: int | None
+) -> Unsaid:
+    """The unknown ids, and the characters that they cover."""
+    places = {place for i, place in zip(ids, offsets, strict=True) if i == unknown}
+    covered = {at for start, stop in places for at in range(start, stop)}
+    return Unsaid(sum(i == unknown for i in ids), sum(not text[at].isspace() for at in covered))
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model. Models trained here give every UTF-8 text back exactly."""
 
-    def __init__(self, path: Path):
+    leaves_out = False
+
+    def __init__(self, path: Path, content: bytes, end_of_text: str | None):
         from sentencepiece import SentencePieceProcessor
 
-        super().__init__(path)
-        self._model = SentencePieceProcessor(model_file=str(path))
+        super().__init__(path, content, end_of_text)
+        self._model = SentencePieceProcessor(model_proto=content)
         self.vocab_size = self._model.vocab_size()
-        unknown = self._model.unk_id()
-        pieces = {name: self._model.piece_to_id(name) for name in END_OF_TEXT}
-        self.eod = self._find_eod({n: i if i != unknown else None for n, i in pieces.items()})
+        self.unknown = self._model.unk_id()
         mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        self._mark_ids = mark if unknown not in mark else None
+        self._mark_ids = mark if self.unknown not in mark else None
+
+    def unsaid(self, text: str) -> Unsaid:
+        found = self._model.encode_as_offset_mapping(text)
+        return _count(text, found["ids"], found["offsets"], self.unknown)
+
+    def name_of(self, token: int) -> str:
+        return self._model.id_to_piece(token)
+
+    def _id_of(self, name: str) -> int | None:
+        found = self._model.piece_to_id(name)
+        return None if found == self.unknown else found
+
+    def _ends(self) -> list[str]:
+        end = self._model.eos_id()
+        if end >= 0:
+            return [self._model.id_to_piece(end)]
+        return [name for name in END_OF_TEXT if self._id_of(name) is not None]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [
@@ -225,4 +383,6 @@ def train_sentencepiece(
             f"sentencepiece could not train that ({error})",
             "a vocabulary needs at least 300 pieces, and a sample that is large enough for it",
         ) from error
-    return SentencePieceTokenizer(path)
+    trained = load_tokenizer(path)
+    assert isinstance(trained, SentencePieceTokenizer)
+    return trained

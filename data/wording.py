@@ -1,0 +1,86 @@
+"""What a corpus loses on its way into tokens, counted: nothing of it shows in the token files."""
+
+import re
+from collections import Counter
+from collections.abc import Container, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from data.tokenizer import END_OF_TEXT, Tokenizer
+
+COUNTS = {
+    "characters": "characters of text",
+    "unknown_ids": "ids that stand for something the tokenizer has no token for",
+    "unknown_characters": "characters, spaces aside, that it has no token for",
+    "empty_documents": "documents of which no token is left",
+    "end_of_text_ids": "end-of-text tokens that come from the texts themselves",
+}
+# Spaces between two characters that are none, and what a normalisation turns them into.
+SPACES = {
+    "line breaks": re.compile(r"(?<=\S)\n+(?=\S)"),
+    "tabs": re.compile(r"(?<=\S)\t+(?=\S)"),
+    "runs of spaces": re.compile(r"(?<=\S) {2,}(?=\S)"),
+}
+AROUND = 20  # characters of an example on either side
+
+
+class Encoded(NamedTuple):
+    """Documents as tokens laid end to end, with what they lost."""
+
+    tokens: np.ndarray
+    lengths: list[int]
+    said: Counter[str]  # see COUNTS
+    inside: Counter[str]  # end-of-text tokens written out in the texts
+    example: str  # of a text with something that has no token, "" if there is none
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
+    """Tokens of the texts, each ended by the end-of-text token."""
+    ids = tokenizer.encode_batch(texts)
+    documents = [np.array([*of_text, tokenizer.eod], tokenizer.dtype) for of_text in ids]
+    tokens = np.concatenate([np.empty(0, tokenizer.dtype), *documents])
+    said = Counter(
+        characters=sum(map(len, texts)),
+        empty_documents=sum(not of_text for of_text in ids),
+        end_of_text_ids=int((tokens == tokenizer.eod).sum()) - len(texts),
+    )
+    example = ""
+    for number in _suspects(tokenizer, tokens, ids):
+        found = tokenizer.unsaid(texts[number])
+        said["unknown_ids"] += found.ids
+        said["unknown_characters"] += found.characters
+        if found.ids and not example:
+            example = texts[number].strip()[: 2 * AROUND]
+    inside: Counter[str] = Counter()
+    names = {*END_OF_TEXT, tokenizer.name_of(tokenizer.eod)}
+    for text in texts:
+        if "<" in text or "[" in text or tokenizer.name_of(tokenizer.eod) in text:
+            inside.update({name: count for name in names if (count := text.count(name))})
+    return Encoded(tokens, [len(document) for document in documents], +said, inside, example)
+
+
+def _suspects(tokenizer: Tokenizer, tokens: np.ndarray, ids: list[list[int]]) -> list[int]:
+    """The documents that may hold something without a token."""
+    if tokenizer.leaves_out:
+        return list(range(len(ids)))
+    if tokenizer.unknown is None or not (tokens == tokenizer.unknown).any():
+        return []
+    return [number for number, of_text in enumerate(ids) if tokenizer.unknown in of_text]
+
+
+def find_lost_spaces(tokenizer: Tokenizer, text: str, known: Container[str]) -> dict[str, str]:
+    """The kinds of space, beside the known ones, that this text has.
+
+    Their value is an example where the tokens don't tell such a space from a single one or from
+    none, and "" where they do.
+    """
+    kinds = {}
+    for kind, pattern in SPACES.items():
+        found = pattern.search(text) if kind not in known else None
+        if found:
+            before, after = text[: found.start()][-AROUND:], text[found.end() :][:AROUND]
+            shown = before + found.group() + after
+            others = tokenizer.encode_batch([before + " " + after, before + after])
+            kinds[kind] = shown if tokenizer.encode(shown) in others else ""
+    return kinds
