@@ -6,15 +6,16 @@ documents of them.
 
 import glob
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from data import builtin
 from data.compression import DAMAGE, decompress
-from data.files import sha256
+from data.files import hash_spans, sha256
 from data.folders import PassedOver, files_of, without_copies
 from data.formats import ARROW, BYTE_ORDER_MARK, JSON_LINES, PARQUET, TEXT, judge
 from l2e.problems import Problem
@@ -47,10 +48,15 @@ class Source:
     name: str
     format: str  # jsonl, text, parquet, arrow, hf or builtin
     compression: str = ""  # gzip, zstd, xz, bzip2 or none
+    # Bytes [start, stop) of the file, for one share of it: the lines, or the row groups, that
+    # begin in there.
+    span: tuple[int, int] | None = None
 
     @property
     def size(self) -> int:
         """Bytes on this machine's disk, 0 for what isn't a file there."""
+        if self.span:
+            return self.span[1] - self.span[0]
         return Path(self.name).stat().st_size if self.format not in ("hf", "builtin") else 0
 
     def sha256(self) -> str | None:
@@ -59,7 +65,9 @@ class Source:
             return None
         if self.format == "builtin":
             return builtin.content_hash(self.name)
-        return sha256(Path(self.name))
+        return (
+            hash_spans(Path(self.name), [self.span])[1][0] if self.span else sha256(Path(self.name))
+        )
 
 
 class Found(NamedTuple):
@@ -180,14 +188,25 @@ def _lines(source: Source, fields: Fields) -> Contents:
     A byte order mark is dropped wherever a line begins with it, as in files joined by `cat`.
     """
     limit = MAX_DOCUMENT_BYTES
+    start, stop = source.span or (0, math.inf)
     with Path(source.name).open("rb") as raw, decompress(raw, source.compression) as stream:
-        while line := stream.readline(limit + 1):
-            if len(line) <= limit:
-                yield line.removeprefix(BYTE_ORDER_MARK).strip(), raw.tell()
-                continue
-            while line and not line.endswith(b"\n"):
-                line = stream.readline(limit)
-            yield None, raw.tell()
+        if start:  # a line that began before is another share's
+            raw.seek(start - 1)
+            _skip_line(raw, raw.readline(limit))
+        position = raw.tell()
+        while position < stop and (line := stream.readline(limit + 1)):
+            if len(line) > limit:
+                _skip_line(stream, line)
+                line = None
+            position = raw.tell()
+            content = line if line is None else line.removeprefix(BYTE_ORDER_MARK).strip()
+            yield content, position - start
+
+
+def _skip_line(stream: BinaryIO, line: bytes) -> None:
+    """Read to the end of the line that begins with `line`."""
+    while line and not line.endswith(b"\n"):
+        line = stream.readline(MAX_DOCUMENT_BYTES)
 
 
 def _whole_file(source: Source, fields: Fields) -> Contents:
@@ -208,7 +227,8 @@ def _table_rows(source: Source, fields: Fields) -> Contents:
     import pyarrow as arrow
 
     try:
-        schema, batches = (_parquet if source.format == PARQUET else _arrow)(source.name, fields)
+        opened = _parquet(source, fields) if source.format == PARQUET else _arrow(source.name)
+        schema, batches = opened
         for batch, position in batches:
             columns = {column: batch[column] for column in _columns(source.name, fields, schema)}
             for row in range(batch.num_rows):
@@ -217,19 +237,36 @@ def _table_rows(source: Source, fields: Fields) -> Contents:
         raise OSError(error) from error
 
 
-def _parquet(name: str, fields: Fields):
-    """Schema and (batch, position) pairs of a Parquet file."""
+def _parquet(source: Source, fields: Fields):
+    """Schema and (batch, position) pairs of a Parquet file, or of a share's row groups of it."""
     import pyarrow.parquet as parquet
 
-    file = parquet.ParquetFile(name, pre_buffer=False, page_checksum_verification=True)
-    columns = _columns(name, fields, file.schema_arrow)
-    bytes_a_row = Path(name).stat().st_size / max(1, file.metadata.num_rows)
-    batches = file.iter_batches(batch_size=64, columns=columns)
+    file = parquet.ParquetFile(source.name, pre_buffer=False, page_checksum_verification=True)
+    columns = _columns(source.name, fields, file.schema_arrow)
+    bytes_a_row = Path(source.name).stat().st_size / max(1, file.metadata.num_rows)
+    groups = row_groups(file.metadata, source.span)
+    batches = file.iter_batches(batch_size=64, columns=columns, row_groups=groups)
     ends = itertools.count(1)
     return file.schema_arrow, ((batch, int(next(ends) * 64 * bytes_a_row)) for batch in batches)
 
 
-def _arrow(name: str, fields: Fields):
+def row_groups(metadata, span: tuple[int, int] | None) -> list[int]:
+    """The numbers of a Parquet file's row groups that begin in the span, in their order."""
+    groups = range(metadata.num_row_groups)
+    if span is None:
+        return list(groups)
+    begin = 0
+    found = []
+    for number in groups:
+        column = metadata.row_group(number).column(0)
+        offset = column.dictionary_page_offset or column.data_page_offset
+        begin = max(begin, offset)  # should they not lie in their order, this keeps it
+        if span[0] <= begin < span[1]:
+            found.append(number)
+    return found
+
+
+def _arrow(name: str):
     """Schema and (batch, position) pairs of an Arrow file, in the file or the stream form."""
     import pyarrow as arrow
 

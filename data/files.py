@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,21 @@ def sha256(path: Path) -> str:
     """Hash of a whole file, as 64 hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_spans(path: Path, spans: Sequence[tuple[int, int]]) -> tuple[str, list[str]]:
+    """Hash of bytes [start, stop) of a file, spans that follow one another, and of each of them."""
+    whole, parts = hashlib.sha256(), []
+    with path.open("rb") as stream:
+        stream.seek(spans[0][0])
+        for start, stop in spans:
+            part = hashlib.sha256()
+            while start < stop and (chunk := stream.read(min(2**20, stop - start))):
+                whole.update(chunk)
+                part.update(chunk)
+                start += len(chunk)
+            parts.append(part.hexdigest())
+    return whole.hexdigest(), parts
 
 
 def sync(path: Path) -> None:

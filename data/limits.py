@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from data.corpus import Source
 from data.formats import JSON_LINES, TEXT, beginning, hint
-from data.partial import REJECTS, Given, PartialCorpus
+from data.partial import REJECTS, PartialCorpus
 
 # What has to be seen before the shares mean something; smaller sources are judged at their end.
 UNITS = 1000
@@ -29,19 +29,21 @@ class Judge:
     sources: list[Source]
     limits: Limits
     output: str
+    share: bool = False  # a share of the sources: what is about all of them is judged by `join`
     judged: int = 0  # sources that were looked at after their end
 
     def look(self, reading: int) -> None:
         """Judge what is done; `reading` is the number of the source the work has come to."""
         partial, at_end = self.partial, reading == len(self.sources)
-        if at_end or partial.units >= UNITS:
+        if not self.share and (at_end or partial.units >= UNITS):
             self._check_rejects()
         for number in range(self.judged, reading):
-            if self.sources[number].format != TEXT:
-                self._check_source(self.sources[number], partial.given(number))
+            self._check_source(number)
         self.judged = reading
         if not at_end and partial.given(reading).units >= UNITS:
-            self._check_source(self.sources[reading], partial.given(reading))
+            self._check_source(reading)
+        if self.share:
+            return
         if at_end:
             self._check_text_files()
             if not partial.documents:
@@ -60,8 +62,11 @@ class Judge:
             f"in {self.sources[worst].name}, {self._above(self.sources[worst])}"
         )
 
-    def _check_source(self, source: Source, given: Given) -> None:
-        """A source gives documents, and not too few."""
+    def _check_source(self, number: int) -> None:
+        """A source gives documents, and not too few; texts and parts are judged together."""
+        source, given = self.sources[number], self.partial.given(number)
+        if source.format == TEXT or source.span:
+            return
         documents, rejects, reason = given.documents, given.rejects, given.reason
         why = f" ({reason})" if reason else ""
         if not documents:
@@ -93,8 +98,8 @@ class Judge:
     def _check_unknown(self) -> None:
         partial, said = self.partial, self.partial.said
         shares = {
-            "ids": (said["unknown_ids"], partial.tokens),
             "characters": (said["unknown_characters"], said["characters"]),
+            "ids": (said["unknown_ids"], partial.tokens),
             "documents": (said["empty_documents"], partial.documents),
         }
         for kind, (unknown, total) in shares.items():

@@ -55,14 +55,7 @@ class PartialCorpus:
 
     def __init__(self, folder: Path, job: dict):
         self.folder = folder
-        self.units = self.position = self.text_bytes = self.documents = self.tokens = 0
-        self.reasons: Counter[str] = Counter()
-        self.subsets: dict[str, list[int]] = {}  # name: [number, documents, tokens]
-        self.files: dict[int, Given] = {}  # by the source's number
-        self.said: Counter[str] = Counter()  # see `data.wording.COUNTS`
-        self.inside: Counter[str] = Counter()  # end-of-text tokens written out in texts
-        self.spaces: dict[str, str] = {}  # kind of space: an example of its loss, "" if it is kept
-        self.example = ""  # of a text with something that has no token
+        self._clear()
         self._job = job
         self._files: dict = {}
         try:
@@ -81,6 +74,24 @@ class PartialCorpus:
         if not self.finished:
             for name in (TOKENS, LENGTHS, SUBSETS, REJECTS):
                 self._files[name] = self._open(folder / name, sizes.get(name, 0))
+
+    def _clear(self) -> None:
+        self.units = self.position = self.text_bytes = self.documents = self.tokens = 0
+        self.reasons: Counter[str] = Counter()
+        self.subsets: dict[str, list[int]] = {}  # name: [number, documents, tokens]
+        self.files: dict[int, Given] = {}  # by the source's number
+        self.said: Counter[str] = Counter()  # see `data.wording.COUNTS`
+        self.inside: Counter[str] = Counter()  # end-of-text tokens written out in texts
+        self.spaces: dict[str, str] = {}  # kind of space: an example of its loss, "" if it is kept
+        self.example = ""  # of a text with something that has no token
+
+    def start_anew(self) -> None:
+        """Forget what an earlier process did."""
+        self._clear()
+        (self.folder / "state.json").unlink(missing_ok=True)
+        for file in self._files.values():
+            file.truncate(0)
+            file.seek(0)
 
     @property
     def finished(self) -> bool:
@@ -167,6 +178,10 @@ class PartialCorpus:
             self.reasons[reject.reason.split(":")[0].split(" at ")[0]] += 1
         self.documents += len(lengths)
         self.tokens += len(tokens)
+
+    def append(self, name: str, content: bytes | memoryview | np.ndarray) -> None:
+        """More of one of the files; the counts are the caller's."""
+        self._files[name].write(content)
 
     def commit(self) -> None:
         """Make everything so far survive the death of the process."""

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -22,6 +22,7 @@ from data.index import bin_path, idx_path, write_index
 from data.limits import Judge, Limits
 from data.partial import LENGTHS, MANIFEST, REJECTS, SUBSETS, TOKENS, Given, PartialCorpus
 from data.records import Record, Reject, parse
+from data.shares import Share
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.wording import COUNTS, SPACES, Encoded, encode, find_lost_spaces
 from l2e.progress import Progress, say
@@ -39,7 +40,8 @@ class Preparation:
     `max_rejects` and `max_unknown` are the shares of `data.limits.Limits`; `workers` the processes
     that tokenize, beside the one that reads and writes. The result doesn't depend on them.
     `end_of_text` names the token that ends documents, where the tokenizer leaves that open;
-    `passed_over` is what lies beside the sources, for the manifest.
+    `passed_over` is what lies beside the sources, for the manifest; of a `share`, `sources` are
+    its own.
     """
 
     sources: list[Source]
@@ -51,6 +53,7 @@ class Preparation:
     max_unknown: float = 0.01
     end_of_text: str | None = None
     passed_over: PassedOver = field(default_factory=dict)
+    share: Share | None = None
 
     @property
     def limits(self) -> Limits:
@@ -105,26 +108,52 @@ def prepare(what: Preparation) -> dict:
         "sources": [[Path(s.name).name, s.format, s.sha256()] for s in what.sources],
         "tokenizer": tokenizer.sha256,
         "fields": asdict(what.fields),
+        **({"share": what.share.job} if what.share else {}),
     }
-    folder = Path(f"{what.output}.partial")
-    done = None if (folder / MANIFEST).exists() else _already_done(what.output, job)
+
+    def fill(partial: PartialCorpus) -> None:
+        _tokenize(what, partial, tokenizer)
+        about = {
+            "dtype": np.dtype(tokenizer.dtype).name,
+            "tokenizer_path": str(what.tokenizer),
+            "tokenizer_sha256": tokenizer.sha256,
+            "tokenizer_vocab_size": tokenizer.vocab_size,
+            "end_of_text": tokenizer.eod,
+            "end_of_text_token": tokenizer.name_of(tokenizer.eod),
+            "passed_over": what.passed_over,
+            "job": job,
+            **({"share": what.share.facts()} if what.share else {}),
+        }
+        finish(partial, what.sources, about)
+
+    return write_whole(what.output, job, fill, job)
+
+
+def write_whole(
+    output: str, job: dict, fill: Callable[[PartialCorpus], None], partial_job: dict
+) -> dict:
+    """All files of a corpus that `fill` makes, or none; the manifest, which holds `job`.
+
+    `partial_job` is what a preparation has to be of to be gone on with. Raises ValueError.
+    """
+    folder = Path(f"{output}.partial")
+    done = None if (folder / MANIFEST).exists() else _already_done(output, job)
     if done is not None:
-        print(f"{what.output}: already prepared from these sources", flush=True)
+        print(f"{output}: already prepared from these sources", flush=True)
         return done
-    with PartialCorpus(folder, job) as partial:
+    with PartialCorpus(folder, partial_job) as partial:
         try:
             if not partial.finished:
-                _tokenize(what, partial, tokenizer)
-                _finish(what, partial, job, tokenizer)
-            return _move_into_place(what.output, partial)
+                fill(partial)
+            return _move_into_place(output, partial)
         except Interrupted:
             raise
         except ValueError:
-            partial.keep_rejects(Path(f"{what.output}.{REJECTS}"))
+            partial.keep_rejects(Path(f"{output}.{REJECTS}"))
             partial.remove()
             raise
         except OSError as error:
-            raise _writing_failed(what.output, partial, error) from error
+            raise _writing_failed(output, partial, error) from error
 
 
 def _writing_failed(output: str, partial: PartialCorpus, error: OSError) -> ValueError:
@@ -162,7 +191,7 @@ def _tokenize(what: Preparation, partial: PartialCorpus, tokenizer: Tokenizer) -
     committed, text_bytes = partial.tokens, partial.text_bytes
     units = read_units(what.sources, what.fields, skip=partial.units)
     batches = _looked_at(_batches(units, what, starts), partial, tokenizer)
-    judge = Judge(partial, what.sources, what.limits, what.output)
+    judge = Judge(partial, what.sources, what.limits, what.output, what.share is not None)
     try:
         for batch, encoded in _encoded(what, batches):
             _add(partial, batch, encoded)
@@ -289,14 +318,29 @@ def _encode(texts: list[str]) -> Encoded:
     return encode(_tokenizer, texts)
 
 
-def _finish(what: Preparation, partial: PartialCorpus, job: dict, tokenizer: Tokenizer) -> None:
-    """Write the index and the manifest, still inside the partial folder."""
+def finish(partial: PartialCorpus, sources: list[Source], about: dict) -> None:
+    """Write the index and the manifest, still inside the partial folder.
+
+    `about` is what the manifest says beside what is counted: tokenizer, "job", ...
+    """
     partial.commit()
     folder = partial.folder
-    lengths = np.memmap(folder / LENGTHS, np.int32, "r")
-    write_index(folder / INDEX, np.dtype(tokenizer.dtype), lengths)
+    lengths = np.memmap(folder / LENGTHS, np.int32, "r") if partial.documents else np.empty(0)
+    write_index(folder / INDEX, np.dtype(about["dtype"]), lengths)
     sync(folder / INDEX)
     counts = {name: {"documents": d, "tokens": t} for name, (_, d, t) in partial.subsets.items()}
+    files = [
+        {
+            "name": source.name,
+            "sha256": hash_,
+            "format": source.format,
+            "documents": partial.given(number).documents,
+            "rejects": partial.given(number).rejects,
+        }
+        for number, (source, (_, _, hash_)) in enumerate(
+            zip(sources, about["job"]["sources"], strict=True)
+        )
+    ]
     write_json(
         folder / MANIFEST,
         {
@@ -309,30 +353,12 @@ def _finish(what: Preparation, partial: PartialCorpus, job: dict, tokenizer: Tok
                 **{name: partial.said[name] for name in COUNTS},
                 "example": partial.example,
                 "end_of_text_written_out": dict(partial.inside),
-                "lost_spaces": {kind: text for kind, text in partial.spaces.items() if text},
+                "spaces": partial.spaces,
             },
-            "dtype": np.dtype(tokenizer.dtype).name,
             "bin_sha256": sha256(folder / TOKENS),
             "idx_sha256": sha256(folder / INDEX),
-            "tokenizer_path": str(what.tokenizer),
-            "tokenizer_sha256": tokenizer.sha256,
-            "tokenizer_vocab_size": tokenizer.vocab_size,
-            "end_of_text": tokenizer.eod,
-            "end_of_text_token": tokenizer.name_of(tokenizer.eod),
-            "sources": [
-                {
-                    "name": source.name,
-                    "sha256": hash_,
-                    "format": source.format,
-                    "documents": partial.given(number).documents,
-                    "rejects": partial.given(number).rejects,
-                }
-                for number, (source, (*_, hash_)) in enumerate(
-                    zip(what.sources, job["sources"], strict=True)
-                )
-            ],
-            "passed_over": what.passed_over,
-            "job": job,
+            "sources": files,
+            **about,
         },
     )
 

@@ -53,9 +53,10 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
         if found.ids and not example:
             example = texts[number].strip()[: 2 * AROUND]
     inside: Counter[str] = Counter()
-    names = {*END_OF_TEXT, tokenizer.name_of(tokenizer.eod)}
+    end = tokenizer.name_of(tokenizer.eod)
+    names = dict.fromkeys((*END_OF_TEXT, end))
     for text in texts:
-        if "<" in text or "[" in text or tokenizer.name_of(tokenizer.eod) in text:
+        if "<" in text or "[" in text or end in text:
             inside.update({name: count for name in names if (count := text.count(name))})
     return Encoded(tokens, [len(document) for document in documents], +said, inside, example)
 

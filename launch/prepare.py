@@ -5,8 +5,9 @@
     python launch/prepare.py --corpus builtin --train-tokenizer sentencepiece --vocab-size 2048 \\
         --output prepared/demo
 
-Three more verbs, each with its own --help:
+Four more verbs, each with its own --help:
 
+    python launch/prepare.py join      shares made with --shard, joined
     python launch/prepare.py show      the sequences of a training step, decoded
     python launch/prepare.py stats     what prepared token files hold
     python launch/prepare.py features  a feature set for the analyses
@@ -14,18 +15,32 @@ Three more verbs, each with its own --help:
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data import builtin, hub
-from data.corpus import Fields, Source, find_sources, read_units
+from data.corpus import Fields, Found, Source, look_over, read_units
 from data.features import FeatureSet, build_features
+from data.formats import DESCRIPTIONS
+from data.join import join
+from data.limits import Limits
 from data.prepare import Preparation, prepare
 from data.records import Record, parse
-from data.tokenizer import train_sentencepiece
+from data.shares import Share
+from data.tokenizer import load_tokenizer, train_sentencepiece
 from launch import cli
 
+SHOWN_NAMES = 3  # of the files of a kind
+JOIN = """Join the shares of a corpus, each prepared with --shard, to what one run would have made.
+
+    python launch/prepare.py --input pile --tokenizer 20B_tokenizer.json \\
+        --shard 1/2 --output prepared/share-1
+    python launch/prepare.py --input pile --tokenizer 20B_tokenizer.json \\
+        --shard 2/2 --output prepared/share-2
+    python launch/prepare.py join prepared/share-1 prepared/share-2 --output prepared/pile
+"""
 SHOW = """Print the sequences of a training step, decoded, with where each part is from.
 
     python launch/prepare.py show --config configs/demo.json --step 100
@@ -61,22 +76,53 @@ def build(options: argparse.Namespace) -> None:
     fields = Fields(options.text_field, options.subset_field)
     if options.corpus == "builtin":
         outputs = {
-            options.output: [Source(builtin.TRAIN, "builtin")],
-            f"{options.output}_validation": [Source(builtin.VALIDATION, "builtin")],
+            options.output: Found([Source(builtin.TRAIN, "builtin")], {}),
+            f"{options.output}_validation": Found([Source(builtin.VALIDATION, "builtin")], {}),
         }
     else:
-        outputs = {options.output: find_sources(options.input)}
+        outputs = {options.output: look_over(options.input)}
+        _describe(outputs[options.output])
     tokenizer = _tokenizer_file(options.tokenizer)
     if options.train_tokenizer:
         tokenizer = tokenizer or Path(f"{options.output}.tokenizer.model")
-        texts = _sample(outputs[options.output], fields, options.sample_mb)
+        texts = _sample(outputs[options.output].sources, fields, options.sample_mb)
         size = options.vocab_size
         trained = train_sentencepiece(texts, tokenizer, size, options.tokenizer_model)
         print(f"{tokenizer}: trained, {trained.vocab_size:,} pieces")
     assert tokenizer is not None
-    for output, sources in outputs.items():
-        what = Preparation(sources, tokenizer, output, fields, options.workers, options.max_rejects)
+    loaded = load_tokenizer(tokenizer, options.end_of_text)
+    print(f"documents end with {loaded.name_of(loaded.eod)!r} (id {loaded.eod})", flush=True)
+    for output, (sources, passed_over) in outputs.items():
+        share = Share.parse(options.shard, sources) if options.shard else None
+        what = Preparation(
+            sources=share.own() if share else sources,
+            tokenizer=tokenizer,
+            output=output,
+            fields=fields,
+            workers=options.workers,
+            max_rejects=options.max_rejects,
+            max_unknown=options.max_unknown,
+            end_of_text=options.end_of_text,
+            passed_over=passed_over,
+            share=share,
+        )
         _report(output, prepare(what))
+
+
+def _describe(found: Found) -> None:
+    """A line for each format: what is read as what; and one for each reason not to read."""
+    formats: dict[str, list[str]] = {}
+    for source in found.sources:
+        formats.setdefault(DESCRIPTIONS[source.format], []).append(source.name)
+    for name, files in formats.items():
+        print(f"read as {name}: {_names(files)}")
+    for reason, files in found.passed_over.items():
+        print(f"not read, {reason}: {_names(files)}")
+
+
+def _names(files: list[str]) -> str:
+    shown = ", ".join(files[:SHOWN_NAMES]) + (", ..." if len(files) > SHOWN_NAMES else "")
+    return f"{len(files):,} ({shown})"
 
 
 def _tokenizer_file(name: str | None) -> Path | None:
@@ -90,6 +136,13 @@ def _check(options: argparse.Namespace) -> None:
     """What argparse doesn't check; raises ValueError."""
     if not options.tokenizer and not options.train_tokenizer:
         raise ValueError("--tokenizer: missing; name a file, or train one with --train-tokenizer")
+    if options.shard and (options.train_tokenizer or options.corpus):
+        raise ValueError(
+            "--shard: every share needs the same tokenizer and --input files; train it before, "
+            "and name it with --tokenizer"
+        )
+    if options.train_tokenizer and not (options.tokenizer or ".model").endswith(".model"):
+        raise ValueError(f"--tokenizer {options.tokenizer}: a trained one is written to a .model")
 
 
 def _sample(sources: list[Source], fields: Fields, megabytes: float):
@@ -110,10 +163,68 @@ def _report(output: str, manifest: dict) -> None:
         f"{output}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens "
         f"({manifest['dtype']}), {manifest['text_bytes'] / 1e6:.1f} MB of text"
     )
+    subsets = manifest["subsets"]
+    if set(subsets) == {""}:
+        field = manifest["job"]["fields"]["subset"]
+        print(f"no record names its subset in {field!r}; --subset-field names another field")
+    elif subsets:
+        print(f"subsets: {_names(list(subsets))}")
     rejects = manifest["rejects"]
     if rejects["total"]:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in rejects["reasons"].items())
         print(f"{rejects['total']:,} records rejected ({reasons}): see {output}.rejects.jsonl")
+    for line in _wording(manifest.get("wording", {}), manifest):
+        print(line)
+
+
+def _wording(wording: dict, manifest: dict) -> Iterator[str]:
+    """What of the texts has no token, and what in them reads as the end of one."""
+    if wording.get("unknown_ids"):
+        characters = wording["unknown_characters"] / wording["characters"]
+        ids = wording["unknown_ids"] / manifest["tokens"]
+        yield (
+            f"the tokenizer has nothing for {wording['unknown_characters']:,} characters "
+            f"({characters:.2%}), as in {wording['example']!r}; {wording['unknown_ids']:,} "
+            f"unknown ids ({ids:.2%}) stand for them, or would if it had one"
+        )
+    if wording.get("empty_documents"):
+        yield f"{wording['empty_documents']:,} documents have no token but their end"
+    for name, count in wording.get("end_of_text_written_out", {}).items():
+        yield f"{name!r} is written out {count:,} times in the texts themselves"
+    if wording.get("end_of_text_ids"):
+        yield (
+            f"{wording['end_of_text_ids']:,} of the tokens {manifest['end_of_text_token']!r} come "
+            "from the texts themselves, where they end no document"
+        )
+
+
+def join_shares(arguments: list[str]) -> None:
+    """The verb `join`."""
+    parser = _verb_parser("join", JOIN)
+    parser.add_argument("prefix", nargs="+", help="the --output of a share, each once")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="of the joined files")
+    _add_limits(parser)
+    options = parser.parse_args(arguments)
+    limits = Limits(options.max_rejects, options.max_unknown)
+    _report(options.output, join(options.prefix, options.output, limits))
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-rejects",
+        type=cli.number(0, 1),
+        default=0.01,
+        metavar="SHARE",
+        help="stop when a larger share of the records, of a file or of all, can't be used "
+        "(default 0.01)",
+    )
+    parser.add_argument(
+        "--max-unknown",
+        type=cli.number(0, 1),
+        default=0.01,
+        metavar="SHARE",
+        help="stop when the tokenizer has nothing for a larger share of the text (default 0.01)",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,8 +236,8 @@ def _parser() -> argparse.ArgumentParser:
         "--input",
         nargs="+",
         metavar="FILE",
-        help="files, folders, patterns or hf:owner/name; .jsonl, .parquet, .arrow or text, "
-        "plain or .gz, .zst, .xz, .bz2",
+        help="files, folders, patterns or hf:owner/name; JSON lines (.jsonl .json .jl .ndjson), "
+        ".parquet, .arrow or text, plain or .gz .zst .xz .bz2; other endings by their content",
     )
     source.add_argument(
         "--corpus", choices=["builtin"], help="the Python installation's own standard library"
@@ -150,12 +261,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--subset-field", default="meta.pile_set_name", help="where it keeps its subset's name"
     )
+    _add_limits(parser)
     parser.add_argument(
-        "--max-rejects",
-        type=cli.number(0, 1),
-        default=0.01,
-        metavar="SHARE",
-        help="stop when a larger share of the records can't be used (default 0.01)",
+        "--end-of-text",
+        metavar="TOKEN",
+        help="the token that ends documents (default: the tokenizer's own)",
+    )
+    parser.add_argument(
+        "--shard",
+        metavar="K/N",
+        help="prepare the K-th of N equal shares of the input only; `join` joins them",
     )
     parser.add_argument(
         "--train-tokenizer",
@@ -296,7 +411,7 @@ def _verb_parser(verb: str, description: str) -> argparse.ArgumentParser:
     )
 
 
-VERBS = {"show": show, "stats": stats, "features": features}
+VERBS = {"join": join_shares, "show": show, "stats": stats, "features": features}
 
 if __name__ == "__main__":
     cli.run_verb(main)
