@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from data import check as data_check
 from l2e import select_layers
-from l2e.problems import ConfigError, Problem
+from l2e.problems import Problem
 
 if TYPE_CHECKING:
     from configs.schema import Config
 
+BUILTIN = "builtin"  # as data.path: the corpus that needs no download
 FILLED_IN = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -89,9 +90,7 @@ def check_model(config: Config) -> Iterator[Problem]:
             "shorten it or raise model.max_position_embeddings",
         )
     try:
-        select_layers(config.l2e_settings.layers, model.num_layers)
-    except ConfigError as report:
-        yield from (problem.within("l2e") for problem in report.problems)
+        select_layers(config.l2e.layers, model.num_layers)
     except Problem as problem:
         yield problem.within("l2e")
 
@@ -142,10 +141,10 @@ def check_tasks(config: Config) -> Iterator[Problem]:
 
 def check_monitor(config: Config) -> Iterator[Problem]:
     """The feature passages that are measured during training."""
-    path = config.l2e.monitor
+    path = config.monitor.features
     if path is not None and not Path(path).is_file():
         fix = "give a file from launch/prepare.py features, or null"
-        yield Problem("l2e.monitor", path, "no such file", fix)
+        yield Problem("monitor.features", path, "no such file", fix)
 
 
 def check_layout(config: Config, processes: int) -> Iterator[Problem]:
@@ -179,11 +178,11 @@ def check_layout(config: Config, processes: int) -> Iterator[Problem]:
 def check_data(config: Config) -> Iterator[Problem]:
     """A corpus that is there, whole, and of the model's tokenizer."""
     data = config.data
-    if (data.path is None) == (data.corpus is None):
-        fix = "give exactly one: data.path from launch/prepare.py, or data.corpus 'builtin'"
-        reason = "no corpus" if data.path is None else "a second corpus beside data.corpus"
-        yield Problem("data.path", data.path, reason, fix)
-    if data.path is None or any(is_hub(name) for name in (data.path, config.tokenizer.path)):
+    if data.path is None:
+        fix = "give the prefix that launch/prepare.py wrote, or builtin"
+        yield Problem("data.path", None, "no corpus", fix)
+        return
+    if data.path == BUILTIN or any(is_hub(name) for name in (data.path, config.tokenizer.path)):
         return  # not on this machine yet: checked once it has been fetched
     train = config.train
     held_out = data.validation_fraction if data.validation_path is None else None

@@ -5,15 +5,27 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from configs.checks import cross_check
 from configs.schema import Config
+from l2e.config import L2EConfig
 from l2e.problems import ConfigError, Problem
+
+# Keys of earlier versions, and what they are called now.
+MOVED = {
+    "data.corpus": "data.path",
+    "l2e.monitor": "monitor.features",
+    "l2e.monitor_interval": "monitor.interval",
+}
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), processes: int | None = None) -> Config:
@@ -24,7 +36,9 @@ def load(path: str | Path, overrides: Sequence[str] = (), processes: int | None 
     Raises ConfigError, a ValueError, that lists every mistake.
     """
     raw = override(read(Path(path)), overrides)
+    moved = follow_moves(raw)
     config, problems = validate(raw)
+    problems += moved
     mistaken = {problem.key for problem in problems}
     problems += [p for p in cross_check(config, processes) if p.key not in mistaken]
     if problems:
@@ -74,6 +88,31 @@ def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     return raw
 
 
+def follow_moves(raw: dict[str, Any]) -> list[Problem]:
+    """Read keys of earlier versions, in place, as what they are called now, and say so.
+
+    Configurations that runs have written name every key, so a value that asks for nothing is
+    dropped in silence.
+    """
+    problems = []
+    for old, new in MOVED.items():
+        section, _, leaf = old.partition(".")
+        place = raw.get(section)
+        if not isinstance(place, dict) or leaf not in place:
+            continue
+        value = place.pop(leaf)
+        section, _, leaf = new.partition(".")
+        target = raw.setdefault(section, {})
+        if value in (None, 0):
+            continue
+        if not isinstance(target, dict) or target.get(leaf) is not None:
+            problems.append(Problem(old, value, f"is {new} now, which is set too", "leave it out"))
+            continue
+        target[leaf] = value
+        logging.getLogger("configs").warning("%s is %s now: read as %s = %r", old, new, new, value)
+    return problems
+
+
 def validate(raw: dict[str, Any]) -> tuple[Config, list[Problem]]:
     """The schema's verdict: the configuration without its mistaken keys, and the mistakes.
 
@@ -87,12 +126,8 @@ def validate(raw: dict[str, Any]) -> tuple[Config, list[Problem]]:
             return Config.model_validate(raw), list(problems.values())
         except ValidationError as report:
             for error in report.errors():
-                if error["type"] == "missing":
-                    name = ".".join(str(part) for part in error["loc"])
-                else:
-                    name = ".".join(remove(raw, error["loc"]))
-                problem = explain(name, error)
-                problems.setdefault(problem.key, problem)
+                for problem in mistakes(error, raw):
+                    problems.setdefault(problem.key, problem)
             if "model" in report_sections(report):
                 # Only the model has keys without a default; any shape lets the rest be checked.
                 given = raw.get("model")
@@ -118,23 +153,41 @@ def remove(raw: dict[str, Any], location: Sequence[Any]) -> list[str]:
     return path
 
 
-def explain(name: str, error: Any) -> Problem:
-    """A schema error in the words of a user."""
+def mistakes(error: ErrorDetails, raw: dict[str, Any]) -> Iterator[Problem]:
+    """A schema error in the words of a user; what is mistaken is taken out of `raw`."""
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):  # the method's section, which checks itself
+        section = raw[cause.source]
+        wrong = [problem.key for problem in cause.problems if problem.key in section]
+        for key in wrong or list(section):
+            del section[key]
+        for problem in cause.problems:
+            name = f"{cause.source}.{problem.key}"
+            yield Problem(name, problem.value, problem.reason, problem.fix or suggest(name))
+    elif error["type"] == "missing":
+        name = ".".join(map(str, error["loc"]))
+        yield explain(name, error)
+    else:
+        yield explain(".".join(remove(raw, error["loc"])), error)
+
+
+def explain(name: str, error: ErrorDetails) -> Problem:
+    """What the schema says of one key."""
     value = error["input"]
     if error["type"] == "extra_forbidden":
         return Problem(name, value, "unknown key", suggest(name))
     if error["type"] == "missing":
         fix = "give it, or start from a size with model.preset, for example 70m"
         return Problem(name, None, "missing", fix)
-    field = dict(keys()).get(name)
+    known = {key.name: f" ({key.help})" for key in keys()}
     reason = error["msg"][0].lower() + error["msg"][1:]
-    meaning = f" ({field.description})" if field is not None and field.description else ""
+    meaning = known.get(name, "")
     return Problem(name, value, reason, f"give a valid value{meaning}")
 
 
 def suggest(name: str) -> str:
     """The known key nearest to an unknown one."""
-    known = [path for path, _ in keys()] + list(Config.model_fields)
+    known = [key.name for key in keys()] + list(Config.model_fields)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not near:
         leaf = name.rpartition(".")[2]
@@ -143,38 +196,68 @@ def suggest(name: str) -> str:
     return f"did you mean {near[0]}?" if near else "see --help-config for all keys"
 
 
-def keys() -> Iterator[tuple[str, Any]]:
-    """Every key as (dotted name, its field)."""
+@dataclass(frozen=True)
+class Key:
+    """One key of the configuration, as texts: its dotted name and what is told of it."""
+
+    name: str
+    type: str
+    default: str
+    help: str
+    unit: str
+
+    @property
+    def section(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def meaning(self) -> str:
+        return f"{self.help} [{self.unit}]" if self.unit else self.help
+
+
+def keys() -> Iterator[Key]:
+    """Every key, section by section."""
     for section, field in Config.model_fields.items():
         annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if annotation is L2EConfig:
+            yield from method_keys(section)
+        elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
             for name, inner in annotation.model_fields.items():
-                yield f"{section}.{name}", inner
+                yield schema_key(f"{section}.{name}", inner)
         else:
-            yield section, field
+            yield schema_key(section, field)
+
+
+def method_keys(section: str) -> Iterator[Key]:
+    """The keys that the method's own dataclass declares."""
+    types = get_type_hints(L2EConfig)
+    for field in fields(L2EConfig):
+        name, told = f"{section}.{field.name}", field.metadata
+        default = json.dumps(field.default)
+        yield Key(name, type_name(types[field.name]), default, told["help"], told["unit"])
+
+
+def schema_key(name: str, field: FieldInfo) -> Key:
+    """A key that the schema declares."""
+    extra = field.json_schema_extra
+    unit = str(extra.get("unit", "")) if isinstance(extra, dict) else ""
+    default = "required"
+    if not field.is_required():
+        default = json.dumps(field.get_default(call_default_factory=True))
+    return Key(name, type_name(field.annotation), default, field.description or "", unit)
 
 
 def help_text() -> str:
     """All keys with type, default, unit and meaning: the text of `--help-config`."""
-    lines = []
-    section = ""
-    for name, field in keys():
-        head, _, _ = name.partition(".")
-        if head != section:
-            section = head
+    lines, section = [], ""
+    for key in keys():
+        if key.section != section:
+            section = key.section
             lines.append(f"\n{section}: {Config.model_fields[section].description}")
-        unit = (field.json_schema_extra or {}).get("unit", "")
-        default = default_text(field)
-        lines.append(f"  {name}  ({type_name(field.annotation)}, {default})")
-        lines.append(f"      {field.description}{f' [{unit}]' if unit else ''}")
+        default = key.default if key.default == "required" else f"default {key.default}"
+        lines.append(f"  {key.name}  ({key.type}, {default})")
+        lines.append(f"      {key.meaning}")
     return "\n".join(lines).lstrip("\n")
-
-
-def default_text(field: Any) -> str:
-    """A key's default in words."""
-    if field.is_required():
-        return "required"
-    return f"default {json.dumps(field.get_default(call_default_factory=True))}"
 
 
 def type_name(annotation: Any) -> str:

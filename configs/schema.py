@@ -6,13 +6,13 @@ one key stand in `configs/checks.py`, reading and overriding in `configs/loading
 
 from __future__ import annotations
 
-import dataclasses
-import typing
-from typing import Any, Literal
+from dataclasses import fields
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from l2e.config import L2EConfig
+from l2e.problems import ConfigError, Problem
 from model.config import ModelConfig
 
 
@@ -27,31 +27,32 @@ def key(default: Any, help: str, unit: str = "", **bounds: Any) -> Any:
     return Field(default, description=help, json_schema_extra={"unit": unit}, **bounds)
 
 
-def section_of(dataclass_type: type) -> type[Section]:
-    """A section with the keys, help and bounds that a package's own dataclass declares."""
-    types = typing.get_type_hints(dataclass_type)
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(dataclass_type):
-        metadata = dict(field.metadata)
-        default = field.default
-        fields[field.name] = (
-            types[field.name],
-            key(default, metadata.pop("help"), metadata.pop("unit", ""), **metadata),
-        )
-    return create_model(dataclass_type.__name__, __base__=Section, **fields)
+def read_l2e(given: object) -> object:
+    """The method's own configuration from its section; it checks its keys itself.
+
+    Raises ConfigError that lists every mistake.
+    """
+    if not isinstance(given, dict):
+        return given
+    known = {field.name for field in fields(L2EConfig)}
+    problems = [Problem(key, given[key], "unknown key", "") for key in given if key not in known]
+    try:
+        config = L2EConfig(**{key: given[key] for key in given if key in known})
+    except ConfigError as report:
+        problems += report.problems
+    if problems:
+        raise ConfigError("l2e", problems)
+    return config
 
 
-L2EKeys: Any = section_of(L2EConfig)
+class Monitor(Section):
+    """What watches the method at work while the model trains."""
 
-
-class L2ESection(L2EKeys):
-    """Monosemantic neurons: the method's own keys, and what watches them while the model trains."""
-
-    monitor: str | None = key(
+    features: str | None = key(
         None,
         "feature passages (.jsonl or .jsonl.gz) on which scale and fkr are measured in training",
     )
-    monitor_interval: int = key(
+    interval: int = key(
         0, "steps between these; 0: 100 or more, for at most 1 % of the time", "steps", ge=0
     )
 
@@ -62,11 +63,8 @@ class Data(Section):
     path: str | list[str] | dict[str, float] | None = key(
         None,
         "prefix of a prepared .bin/.idx pair; a list of prefixes, blended by their tokens; a map "
-        "of prefix to weight; or hf:owner/name, token files on the Hugging Face hub",
-    )
-    corpus: Literal["builtin"] | None = key(
-        None,
-        "'builtin' prepares a corpus from Python's own standard library: needs no download",
+        "of prefix to weight; hf:owner/name, token files on the Hugging Face hub; or builtin, "
+        "Python's own standard library, prepared at the start: needs no download",
     )
     validation_path: str | None = key(
         None, "prefix of the validation set; without one, the end of the training set is held out"
@@ -94,7 +92,7 @@ class Tokenizer(Section):
         "one the corpus was prepared with",
     )
     vocab_size: int = key(
-        4096, "size of the sentencepiece model trained for corpus 'builtin'", "tokens", ge=300
+        4096, "size of the sentencepiece model trained for data.path builtin", "tokens", ge=300
     )
 
 
@@ -221,7 +219,10 @@ class Config(Section):
     """A whole run."""
 
     model: ModelConfig = Field(description="the GPT-NeoX model")
-    l2e: L2ESection = Field(default_factory=L2ESection, description="monosemantic neurons")
+    l2e: Annotated[L2EConfig, BeforeValidator(read_l2e)] = Field(
+        default_factory=L2EConfig, description="monosemantic neurons"
+    )
+    monitor: Monitor = Field(default_factory=Monitor, description="measurements in training")
     data: Data = Field(default_factory=Data, description="the corpus")
     tokenizer: Tokenizer = Field(default_factory=Tokenizer, description="its tokenizer")
     optimizer: Optimizer = Field(default_factory=Optimizer, description="the update rule")
@@ -236,11 +237,6 @@ class Config(Section):
         description="DeepSpeed's own configuration, passed on; batch sizes, precision, clipping "
         "and optimizer are filled in from the sections above",
     )
-
-    @property
-    def l2e_settings(self) -> L2EConfig:
-        """The section `l2e` as the method's own package takes it."""
-        return L2EConfig(**self.l2e.model_dump(include=set(L2EKeys.model_fields)))
 
     @property
     def zero_stage(self) -> int:

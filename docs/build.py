@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from configs import Config
-from configs.loading import default_text, keys, type_name
+from configs.loading import keys
 
 INTRODUCTION = """# Configuration
 
@@ -35,16 +35,13 @@ def main() -> None:
 def configuration() -> str:
     """A table for each section: key, type, default, meaning with its unit."""
     lines, section = [INTRODUCTION.rstrip()], ""
-    for name, field in keys():
-        head, _, leaf = name.partition(".")
-        if head != section:
-            section = head
+    for key in keys():
+        if key.section != section:
+            section = key.section
             lines += ["", f"## {section}", "", f"{Config.model_fields[section].description}.", ""]
             lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-        unit = (field.json_schema_extra or {}).get("unit", "")
-        meaning = f"{field.description}{f' [{unit}]' if unit else ''}"
-        default = default_text(field).removeprefix("default ")
-        cells = [f"`{leaf or head}`", f"`{type_name(field.annotation)}`", f"`{default}`", meaning]
+        leaf = key.name.rpartition(".")[2]
+        cells = [f"`{leaf}`", f"`{key.type}`", f"`{key.default}`", key.meaning]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -53,6 +50,10 @@ def write_api(folder: Path) -> None:
     """l2e's public modules, a page each."""
     import pdoc
 
+    import l2e
+
+    for name in l2e.__all__:
+        getattr(l2e, name)  # imported when asked for; pdoc shows what is there
     pdoc.render.configure(docformat="google", show_source=False, search=False)
     pdoc.pdoc("l2e", "!l2e.triton_kernels", output_directory=folder)
 

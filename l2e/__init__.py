@@ -36,4 +36,5 @@ def __getattr__(name: str) -> Any:
     """What needs torch is imported when it is asked for: a look at a configuration doesn't wait."""
     if name not in NEED_TORCH:
         raise AttributeError(f"module 'l2e' has no attribute {name!r}")
-    return getattr(import_module(f"l2e.{NEED_TORCH[name]}"), name)
+    value = globals()[name] = getattr(import_module(f"l2e.{NEED_TORCH[name]}"), name)
+    return value

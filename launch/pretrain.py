@@ -13,6 +13,7 @@ if __name__ == "__main__":
     STOP.listen()  # before anything that takes its time
 
 import argparse
+import logging
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -76,6 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     from launch.engine import processes
 
     process = processes.find()
+    if not process.is_first:
+        logging.getLogger("configs").setLevel(logging.ERROR)  # the first rank tells
     if options.dry_run:
         from launch.planning.dry_run import print_plan
 

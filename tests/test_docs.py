@@ -31,5 +31,5 @@ def test_the_configuration_page_has_every_key(built) -> None:
     from configs.loading import keys
 
     page = (built / "configuration.md").read_text()
-    for name, _ in keys():
-        assert f"| `{name.rpartition('.')[2]}` |" in page
+    for key in keys():
+        assert f"| `{key.name.rpartition('.')[2]}` |" in page

@@ -280,7 +280,7 @@ class WholeModelEngine(Engine):
     def __init__(self, config: Config, layout: Layout, device: torch.device) -> None:
         model = GPTNeoX(
             config.model,
-            config.l2e_settings,
+            config.l2e,
             seed=config.train.seed,
             sequence_parallel=config.parallel.sequence,
             activation_checkpointing=config.parallel.activation_checkpointing,
@@ -354,7 +354,7 @@ class PipelineEngine(Engine):
 
         self.pieces = pipeline_layers(
             config.model,
-            config.l2e_settings,
+            config.l2e,
             seed=config.train.seed,
             sequence_parallel=config.parallel.sequence,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from configs import Config
-from configs.checks import is_hub
+from configs.checks import BUILTIN, is_hub
 from l2e import select_layers
 from launch.planning import cost
 from launch.planning.layouts import layout_of
@@ -13,7 +13,7 @@ GIB = 2**30
 
 def plan_lines(config: Config) -> list[str]:
     """What the run will do, in words and numbers."""
-    model, train, l2e = config.model, config.train, config.l2e_settings
+    model, train, l2e = config.model, config.train, config.l2e
     layout = layout_of(config, config.parallel.processes or 1)
     tokens = train.steps * layout.step_tokens
     flops = cost.flops_per_token(model, config.data.sequence_length)
@@ -42,7 +42,7 @@ def plan_lines(config: Config) -> list[str]:
 
 def describe_source(config: Config) -> str:
     """Where the tokens come from, in words."""
-    if config.data.corpus is not None:
+    if config.data.path == BUILTIN:
         return "built from Python's standard library at the start"
     if is_hub(config.data.path):
         return f"{config.data.path}, fetched from the hub at the start"

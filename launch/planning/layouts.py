@@ -87,7 +87,7 @@ def layout_of(config: Config, ranks: int) -> Layout:
         zero_stage=config.zero_stage,
         dtype=train.dtype,
         checkpointing=parallel.activation_checkpointing,
-        inhibited_layers=len(select_layers(config.l2e_settings.layers, config.model.num_layers)),
+        inhibited_layers=len(select_layers(config.l2e.layers, config.model.num_layers)),
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs import Config
-from configs.checks import is_hub
+from configs.checks import BUILTIN, is_hub
 from data import Samples, batches, hub, open_dataset, refuse_changes
 from data import manifest as corpus_manifest
 
@@ -91,7 +91,7 @@ class Corpus:
 def fetch(config: Config, folder: Path) -> Paths:
     """Bring what the configuration names onto this machine; built-in data is prepared once."""
     data, tokenizer = config.data, config.tokenizer.path
-    if data.corpus == "builtin":
+    if data.path == BUILTIN:
         return prepare_builtin(config, Path(data.cache_dir or folder / "data") / "builtin")
     path = data.path
     if is_hub(path):

@@ -15,27 +15,27 @@ LEAST_INTERVAL = 100  # curves need no more points than this
 
 
 class FeatureMonitor:
-    """What the configuration's `l2e.monitor` asks for; every rank of the run takes part."""
+    """What the configuration's section `monitor` asks for; every rank of the run takes part."""
 
     def __init__(self, config: Config, engine: Engine, tokenizer: Path | None) -> None:
         """Raises ValueError if the feature file or the tokenizer is missing or of no use."""
         from l2e.analysis.features import read_features  # scipy and scikit-learn take a second
         from l2e.analysis.monitor import Monitor
 
-        assert config.l2e.monitor is not None
+        assert config.monitor.features is not None
         if tokenizer is None:
-            raise ValueError("l2e.monitor: the corpus names no tokenizer; set tokenizer.path")
+            raise ValueError("monitor.features: the corpus names no tokenizer; set tokenizer.path")
         train, length = config.train, config.data.sequence_length
         self.engine = engine
         self.monitor = Monitor(
-            read_features(config.l2e.monitor).sample(PASSAGES),
+            read_features(config.monitor.features).sample(PASSAGES),
             load_tokenizer(tokenizer),
             batch_size=train.micro_batch_size,
             max_tokens=min(TOKENS, length),
         )
         tokens_a_replica = train.global_batch_size * length // engine.layout.data_size
         cheap = self.monitor.interval(tokens_a_replica)
-        self.interval = config.l2e.monitor_interval or max(LEAST_INTERVAL, cheap)
+        self.interval = config.monitor.interval or max(LEAST_INTERVAL, cheap)
 
     def __str__(self) -> str:
         features = self.monitor.features

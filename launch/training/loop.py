@@ -42,7 +42,9 @@ def train(run: Run, data: Corpus, resume: Path | None) -> int:
         start = checkpoint.load(engine, resume, data.paths.tokenizer)["step"]
         run.say(f"resumed from {resume} at step {start}")
     told = data.describe()
-    monitor = FeatureMonitor(config, engine, data.paths.tokenizer) if config.l2e.monitor else None
+    monitor = (
+        FeatureMonitor(config, engine, data.paths.tokenizer) if config.monitor.features else None
+    )
     if monitor is not None:
         run.say(str(monitor))
     run.say(f"data order: sha256 {told['order_hash']} of the first {HASHED_SAMPLES} samples")
@@ -64,7 +66,7 @@ def describe(run: Run, engine: Engine) -> None:
         f"{hardware.describe_peak(engine.device, config.train.dtype)})"
     )
     dtype = hardware.TORCH_DTYPES[config.train.dtype]
-    kernels = choose_kernels(config.l2e_settings, engine.device, dtype)
+    kernels = choose_kernels(config.l2e, engine.device, dtype)
     run.say(f"l2e: {kernels}")
     run.say(f"blocks: {engine.compiled}")
     if slow := hardware.emulated(engine.device, config.train.dtype):
@@ -201,7 +203,7 @@ def layer_worth(config: Config, engine: Engine, data: Corpus, loss: float) -> di
     {block number: without its MLP alone, ..., "together": without all of them}. A layer that
     costs nothing to remove was switched off, whatever its activations look like.
     """
-    blocks = select_layers(config.l2e_settings.layers, config.model.num_layers)
+    blocks = select_layers(config.l2e.layers, config.model.num_layers)
     asked = {str(block): {block} for block in blocks} | {"together": set(blocks)}
     found = {}
     for name, removed in asked.items():

@@ -1,4 +1,4 @@
-"""`l2e.monitor` in every kind of layout: the activations are the model's own, and training's not
+"""The monitor in every kind of layout: the activations are the model's own, and training's not
 disturbed."""
 
 import json
@@ -57,7 +57,8 @@ def measure_and_train(features: Path, tokenizer: Path, settings: dict[str, dict]
     runtime_monitor.TOKENS = TOKENS
     for name, keys in settings.items():
         monitored = {"method": "regularize", "layers": "all", "late_start_step": 2, "weight": 0.01}
-        with running(make_config(**keys, l2e=monitored | {"monitor": str(features)})) as engine:
+        watched = make_config(**keys, l2e=monitored, monitor={"features": str(features)})
+        with running(watched) as engine:
             monitor = FeatureMonitor(engine.config, engine, tokenizer)
             losses = train(engine, 0, 2)
             state = None

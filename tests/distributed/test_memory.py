@@ -36,7 +36,7 @@ def held(dtype: str, stage: int, folder) -> tuple[int, int]:
     sections = {
         "model": MODEL,
         "train": train,
-        "data": {"sequence_length": 16, "corpus": "builtin"},
+        "data": {"sequence_length": 16, "path": "builtin"},
         "deepspeed": {"zero_optimization": zero},
     }
     path.write_text(json.dumps(sections))

@@ -145,7 +145,7 @@ def test_what_is_kept_and_watched_on_the_way(config: Path, tmp_path: Path) -> No
     settings = (
         "train.stop_after=5", "checkpoint.interval=1", "checkpoint.keep_last=1",
         "checkpoint.steps=[0,2]", "checkpoint.background=true", "logging.interval=1",
-        f"l2e.monitor={features}", "l2e.monitor_interval=2",
+        f"monitor.features={features}", "monitor.interval=2",
     )  # fmt: skip
     words = [word for setting in settings for word in ("--set", setting)]
     done = python(VERB, "--config", config, "--run-dir", folder, *words)

@@ -85,7 +85,7 @@ def configuration(**changes) -> SimpleNamespace:
     return SimpleNamespace(
         model=PYTHIA["70m"],
         data=SimpleNamespace(sequence_length=128),
-        l2e_settings=SimpleNamespace(layers="mid2"),
+        l2e=SimpleNamespace(layers="mid2"),
         parallel=SimpleNamespace(
             tensor=keys["tensor"],
             pipeline=keys["pipeline"],
