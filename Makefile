@@ -21,6 +21,7 @@ test: lint
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m tests.house
 	$(BIN)/mypy l2e model configs
 
 bench: venv

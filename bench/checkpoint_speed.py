@@ -29,7 +29,8 @@ from launch import checkpoint
 from launch.checkpoint import folders
 from launch.checkpoint.optimizer_state import OptimizerState
 from launch.engine.engine import Engine, build
-from launch.engine.processes import find, process_group
+from launch.engine.groups import process_group
+from launch.engine.processes import find
 
 MEGABYTE = 10**6
 

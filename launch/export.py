@@ -25,8 +25,8 @@ def main() -> None:
 def to_hf(options: argparse.Namespace) -> None:
     from launch.checkpoint.huggingface import to_huggingface
     from launch.checkpoint.stored import open_checkpoint
+    from launch.engine.groups import single_process
     from launch.engine.hardware import TORCH_DTYPES
-    from launch.engine.processes import single_process
 
     source = open_checkpoint(options.checkpoint)
     with single_process():

@@ -106,7 +106,7 @@ def start(config: Config, folder: Path, options: argparse.Namespace, process: Pr
         )
     from launch import checkpoint
     from launch.engine import hardware, joining
-    from launch.engine.processes import process_group
+    from launch.engine.groups import process_group
     from launch.engine.profiling import Profiler, parse_steps
     from launch.engine.watch import Watch
     from launch.training import data

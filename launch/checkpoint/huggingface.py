@@ -33,7 +33,7 @@ from launch.checkpoint.stored import (
 )
 from launch.checkpoint.tensorfile import TensorFile, TensorSpec, write_tensor_file
 from launch.checkpoint.tokenizer_files import write_tokenizer
-from launch.engine.processes import single_process
+from launch.engine.groups import single_process
 from model.config import ModelConfig
 from model.huggingface import HuggingFaceWeights, read_config, write_hugging_face
 

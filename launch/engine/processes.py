@@ -6,15 +6,9 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TYPE_CHECKING
 from urllib.parse import urlparse
-
-if TYPE_CHECKING:
-    from launch.engine.joining import Joined
 
 
 @dataclass(frozen=True)
@@ -249,82 +243,3 @@ def port_of_job(environment: Mapping[str, str], launcher: str) -> int:
     job = number(environment, "SLURM_JOB_ID") or number(environment, "OMPI_MCA_ess_base_jobid")
     step = number(environment, "SLURM_STEP_ID") or 0
     return 20000 + ((job or 9500) + 97 * step) % 20000
-
-
-@contextmanager
-def exported(process: Process) -> Iterator[None]:
-    """The variables that torch and DeepSpeed read, whatever the launcher called them.
-
-    Put back afterwards: a later library would take them for a launcher's.
-    """
-    before = dict(os.environ)
-    os.environ.update(
-        RANK=str(process.rank),
-        WORLD_SIZE=str(process.world_size),
-        LOCAL_RANK=str(process.local_rank),
-        MASTER_ADDR=process.address,
-        MASTER_PORT=str(process.port),
-    )
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@contextmanager
-def process_group(
-    process: Process, joined: Joined | None = None, timeout: timedelta = timedelta(minutes=30)
-) -> Iterator[None]:
-    """torch.distributed for the length of the block, ended on every way out.
-
-    joined: how the ranks have met, if they have yet.
-
-    gloo aborts a process that leaves without destroying its groups, hence the finally. After an
-    error the other ranks may be anywhere, so only a clean end waits for them.
-    """
-    import torch
-    import torch.distributed as dist
-
-    from launch.engine import hardware
-    from launch.engine.joining import join
-
-    joined = joined or join(process, timeout)
-    process = joined.process
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(process.local_rank)
-    else:
-        hardware.keep_freed_memory()
-        if "OMP_NUM_THREADS" not in os.environ:
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // (process.local_size or 1)))
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    with exported(process):
-        os.environ.update(joined.interface)
-        dist.init_process_group(
-            backend,
-            store=joined.store,
-            rank=process.rank,
-            world_size=process.world_size,
-            timeout=timeout,
-        )
-        try:
-            yield
-            dist.barrier()
-        finally:
-            dist.destroy_process_group()
-
-
-@contextmanager
-def single_process() -> Iterator[None]:
-    """The processes a launcher started (or this one alone), each holding whole models."""
-    from configs.schema import Parallel
-    from launch.engine.layout import initialise_layout, release_layout
-
-    with process_group(find()):
-        initialise_layout(Parallel())
-        try:
-            yield
-        finally:
-            release_layout()

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from launch.checkpoint import folders
 from launch.checkpoint.stored import STATE, StoredCheckpoint, open_checkpoint
+from launch.engine.groups import single_process
 from launch.engine.hardware import TORCH_DTYPES
-from launch.engine.processes import single_process
 from launch.evaluation import models, scores
 from launch.evaluation.harness import HarnessModel, Scored
 from launch.evaluation.tasks import Selection, select

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from launch.engine import processes
-from launch.engine.processes import find, process_group
+from launch.engine.groups import process_group
+from launch.engine.processes import find
 
 
 def test_alone() -> None:
