@@ -1,7 +1,7 @@
 """Corpus -> tokenizer -> index -> dataset: text in, batches in a known order out."""
 
 from data.check import check
-from data.dataset import ORDER_NAMES, Samples, open_dataset
+from data.dataset import ORDER_NAMES, Chain, Samples, open_dataset
 from data.identity import refuse_changes
 from data.loader import batches, prefetch
 from data.tokenizer import load_tokenizer
@@ -9,6 +9,7 @@ from l2e.problems import Problem
 
 __all__ = [
     "ORDER_NAMES",
+    "Chain",
     "Problem",
     "Samples",
     "batches",

@@ -3,7 +3,8 @@
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from data import manifest
 from data.files import sha256
 from data.index import TokenFile, idx_path
 from data.maps import build_once
-from data.order import ORDERS, Order
+from data.order import ORDERS, Order, count_epochs, count_tokens
 from l2e.problems import Problem
 
 PRESHUFFLED = "preshuffled"
@@ -63,16 +64,32 @@ class Samples(ABC):
 
 
 class Stream(Samples):
-    """Samples cut from one corpus laid end to end; see `data.order`."""
+    """Samples cut from one corpus laid end to end; see `data.order`.
 
-    def __init__(self, file: TokenFile, sequence_length: int, order: Order, identity: dict):
+    The order is shuffled when a sample is first asked for, so that asking which data this is
+    builds nothing.
+    """
+
+    def __init__(
+        self,
+        file: TokenFile,
+        sequence_length: int,
+        count: int,
+        shuffle: Callable[[], Order],
+        identity: dict,
+    ):
         self.file = file
         self.sequence_length = sequence_length
-        self.order = order
+        self._count = count
+        self._shuffle = shuffle
         self._identity = identity
 
+    @cached_property
+    def order(self) -> Order:
+        return self._shuffle()
+
     def __len__(self) -> int:
-        return len(self.order.samples)
+        return self._count
 
     def identity(self) -> dict:
         return self._identity
@@ -132,6 +149,26 @@ class Blend(Samples):
 
     def pieces(self, i: int) -> list[Piece]:
         return self.parts[self._part[i]].pieces(int(self._within[i]))
+
+
+class Chain(Samples):
+    """One training set after another: a run that needs more samples than were laid out for it."""
+
+    def __init__(self, parts: Sequence[Samples]):
+        self.parts = parts
+        self.sequence_length = parts[0].sequence_length
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def identity(self) -> dict:
+        """The first set's, which the others repeat in another order."""
+        return self.parts[0].identity()
+
+    def pieces(self, i: int) -> list[Piece]:
+        number = int(np.searchsorted(self._ends, i, "right"))
+        return self.parts[number].pieces(i - int(self._ends[number]) + len(self.parts[number]))
 
 
 def open_dataset(
@@ -259,12 +296,13 @@ def _open_part(
     def build() -> dict[str, np.ndarray]:
         return ORDERS[order](documents, file.lengths, length, seed, samples)._asdict()
 
-    maps = build_once(cache_dir, {**identity, "samples": samples}, build)
-    return Stream(file, length, Order(**maps), {**identity, "epochs": _epochs(maps, documents)})
+    def shuffle() -> Order:
+        return Order(**build_once(cache_dir, {**identity, "samples": samples}, build))
 
-
-def _epochs(maps: Mapping[str, np.ndarray], documents: range) -> int:
-    return len(maps["documents"]) // len(documents)
+    tokens = count_tokens(documents, file.lengths)
+    epochs = count_epochs(tokens, length, samples)
+    count = (epochs * tokens - 1) // length
+    return Stream(file, length, count, shuffle, {**identity, "epochs": epochs})
 
 
 def check_enough(file: TokenFile, documents: range, length: int, samples: int, order: str) -> None:
@@ -274,7 +312,7 @@ def check_enough(file: TokenFile, documents: range, length: int, samples: int, o
     if order not in ORDERS:
         names = ", ".join(ORDER_NAMES)
         raise Problem("data.order", order, "no such order", f"choose one of {names}")
-    tokens = int(file.lengths[documents.start : documents.stop].sum(dtype=np.int64))
+    tokens = count_tokens(documents, file.lengths)
     if tokens < length + 1:
         raise Problem(
             "token file",

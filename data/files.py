@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,31 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file in one step: readers see the old one or the new one."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """The object in a JSON file; None where it is missing, or damaged, which `say` is told.
+
+    For files that only inform: whoever can't do without one reads it otherwise.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict):
+            return content
+        reason = "no JSON object"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)
+    say(f"{path} cannot be read and is passed over ({reason})")
+    return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step: readers see the old one or the new one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    partial.write_text(text, "utf-8")
     sync(partial)
     partial.replace(path)
     sync(path.parent)

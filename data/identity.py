@@ -25,24 +25,25 @@ def refuse_changes(before: dict, now: dict) -> None:
 
     Raises ValueError that says what changed and how, where they aren't the same.
     """
-    changes = list(_changes(before, now))
-    if changes:
+    found = list(changes(before, now))
+    if found:
         raise Problem(
             "training set",
             None,
-            f"is not the one this run began with, changed: {'; '.join(changes)}",
-            "put it back as it was, or start a new run",
+            f"is not the one this run began with, changed: {'; '.join(found)}",
+            "put it back as it was, or start a new run (from these weights: launch/export.py "
+            "to-hf, then from-hf)",
         )
 
 
-def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
+def changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
     """Descriptions of everything that differs, through nested dicts and lists of them."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
-            yield from _changes(before.get(key), now.get(key), key)
+            yield from changes(before.get(key), now.get(key), key)
     elif _is_parts(before) and _is_parts(now) and len(before) == len(now):
         for number, (old, new) in enumerate(zip(before, now, strict=True), start=1):
-            yield from (f"file {number}: {change}" for change in _changes(old, new))
+            yield from (f"file {number}: {change}" for change in changes(old, new))
     elif before != now:
         yield f"{MEANINGS.get(name, name)} from {_short(before)} to {_short(now)}"
 

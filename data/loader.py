@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def batches(
     dataset: Samples,
-    start_step: int,
+    first: int,
     global_batch_size: int,
     micro_batch_size: int,
     data_rank: int = 0,
@@ -23,10 +23,10 @@ def batches(
 ) -> Iterator["torch.Tensor"]:
     """Micro-batches [micro_batch_size, sequence_length + 1], int64, of one data-parallel rank.
 
-    Step k is samples [k*global, (k+1)*global) of the training set. Each of the `data_size` ranks
-    takes a contiguous slice of them and cuts it into micro-batches, so neither the number of
-    ranks nor the micro-batch changes what a step sees, and any step can be the first. Ends after
-    the last whole step.
+    `first` is the sample of the training set to begin with, and each step is the next
+    `global_batch_size` of them. Each of the `data_size` ranks takes a contiguous slice of these
+    and cuts it into micro-batches, so neither the number of ranks nor the micro-batch changes what
+    a step sees, and any sample can be the first. Ends after the last whole step.
     """
     import torch  # here, since preparing text does without it
 
@@ -36,9 +36,9 @@ def batches(
             f"train.micro_batch_size {micro_batch_size} x {data_size} data-parallel ranks"
         )
     rows = global_batch_size // data_size
-    for step in range(start_step, len(dataset) // global_batch_size):
-        first = step * global_batch_size + data_rank * rows
-        for row in range(first, first + rows, micro_batch_size):
+    for step in range(first, len(dataset) - global_batch_size + 1, global_batch_size):
+        own = step + data_rank * rows
+        for row in range(own, own + rows, micro_batch_size):
             samples = [dataset[i] for i in range(row, row + micro_batch_size)]
             yield torch.from_numpy(np.stack(samples))
 

@@ -1,15 +1,12 @@
 """Shuffled maps on disk: built once a machine, shared by its processes as memory maps.
 
-The process that gets the lock builds into a folder of its own and renames it into place; the
-others wait for the lock. It is the machine's own (the disk of the maps may be shared by many),
-and the kernel frees it when its holder dies, so that a dead builder's place is taken instead of
-waited for. Where machines share the disk, the first to finish wins and the rest use its maps.
+The process that gets the lock beside them builds into a folder of its own and renames it into
+place; the others wait for the lock, which is free again when its holder dies. Where machines share
+a disk that keeps no locks, the first to finish wins and the rest use its maps.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -20,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data.files import sync
+from data.lock import Held, Lock
 from l2e.problems import Problem
 
 TIMEOUT = 3600.0  # seconds; a full Pile is shuffled in minutes
@@ -46,7 +44,7 @@ def build_once(
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     target = Path(cache_dir).absolute() / name
     if not target.is_dir():
-        with _machine_lock(target, timeout):
+        with _locked(target, timeout):
             if not target.is_dir():
                 _build(target, identity, build)
     return {path.stem: np.load(path, mmap_mode="r") for path in sorted(target.glob("*.npy"))}
@@ -55,7 +53,6 @@ def build_once(
 def _build(target: Path, identity: dict, build: Callable[[], Maps]) -> None:
     partial = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
         for name, array in build().items():
             np.save(partial / f"{name}.npy", array)
@@ -68,6 +65,18 @@ def _build(target: Path, identity: dict, build: Callable[[], Maps]) -> None:
             if not target.is_dir():  # else another machine was faster
                 raise
         sync(target.parent)
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _locked(target: Path, timeout: float) -> Iterator[None]:
+    """One builder at a time; the others wait here."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _wait(target, timeout):
+            yield
     except OSError as error:
         raise Problem(
             "data.cache_dir",
@@ -75,34 +84,15 @@ def _build(target: Path, identity: dict, build: Callable[[], Maps]) -> None:
             f"the shuffled maps can't be written ({error})",
             "free space, or name a folder that can be written",
         ) from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
-@contextmanager
-def _machine_lock(target: Path, timeout: float) -> Iterator[None]:
-    """One process of this machine at a time."""
-    name = hashlib.sha256(str(target).encode()).hexdigest()[:32]
-    folder = Path(tempfile.gettempdir()) / f"l2e-maps-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    with (folder / f"{name}.lock").open("a+") as lock:
-        _acquire(lock, target, timeout)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
-
-
-def _acquire(lock, target: Path, timeout: float) -> None:
+def _wait(target: Path, timeout: float) -> Lock:
     begin, told = time.monotonic(), False
     while True:
         try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            pid = lock.read()
-            holder = f"process {pid}" if pid else "another process"
+            return Lock(target.with_name(f"{target.name}.lock"))
+        except Held as held:
+            holder = str(held)
         waited = time.monotonic() - begin
         if waited > timeout:
             raise Problem(

@@ -31,7 +31,7 @@ def neox(documents: range, lengths: np.ndarray, length: int, seed: int, samples:
         samples: how many are wanted; as many whole epochs are laid out as give that many.
     """
     random = np.random.RandomState(seed)
-    epochs = count_epochs(_tokens(documents, lengths), length, samples)
+    epochs = count_epochs(count_tokens(documents, lengths), length, samples)
     return _cut(_shuffled(documents, epochs, random), lengths, length, _shuffle_all, random)
 
 
@@ -39,7 +39,7 @@ def megatron(documents: range, lengths: np.ndarray, length: int, seed: int, samp
     """megatron-core's GPTDataset: where less than 80 % of the last epoch is wanted, it is
     shuffled by itself and read last, so that the epochs before it are read whole."""
     random = np.random.RandomState(seed)
-    tokens = _tokens(documents, lengths)
+    tokens = count_tokens(documents, lengths)
     epochs = count_epochs(tokens, length, samples)
     whole = ((epochs - 1) * tokens - 1) // length  # samples before the last epoch
     if epochs == 1 or samples - whole >= int(0.8 * ((tokens - 1) // length)):
@@ -61,7 +61,8 @@ def count_epochs(tokens: int, length: int, samples: int) -> int:
     return -(-(samples * length + 1) // tokens)
 
 
-def _tokens(documents: range, lengths: np.ndarray) -> int:
+def count_tokens(documents: range, lengths: np.ndarray) -> int:
+    """Tokens of this part of the corpus."""
     return int(lengths[documents.start : documents.stop].sum(dtype=np.int64))
 
 

@@ -107,7 +107,7 @@ def add_checkpoint(verb: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="a checkpoint's folder, or a run's for its newest",
+        help="a checkpoint's folder, or a run's for its latest",
     )
 
 

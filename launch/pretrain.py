@@ -98,31 +98,37 @@ def main(arguments: list[str] | None = None) -> int:
 
 def start(config: Config, folder: Path, options: argparse.Namespace, process: Process) -> int:
     """Find the checkpoint and the data, join the other ranks, and train; the exit status."""
-    resume = options.resume
-    if resume == "none" and (folder / "metrics.jsonl").exists():
-        raise ValueError(
-            f"--run-dir {folder}: holds a run already; go on with it by --resume auto, or give "
-            "another folder"
-        )
     from launch import checkpoint
     from launch.engine import hardware, joining
     from launch.engine.groups import process_group
     from launch.engine.profiling import Profiler, parse_steps
     from launch.engine.watch import Watch
     from launch.training import data
-    from launch.training.loop import Run, train
+    from launch.training.folder import claimed, refuse_lost_beginning, refuse_taken
+    from launch.training.loop import Run, last_step, nothing_left, train
+    from launch.training.position import position_of
 
+    resume = options.resume
+    refuse_taken(folder, resume)
     hardware.refuse_unsupported(config)
     profiler = Profiler(parse_steps(options.profile), folder / "profile", process.rank)
     STOP.launched = process.launcher != "alone"
     joined = joining.join(process, timedelta(seconds=config.parallel.join_timeout))
     with Watch(joined, STOP, config.parallel.step_timeout, folder) as watch:
         paths = joining.first_of_host(joined, "data", lambda: data.fetch(config, folder))
-        with process_group(joined.process, joined):
+        run = Run(config, folder, joined.process, profiler, watch)
+        with process_group(joined.process, joined), claimed(folder):
             # Inside the group, so that the ranks share the hashing of a checkpoint's files.
             found = checkpoint.find_resumable(folder, resume)
-            corpus = data.open_corpus(config, folder, paths)
-            return train(Run(config, folder, joined.process, profiler, watch), corpus, found)
+            if found is None and resume == "auto":
+                refuse_lost_beginning(folder, run.say)
+            start = position_of(found)
+            if start.step >= last_step(config):
+                return nothing_left(run, start)
+            before = data.data_of(found, run.say) if found is not None else {}
+            corpus = data.open_corpus(config, folder, paths, start, before.get("laid_out", ()))
+            corpus.hold_against(before, run.say)
+            return train(run, corpus, start, found)
 
 
 if __name__ == "__main__":

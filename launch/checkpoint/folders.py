@@ -151,6 +151,27 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (-int(found[path][1]), path.name))
 
 
+def latest(folder: Path) -> str | None:
+    """The name of the checkpoint that the file `latest` names; None where it names none."""
+    try:
+        name = (folder / LATEST).read_text("utf-8", errors="replace").strip()
+    except OSError:
+        return None
+    return name if STEP_FOLDER.fullmatch(name) and (folder / name).is_dir() else None
+
+
+def current(folder: Path) -> list[Path]:
+    """Checkpoints of the run as it stands, newest first: the one `latest` names and earlier ones.
+
+    All of them where `latest` names none: it is missing or damaged, or a save was killed while it
+    replaced the one that is named.
+    """
+    found, name = checkpoints(folder), latest(folder)
+    if name is None:
+        return found
+    return found[[path.name for path in found].index(name) :]
+
+
 def step_of(folder: Path) -> int:
     match = STEP_FOLDER.match(folder.name)
     if not match:
@@ -171,8 +192,7 @@ def prune(
         shutil.rmtree(leftover)
     if keep_last == 0:
         return []
-    pointer = folder / LATEST
-    latest = pointer.read_text().strip() if pointer.is_file() else None
+    named = latest(folder)
 
     def kept_for_good(step: int) -> bool:
         return step in keep_steps or (keep_every > 0 and step % keep_every == 0)
@@ -180,7 +200,7 @@ def prune(
     old = [
         path
         for path in checkpoints(folder)[keep_last:]
-        if path.name != latest and not kept_for_good(step_of(path))
+        if path.name != named and not kept_for_good(step_of(path))
     ]
     for path in old:
         # Renamed first: a half-deleted folder must not look like a checkpoint.

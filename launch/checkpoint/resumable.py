@@ -11,8 +11,9 @@ from launch.checkpoint import folders
 def find_resumable(run_folder: Path, resume: str) -> Path | None:
     """The checkpoint `--resume` means, every file of it verified.
 
-    "auto": the newest intact one of the run, after saying what is wrong with newer ones; None if
-    the run has none. "none": None. Otherwise a checkpoint's folder, or a run's for its newest.
+    "auto": the one that the run's file `latest` names, or the newest intact one before it, after
+    saying what is wrong with those passed over; None if the run has none. "none": None. Otherwise
+    a checkpoint's folder, or a run's for its latest.
     Before process groups exist each process may call it; with one, ranks share the hashing.
 
     Raises:
@@ -29,7 +30,12 @@ def find_resumable(run_folder: Path, resume: str) -> Path | None:
                 "intact checkpoint of the run, or name another one"
             )
         return named
-    found = folders.checkpoints(named / "checkpoints")
+    found = folders.current(named / "checkpoints")
+    if found and folders.latest(named / "checkpoints") is None and first_rank():
+        print(
+            f"{named / 'checkpoints' / folders.LATEST} names no checkpoint: taking the newest",
+            flush=True,
+        )
     for candidate in found:
         problems = verify(candidate)
         if not problems:

@@ -82,14 +82,14 @@ class StoredCheckpoint:
 
 
 def open_checkpoint(path: str | Path) -> StoredCheckpoint:
-    """The checkpoint `path`, or the newest one of the run `path`, every file verified.
+    """The checkpoint `path`, or the latest one of the run `path`, every file verified.
 
     Raises:
         ValueError: no checkpoint there, or a damaged one.
     """
     folder = Path(path)
     if not (folder / folders.MANIFEST).is_file() or (folder / "checkpoints").is_dir():
-        found = folders.checkpoints(folder / "checkpoints")
+        found = folders.current(folder / "checkpoints")
         if not found:
             raise ValueError(
                 f"{path}: neither a checkpoint (no {folders.MANIFEST}) nor the folder of a run "

@@ -249,7 +249,7 @@ def tensor_gaps(one: Path, other: Path) -> Iterator[tuple[str, float]]:
     from launch.checkpoint.stored import StoredCheckpoint  # brings the whole model with it
 
     steps = [
-        {folders.step_of(path): path for path in folders.checkpoints(run / "checkpoints")}
+        {folders.step_of(path): path for path in folders.current(run / "checkpoints")}
         for run in (one, other)
     ]
     if not (shared := steps[0].keys() & steps[1].keys()):

@@ -44,7 +44,7 @@ def find_models(checkpoint: str, steps: str) -> list[tuple[int | None, str]]:
     folder = Path(checkpoint)
     if (folder / STATE).is_file():
         return [(StoredCheckpoint(folder).state["step"], checkpoint)]
-    found = folders.checkpoints(folder / "checkpoints")
+    found = folders.current(folder / "checkpoints")
     if not found:
         if steps != "latest":
             raise ValueError(f"--steps {steps}: {folder / 'checkpoints'} holds no checkpoints")

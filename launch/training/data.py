@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs import Config
 from configs.checks import BUILTIN, is_hub
-from data import Samples, batches, hub, open_dataset, refuse_changes
+from data import Chain, Samples, batches, hub, open_dataset, refuse_changes
 from data import manifest as corpus_manifest
+from data.files import read_json
+from data.identity import changes
+from launch.checkpoint.stored import StoredCheckpoint
+from launch.training.position import Position
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,20 +45,21 @@ class Corpus:
     paths: Paths
     training: Samples
     validation: Samples
+    laid_out: list[int]  # samples that the training set's order was made for, and later ones
 
-    def training_batches(self, step: int, layout: Layout) -> Iterator[Tensor]:
-        """This rank's micro-batches from `step` on."""
-        return self.read(self.training, step, layout)
+    def training_batches(self, start: Position, layout: Layout) -> Iterator[Tensor]:
+        """This rank's micro-batches from the first unread sample on."""
+        return self.read(self.training, start.samples, layout)
 
     def validation_batches(self, layout: Layout) -> Iterator[Tensor]:
         """This rank's micro-batches of the held-out set, from its beginning."""
         return self.read(self.validation, 0, layout)
 
-    def read(self, samples: Samples, step: int, layout: Layout) -> Iterator[Tensor]:
+    def read(self, samples: Samples, first: int, layout: Layout) -> Iterator[Tensor]:
         train = self.config.train
         return batches(
             samples,
-            step,
+            first,
             train.global_batch_size,
             train.micro_batch_size,
             layout.data_rank,
@@ -62,24 +67,37 @@ class Corpus:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What the run's manifest says of its data."""
+        """What the run's manifest and its checkpoints say of its data."""
         return {
             "training": self.training.identity(),
-            "order_hash": self.training.order_hash(HASHED_SAMPLES),
+            "validation": self.validation.identity(),
+            "order_hash": self.order_hash,
+            "laid_out": self.laid_out,
             "bytes_per_token": self.bytes_per_token(),
             "tokenizer": str(self.paths.tokenizer) if self.paths.tokenizer else None,
         }
 
-    def refuse_changes(self, folder: Path) -> None:
-        """A run goes on with the data that it began with, which its folder's manifest tells.
+    def hold_against(self, before: dict[str, Any], say: Callable[[str], None]) -> None:
+        """A run goes on with the data that it began with: `before`, as `data_of` tells it.
 
-        Raises ValueError that says what changed.
+        Raises ValueError that says what changed. Of the validation set, and of samples beyond the plan, `say` is told.
         """
-        path = folder / "manifest.json"
-        if path.exists():
-            before, now = json.loads(path.read_text(encoding="utf-8"))["data"], self.describe()
-            compared = ("training", "order_hash")
-            refuse_changes({k: before[k] for k in compared}, {k: now[k] for k in compared})
+        identity = self.training.identity()
+        refuse_differences(before, identity.get("parts", [identity])[0])
+        refuse_differences(before, {"training": identity})
+        # Last: to hash the order shuffles the corpus, and writes that down.
+        if "order_hash" in before:
+            refuse_differences(before, {"order_hash": self.order_hash})
+        validation = self.validation.identity()
+        for number, samples in enumerate(self.laid_out[1:], 1):
+            say(f"more samples than planned: {samples:,} further ones, of seed +{number}")
+        for change in changes(before.get("validation", validation), validation):
+            say(f"the validation set has changed, its losses do not compare: {change}")
+
+    @cached_property
+    def order_hash(self) -> str:
+        """Hash of the first samples' tokens."""
+        return self.training.order_hash(HASHED_SAMPLES)
 
     def bytes_per_token(self) -> float | None:
         """UTF-8 bytes of text a validation token stands for; None where no manifest tells."""
@@ -116,21 +134,62 @@ def prepare_builtin(config: Config, prefix: Path) -> Paths:
     return paths
 
 
-def open_corpus(config: Config, folder: Path, paths: Paths) -> Corpus:
-    """Open both sets; every process of a machine shares the shuffled maps."""
-    training = open_training(config, folder, paths)
-    return Corpus(config, paths, training, open_validation(config, folder, paths))
+def refuse_differences(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Of what both say, everything must be the same."""
+    known = before.keys() & now.keys()
+    refuse_changes({key: before[key] for key in known}, {key: now[key] for key in known})
 
 
-def open_training(config: Config, folder: Path, paths: Paths) -> Samples:
-    """The training set, in the run's order."""
-    train = config.train
-    return open_dataset(
-        paths.training,
-        samples=train.steps * train.global_batch_size,
-        order=config.data.order,
-        **common(config, folder, paths),
-    )
+def data_of(checkpoint: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """What is known of the data that a checkpoint was trained on: see `Corpus.describe`.
+
+    Older versions wrote it into the run's manifest alone, and without that their configuration
+    still tells the seed, the length and the order.
+    """
+    stored = StoredCheckpoint(checkpoint)
+    if "data" in stored.state:
+        return stored.state["data"]
+    train, data = stored.config.get("train"), stored.config.get("data")
+    if stored.state["step"] == 0 or train is None or data is None:
+        return {}  # weights alone
+    told = {"sequence_length": data["sequence_length"], "order": data["order"]}
+    told |= {"seed": train["seed"], "laid_out": [train["steps"] * train["global_batch_size"]]}
+    if checkpoint.parent.name == "checkpoints":
+        manifest = read_json(checkpoint.parent.parent / "manifest.json", say) or {}
+        known = manifest.get("data", {})
+        told |= {key: known[key] for key in ("training", "order_hash") if key in known}
+    return told
+
+
+def open_corpus(
+    config: Config, folder: Path, paths: Paths, start: Position, laid_out: Sequence[int] = ()
+) -> Corpus:
+    """Open both sets; every process of a machine shares the shuffled maps.
+
+    start: where the run goes on. laid_out: of a resumed run, the samples that its order was made
+    for, see `Corpus`.
+    """
+    needed = start.samples_needed(config)
+    sizes = list(laid_out) or [needed]
+    if config.data.order == "preshuffled":
+        sizes = [max(needed, *sizes)]  # a file's own order, which has no second epoch
+    parts = [open_training(config, folder, paths, *size) for size in enumerate(sizes)]
+    while (missing := needed - sum(map(len, parts))) > 0:
+        parts.append(open_training(config, folder, paths, len(parts), missing))
+        sizes.append(missing)
+    training = parts[0] if len(parts) == 1 else Chain(parts)
+    return Corpus(config, paths, training, open_validation(config, folder, paths), sizes)
+
+
+def open_training(config: Config, folder: Path, paths: Paths, number: int, samples: int) -> Samples:
+    """The training set, in the run's order; its continuations are shuffled by seeds of their own.
+
+    An order is that of a certain number of epochs, so a run that turns out to need more reads
+    them after those it began with.
+    """
+    settings = common(config, folder, paths)
+    settings["seed"] = (settings["seed"] + number) % 2**32
+    return open_dataset(paths.training, samples=samples, order=config.data.order, **settings)
 
 
 def open_validation(config: Config, folder: Path, paths: Paths) -> Samples:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,19 @@ def as_json(value: Any) -> Any:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one line a step; lines of steps after `done` are written anew."""
+    """`metrics.jsonl`: one line a step, appended to those of the steps before."""
 
-    def __init__(self, path: Path, done: int) -> None:
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                if json.loads(line)["step"] <= done:
-                    kept.append(line + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
-        self.file = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path) -> None:
+        # Unbuffered: each line is one write, whole or, on a full disk, cut and told.
+        self.file = path.open("a+b", buffering=0)
+        if self.file.tell():
+            self.file.seek(-1, os.SEEK_END)
+            if self.file.read(1) != b"\n":  # a last line that a crash left without its end
+                self.file.write(b"\n")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one step's record and hand it to the operating system."""
-        self.file.write(json.dumps(as_json(record)) + "\n")
-        self.file.flush()
+        self.file.write((json.dumps(as_json(record)) + "\n").encode())
 
 
 class TensorBoard:

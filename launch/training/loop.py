@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from configs import Config
 from data import prefetch
+from data.files import write_json
 from l2e.backends import choose as choose_kernels
 from l2e.config import select_layers
 from launch import checkpoint
@@ -17,17 +18,26 @@ from launch.engine import hardware
 from launch.engine.engine import Engine, build
 from launch.engine.signals import status_of
 from launch.planning.cost import flops_per_token
-from launch.training import provenance
+from launch.training import folder, provenance
 from launch.training.agreement import Agreement
+from launch.training.changes import told_changes
 from launch.training.data import HASHED_SAMPLES, Corpus
 from launch.training.feature_monitor import FeatureMonitor
+from launch.training.position import Position
 from launch.training.recorder import Recorder
 from launch.training.run import Run
 from launch.training.schedule import learning_rate
 
 
-def train(run: Run, data: Corpus, resume: Path | None) -> int:
-    """Train from the checkpoint `resume`, or from the start, to the configuration's last step.
+def nothing_left(run: Run, start: Position) -> int:
+    """Say that the run is at its end, and change nothing; the exit status."""
+    run.say(f"nothing left to do: step {start.step} of {last_step(run.config)} is done")
+    mark_finished(run, start.step)
+    return 0
+
+
+def train(run: Run, data: Corpus, start: Position, resume: Path | None) -> int:
+    """Train from the checkpoint `resume`, which is at `start`, to the configuration's last step.
 
     Returns the exit status: 0, or a signal's.
     """
@@ -35,12 +45,11 @@ def train(run: Run, data: Corpus, resume: Path | None) -> int:
     check_tasks(config, data)
     engine = build(config)
     describe(run, engine)
-    start = 0
     if resume is not None:
-        if resume.parent.name == "checkpoints":  # a run's own; one from elsewhere tells no data
-            data.refuse_changes(resume.parent.parent)
-        start = checkpoint.load(engine, resume, data.paths.tokenizer)["step"]
-        run.say(f"resumed from {resume} at step {start}")
+        checkpoint.load(engine, resume, data.paths.tokenizer)
+        run.say(f"resumed from {resume} at step {start.step}")
+        for change in told_changes(resume, config, start.step):
+            run.say(change)
     told = data.describe()
     monitor = (
         FeatureMonitor(config, engine, data.paths.tokenizer) if config.monitor.features else None
@@ -48,12 +57,19 @@ def train(run: Run, data: Corpus, resume: Path | None) -> int:
     if monitor is not None:
         run.say(str(monitor))
     run.say(f"data order: sha256 {told['order_hash']} of the first {HASHED_SAMPLES} samples")
-    provenance.write(run.folder, config, engine, told, run.process.launcher)
-    return fit(run, engine, data, start, monitor)
+    # All is well: from here on the folder changes.
+    folder.begin(run, resume, start.step)
+    provenance.write(run, engine, told, resume)
+    return fit(run, engine, data, start, told, monitor)
+
+
+def last_step(config: Config) -> int:
+    """The step after which this job is done."""
+    return min(config.train.steps, config.train.stop_after or config.train.steps)
 
 
 def describe(run: Run, engine: Engine) -> None:
-    """Say which paths are taken; write the resolved configuration."""
+    """Say which paths are taken."""
     config = run.config
     run.say(
         f"{engine.layout} ({run.process.launcher}), ZeRO-{config.zero_stage}, "
@@ -71,22 +87,23 @@ def describe(run: Run, engine: Engine) -> None:
     run.say(f"blocks: {engine.compiled}")
     if slow := hardware.emulated(engine.device, config.train.dtype):
         run.say(slow)
-    if run.process.is_first:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
 
 
 def fit(
-    run: Run, engine: Engine, data: Corpus, start: int, monitor: FeatureMonitor | None = None
+    run: Run,
+    engine: Engine,
+    data: Corpus,
+    start: Position,
+    told: dict[str, Any],
+    monitor: FeatureMonitor | None = None,
 ) -> int:
-    """Steps `start` to the end, or to a signal that asks this job to leave; the exit status."""
+    """Steps from `start` to the end, or to a signal that asks this job to leave; the exit status.
+
+    told: what checkpoints say of the data.
+    """
     config = run.config
-    last = min(config.train.steps, config.train.stop_after or config.train.steps)
-    if start >= last:
-        run.say(f"nothing left to do: step {start} of {last} is done")
-        mark_finished(run, start)
-        return 0
-    run.profiler.expect(range(start + 1, last + 1))
+    last = last_step(config)
+    run.profiler.expect(range(start.step + 1, last + 1))
     on_gpu = engine.device.type == "cuda"
     batches = prefetch(data.training_batches(start, engine.layout), pin=on_gpu)
     request = run.watch.request
@@ -100,13 +117,13 @@ def fit(
             recorder.flush()
             run.watch.expect(step, "saving", longer=True)
             with recorder.paused():
-                saver.save(progress(config, step))
+                saver.save({**asdict(start.after(step, config)), "data": told})
 
-        if start == 0 and 0 in config.checkpoint.steps:
+        if start.step == 0 and 0 in config.checkpoint.steps:
             save(0)
-        for step in range(start, last):
+        for step in range(start.step, last):
             done = step + 1
-            run.watch.expect(done, "the step", longer=step == start)
+            run.watch.expect(done, "the step", longer=step == start.step)
             measured = done % config.logging.interval == 0 or done in (1, last)
             engine.measure(measured)
             rate = learning_rate(config, step)
@@ -145,8 +162,9 @@ def fit(
 
 def mark_finished(run: Run, step: int) -> None:
     """After the last step: batch jobs look for the mark before they requeue."""
-    if step >= run.config.train.steps and run.process.is_first:
-        (run.folder / "finished").touch()
+    mark = run.folder / folder.FINISHED
+    if step >= run.config.train.steps and run.process.is_first and not mark.exists():
+        mark.touch()
 
 
 def look_at_model(
@@ -183,12 +201,6 @@ def due(interval: int, step: int) -> bool:
 def save_due(config: Config, step: int) -> bool:
     """Whether a checkpoint is written after `step`."""
     return due(config.checkpoint.interval, step) or step in config.checkpoint.steps
-
-
-def progress(config: Config, step: int) -> dict[str, int]:
-    """How far a run is after `step` steps."""
-    tokens = step * config.train.global_batch_size * config.data.sequence_length
-    return {"step": step, "tokens": tokens}
 
 
 def validate(config: Config, engine: Engine, data: Corpus) -> Tensor:
@@ -243,9 +255,8 @@ def score_tasks(run: Run, engine: Engine, data: Corpus, step: int) -> dict[str, 
     selection = tasks.select(wanted.tasks, task_folder(run.config))
     report = scores.evaluate(asked, selection, wanted.shots, wanted.task_limit)
     if run.process.is_first:
-        folder = run.folder / "results"
-        folder.mkdir(exist_ok=True)
-        name = f"evaluate_{wanted.shots}shot_step_{step:07d}.json"
-        (folder / name).write_text(json.dumps(report | {"step": step}, indent=1) + "\n")
+        path = run.folder / folder.RESULTS / f"evaluate_{wanted.shots}shot_step_{step:07d}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, report | {"step": step})
         run.say(f"scores after step {step}\n{scores.table(report)}")
     return report["results"]

@@ -14,24 +14,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configs import Config
+from data.files import read_json
 from launch.engine.engine import Engine
 from launch.engine.hardware import describe
+from launch.training.folder import MANIFEST, is_own, replace
+from launch.training.run import Run
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "tokenizers")
 
 
-def write(
-    folder: Path, config: Config, engine: Engine, data: dict[str, Any], launcher: str
-) -> None:
-    """Write the manifest of a run; collective, rank 0 writes."""
-    deviations = initial_deviations(engine)
-    if dist.get_rank() != 0:
+def write(run: Run, engine: Engine, data: dict[str, Any], resume: Path | None) -> None:
+    """Write the manifest of a run; collective, the first rank writes.
+
+    resume: the checkpoint that it goes on from. What the run's first manifest says of the initial
+    weights stays; the manifests before this one are kept.
+    """
+    path = run.folder / MANIFEST
+    known = None
+    if run.process.is_first and is_own(run.folder, resume):
+        known = (read_json(path, run.say) or {}).get("initial_std")
+    told = [known]
+    dist.broadcast_object_list(told)
+    deviations = told[0] or initial_deviations(engine)
+    if not run.process.is_first:
         return
     manifest = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
-        "launcher": launcher,
+        "launcher": run.process.launcher,
+        "resumed_from": None if resume is None else str(resume),
         "layout": str(engine.layout),
         "git_commit": git_commit(),
         "python": platform.python_version(),
@@ -40,7 +51,7 @@ def write(
         "data": data,
         "initial_std": deviations,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    replace(path, json.dumps(manifest, indent=2) + "\n")
 
 
 def git_commit() -> str | None:

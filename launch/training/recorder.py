@@ -16,16 +16,18 @@ from launch.engine import hardware
 from launch.engine.engine import Engine
 from launch.engine.profiling import peak_memory
 from launch.planning.cost import flops_per_token
+from launch.training.folder import METRICS
 from launch.training.logs import MetricsFile, TensorBoard
+from launch.training.position import Position
 from launch.training.run import Run
 
 
 class Recorder:
     """Collects a step's numbers as tensors and fetches them from the device every few steps."""
 
-    def __init__(self, run: Run, engine: Engine, start: int, last: int) -> None:
+    def __init__(self, run: Run, engine: Engine, start: Position, last: int) -> None:
         config = run.config
-        self.run, self.engine = run, engine
+        self.run, self.engine, self.start = run, engine, start
         self.step_tokens = config.train.global_batch_size * config.data.sequence_length
         self.step_flops = self.step_tokens * flops_per_token(
             config.model, config.data.sequence_length
@@ -35,19 +37,19 @@ class Recorder:
         self.since = time.monotonic()
         self.board: TensorBoard | None = None
         if run.process.is_first:
-            self.file = MetricsFile(run.folder / "metrics.jsonl", start)
+            self.file = MetricsFile(run.folder / METRICS)
             self.progress = Progress(
-                total=last, initial=start, desc="training", unit="steps", delay=0
+                total=last, initial=start.step, desc="training", unit="steps", delay=0
             )
             if config.logging.tensorboard:
-                self.board = TensorBoard(run.folder / "tensorboard", start)
+                self.board = TensorBoard(run.folder / "tensorboard", start.step)
 
     def add(self, step: int, loss: Tensor, rate: float) -> None:
         """Remember one step; nothing is fetched from the device."""
         self.pending.append(
             {
                 "step": step,
-                "tokens": step * self.step_tokens,
+                "tokens": self.start.after(step, self.run.config).tokens,
                 "lm_loss": loss.detach(),
                 "ms_loss": self.engine.ms_loss(),
                 "grad_norm": self.engine.gradient_norm(),

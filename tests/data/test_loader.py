@@ -22,7 +22,7 @@ def step_tokens(dataset, step: int, size: int, micro: int) -> torch.Tensor:
     """The global batch [global, length + 1] of a step, put together from all its ranks."""
     rows = []
     for rank in range(size):
-        loader = batches(dataset, step, GLOBAL, micro, rank, size)
+        loader = batches(dataset, step * GLOBAL, GLOBAL, micro, rank, size)
         rows += [next(loader) for _ in range(GLOBAL // size // micro)]
     return torch.cat(rows)
 
@@ -49,10 +49,20 @@ def test_resuming_on_other_ranks_changes_nothing(dataset, before, after):
     assert [t.numpy().tobytes() for t in whole] == [t.numpy().tobytes() for t in resumed]
 
 
+def test_another_batch_size_goes_on_at_the_next_unread_sample(dataset):
+    """Two steps of 8, then steps of 6 over 3 ranks: every sample once, in the same order."""
+    rows = [step_tokens(dataset, step, 2, 2) for step in range(2)]
+    loaders = [batches(dataset, 2 * GLOBAL, 6, 1, rank, 3) for rank in range(3)]
+    for _ in range(4):
+        rows += [torch.cat([next(loader), next(loader)]) for loader in loaders]
+    expected = np.stack([dataset[i] for i in range(2 * GLOBAL + 4 * 6)])
+    np.testing.assert_array_equal(torch.cat(rows), expected)
+
+
 def test_ends_after_the_last_whole_step(dataset):
     steps = len(dataset) // GLOBAL
     assert len(list(batches(dataset, 0, GLOBAL, 2, 1, 2))) == steps * 2
-    assert not list(batches(dataset, steps, GLOBAL, 1))
+    assert not list(batches(dataset, steps * GLOBAL, GLOBAL, 1))
 
 
 def test_batch_that_doesnt_divide_is_refused(dataset):
@@ -62,8 +72,8 @@ def test_batch_that_doesnt_divide_is_refused(dataset):
 
 @pytest.mark.parametrize("ahead", [1, 2, 100])
 def test_prefetching_changes_no_batch(dataset, ahead):
-    plain = list(batches(dataset, 1, GLOBAL, 2))
-    ahead_of_time = list(prefetch(batches(dataset, 1, GLOBAL, 2), ahead))
+    plain = list(batches(dataset, GLOBAL, GLOBAL, 2))
+    ahead_of_time = list(prefetch(batches(dataset, GLOBAL, GLOBAL, 2), ahead))
     assert len(ahead_of_time) == len(plain)
     assert all(torch.equal(one, other) for one, other in zip(plain, ahead_of_time, strict=True))
 

@@ -1,7 +1,12 @@
 """A run that a batch system stops, damages or starts again, as its user sees it."""
 
+import contextlib
+import io
+import itertools
 import json
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -12,6 +17,10 @@ import torch
 
 from bench.random_tokens import write_random_tokens
 from data import batches, open_dataset
+from data.lock import Lock
+from launch import pretrain
+from launch.checkpoint.stored import open_checkpoint
+from launch.evaluation.run import find_models
 from tests.launch.models import byte_tokenizer, huggingface_model, write_sciq
 from tests.launch.running import ENVIRONMENT, ROOT, python, torchrun
 
@@ -190,6 +199,80 @@ def test_training_goes_on_from_a_hugging_face_model(config: Path, tmp_path: Path
     with torch.no_grad():
         expected = model(batch, labels=batch).loss.item()
     assert losses(run)[1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_branches_another_batch_size_and_broken_companions(config: Path, tmp_path: Path) -> None:
+    """At rate 0 a step's loss is the mean of its samples' own, which a run of one each tells."""
+    run, common = tmp_path / "run", ["optimizer.learning_rate=0", "l2e.method=none"]
+
+    def train(folder: Path, *settings: str, resume: str | Path = "none") -> str:
+        words = [word for setting in (*common, *settings) for word in ("--set", setting)]
+        done = python(VERB, "--config", config, "--run-dir", folder, "--resume", resume, *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    train(run, "train.stop_after=6", "checkpoint.interval=2")
+    checkpoints = run / "checkpoints"
+    copied = shutil.copytree(checkpoints / "step_0000004", tmp_path / "copied")
+
+    def refused(*words: str | Path) -> str:
+        """Refused or with nothing to do, in this process; the folder stays as it was."""
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        command = ["--config", config, "--run-dir", run, *words]
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            try:
+                pretrain.main([str(word) for word in command])
+            except ValueError as error:
+                said.write(str(error))
+        assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        return said.getvalue()
+
+    auto = ("--resume", "auto", "--set")
+    assert "train.seed from 1234 to 5" in refused(*auto, "train.seed=5")
+    assert "nothing left to do: step 6 of 6" in refused(*auto, "train.stop_after=6")
+    assert "holds a run already" in refused()
+    assert "none of its own checkpoints" in refused("--resume", copied)
+    with Lock(run / "lock"):
+        assert "is training in this folder" in refused(*auto, "train.steps=7")
+    elsewhere = ("--run-dir", tmp_path / "new", "--resume", copied, "--set")
+    assert "data.sequence_length from 32 to 31" in refused(*elsewhere, "data.sequence_length=31")
+
+    # As a crash may leave them.
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lm_lo')
+    (run / "manifest.json").write_text("")
+    (checkpoints / "latest").write_bytes(bytes(20))
+    said = train(
+        run, "train.stop_after=8", "train.global_batch_size=6", "train.micro_batch_size=3",
+        "optimizer.betas=[0.8, 0.9]", "checkpoint.interval=0",
+        resume=checkpoints / "step_0000004",
+    )  # fmt: skip
+    assert "train.global_batch_size was 4, is 6" in said
+    assert "optimizer.betas was [0.9, 0.95], is [0.8, 0.9]" in said
+    assert "1 lines cut off" in said
+    assert "manifest.json cannot be read and is passed over" in said
+    aside = run / "set_aside" / "after_step_0000004.1"
+    assert [path.name for path in aside.rglob("step_*")] == ["step_0000006"]
+    lines = (aside / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines[:2]] == [5, 6]
+    assert (run / "config.1.json").exists()
+    assert open_checkpoint(run).folder == checkpoints / "step_0000008"
+    (checkpoints / "latest").write_text("step_0000004")
+    assert open_checkpoint(run).folder == checkpoints / "step_0000004"
+    assert [step for step, _ in find_models(str(run), "latest")] == [4]
+    assert [step for step, _ in find_models(str(run), "all")] == [2, 4]
+
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    read = [4, 8, 12, 16, 22, 28, 34, 40]  # samples after each step
+    assert [row["tokens"] for row in rows] == [32 * samples for samples in read]
+    single = tmp_path / "single"
+    sizes = ["train.global_batch_size=1", "train.micro_batch_size=1", "train.steps=8000"]
+    train(single, *sizes, f"train.stop_after={read[-1]}", "checkpoint.interval=0")
+    one = list(losses(single).values())
+    means = [statistics.mean(one[a:b]) for a, b in itertools.pairwise([0, *read])]
+    assert list(losses(run).values()) == pytest.approx(means, rel=1e-5)
+    assert len(set(one)) > 30
 
 
 def first_batch(config: Path) -> torch.Tensor:

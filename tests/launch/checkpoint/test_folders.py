@@ -64,6 +64,18 @@ def test_saved_checkpoint_is_intact_and_latest(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("pointer", [b"", b"\0\0\0", b"\xff\n", b"step_0000099\n", b"../x\n", None])
+def test_a_pointer_that_names_nothing_leaves_the_newest(tmp_path, pointer):
+    found = [save(tmp_path, step) for step in (5, 10, 15)][::-1]
+    folders.point_latest(found[1])
+    assert folders.current(tmp_path) == found[1:]  # 15 is no part of the run as it stands
+    (tmp_path / "latest").unlink()
+    if pointer is not None:
+        (tmp_path / "latest").write_bytes(pointer)
+    assert folders.latest(tmp_path) is None
+    assert folders.current(tmp_path) == found
+
+
 def test_every_kind_of_damage_names_the_file(tmp_path):
     final = save(tmp_path, 1)
     first, second = sorted(final.glob("model-*"))

@@ -1,0 +1,47 @@
+"""What a resumed run does otherwise than the run its checkpoint is from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from configs import Config
+from launch.checkpoint.stored import StoredCheckpoint
+from launch.training.schedule import learning_rate
+
+# Of the rate; less is rounding, or the last digits of another form of the same schedule.
+JUMP = 0.01
+
+
+def told_changes(checkpoint: Path, config: Config, step: int) -> Iterator[str]:
+    """Each key that differs from the checkpoint's configuration, and a jump of the rate."""
+    before = StoredCheckpoint(checkpoint).config
+    if "train" not in before:
+        return  # weights alone, of no run
+    for difference in differences(before, json.loads(config.model_dump_json())):
+        yield f"other than the checkpoint's configuration: {difference}"
+    try:
+        old = learning_rate(Config.model_validate(before), step)
+    except ValidationError:  # an older version's keys
+        yield "the checkpoint's learning rate is unknown here: its configuration is an older form"
+        return
+    new = learning_rate(config, step)
+    if abs(new - old) > JUMP * max(new, old):
+        yield (
+            f"WARNING: the learning rate jumps from {old:.3g} to {new:.3g} at step {step + 1} "
+            f"(optimizer.learning_rate, schedule.* or train.steps)"
+        )
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], name: str = "") -> Iterator[str]:
+    """Keys that two configurations, as dicts of sections, have different values for."""
+    for key in {**before, **now}:
+        old, new, path = before.get(key), now.get(key), f"{name}.{key}".lstrip(".")
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from differences(old, new, path)
+        elif old != new:
+            yield f"{path} was {json.dumps(old)}, is {json.dumps(new)}"

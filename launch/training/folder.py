@@ -1,0 +1,192 @@
+"""A run's folder: one process group at a time works in it, and nothing in it is ever lost."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from data.files import read_json, sync, write_text
+from data.lock import Held, Lock
+from launch.checkpoint import folders
+from launch.checkpoint.canonical import raise_on_all_ranks
+from launch.training.run import Run
+
+CONFIG, MANIFEST, METRICS, FINISHED = "config.json", "manifest.json", "metrics.jsonl", "finished"
+CHECKPOINTS, RESULTS, SET_ASIDE = "checkpoints", "results", "set_aside"
+# A result's file says of which step it is.
+RESULT_STEP = re.compile(r"_step_(\d+)\.json$")
+
+
+def refuse_taken(folder: Path, resume: str) -> None:
+    """A run that starts anew, or from another run's checkpoint, gets a folder without a run.
+
+    Raises ValueError where it holds one.
+    """
+    checkpoints = folders.checkpoints(folder / CHECKPOINTS)
+    if resume == "none":
+        found = [name for name in (METRICS, "state.json") if (folder / name).exists()]
+        found += [f"{CHECKPOINTS}/{path.name}" for path in checkpoints]
+        advice = "go on with it by --resume auto"
+    elif resume == "auto" or is_own(folder, resume) or not checkpoints:
+        return
+    else:
+        found = [f"{CHECKPOINTS}/{checkpoints[0].name}"]
+        advice = f"--resume {resume} is none of its own checkpoints"
+    if found:
+        raise ValueError(
+            f"--run-dir {folder}: holds a run already ({found[0]}); {advice}, or give another "
+            "folder"
+        )
+
+
+def is_own(folder: Path, checkpoint: str | Path | None) -> bool:
+    """Whether this is the run itself, or one of the checkpoints of the run as it stands."""
+    if checkpoint is None:
+        return False
+    path = Path(checkpoint).resolve()
+    return folder.resolve() in (path, path.parent.parent)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The folder is this process group's alone for the length of the block; all ranks call it.
+
+    Raises:
+        ValueError: on every rank, where another process has it or it cannot be written.
+    """
+    lock: list[Lock] = []
+
+    def take() -> None:
+        if dist.get_rank() != 0:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.append(Lock(folder / "lock"))
+        except Held as held:
+            raise ValueError(
+                f"--run-dir {folder}: {held} is training in this folder; end it, or give another "
+                "folder"
+            ) from None
+
+    raise_on_all_ranks(take, lambda error: cannot_write(folder, error))
+    try:
+        yield
+    finally:
+        for own in lock:
+            own.release()
+
+
+def refuse_lost_beginning(folder: Path, say: Callable[[str], None]) -> None:
+    """A run without checkpoints may start over, unless it began from another's.
+
+    Raises ValueError that names where it began.
+    """
+    before = (read_json(folder / MANIFEST, say) or {}).get("resumed_from")
+    if before is not None:
+        raise ValueError(
+            f"--resume auto: {folder} holds no checkpoint, and its run began from {before}; give "
+            f"--resume {before}, or another folder to start from the beginning"
+        )
+
+
+def cannot_write(folder: Path, error: OSError) -> str:
+    """What a failing disk means to a user."""
+    return f"--run-dir {folder}: cannot be written ({error}); free space, or give another folder"
+
+
+def begin(run: Run, resume: Path | None, step: int) -> None:
+    """Make the folder ready to go on after `step` of the checkpoint `resume`; all ranks call it.
+
+    What lies after `step` is set aside, and an earlier configuration is kept. Nothing of the
+    folder has been changed before this.
+    """
+
+    def work() -> None:
+        if not run.process.is_first:
+            return
+        own = is_own(run.folder, resume)
+        if own:
+            assert resume is not None
+            folders.point_latest(resume)  # first: a resume that dies in here goes on from there
+        for line in set_aside(run.folder, step if own else -1):
+            run.say(line)
+        (run.folder / FINISHED).unlink(missing_ok=True)
+        replace(run.folder / CONFIG, run.config.model_dump_json(indent=2) + "\n")
+
+    raise_on_all_ranks(work, lambda error: cannot_write(run.folder, error))
+
+
+def set_aside(folder: Path, step: int) -> Iterator[str]:
+    """Move the checkpoints, scores and metric lines of later steps to a folder that says so."""
+    kept, later, broken = split_metrics(folder / METRICS, step)
+    checkpoints = [
+        path for path in folders.checkpoints(folder / CHECKPOINTS) if folders.step_of(path) > step
+    ]
+    results = [
+        path
+        for path in sorted((folder / RESULTS).glob("*.json"))
+        if (match := RESULT_STEP.search(path.name)) and int(match[1]) > step
+    ]
+    if not (checkpoints or results or later or broken):
+        return
+    name = f"after_step_{step:07d}" if step >= 0 else "before_a_new_start"
+    place = free(folder / SET_ASIDE / name)
+    place.mkdir(parents=True)
+    for path in checkpoints + results:
+        target = place / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+    if later or broken:
+        write_text(place / METRICS, "".join(later + broken))
+        write_text(folder / METRICS, "".join(kept))
+    if broken:
+        yield f"{folder / METRICS}: {len(broken)} lines cut off or damaged by a crash are left out"
+    yield (
+        f"set aside, as {place}: {len(checkpoints)} checkpoints, {len(results)} results and "
+        f"{len(later)} lines of {METRICS} " + (f"after step {step}" if step >= 0 else "of before")
+    )
+
+
+def split_metrics(path: Path, step: int) -> tuple[list[str], list[str], list[str]]:
+    """The lines up to `step`, later ones, and what is no line: a crash cut it, or left zeros."""
+    kept: list[str] = []
+    later: list[str] = []
+    broken: list[str] = []
+    text = path.read_text("utf-8", errors="replace") if path.is_file() else ""
+    for line in text.split("\n"):
+        found = step_of_line(line)
+        part = broken if found is None else kept if found <= step else later
+        if line:
+            part.append(line + "\n")
+    return kept, later, broken
+
+
+def step_of_line(line: str) -> int | None:
+    """The step a line of metrics is of; None for what is no such line."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file of the run; one that says something else is kept as NAME.1.json and so on."""
+    if path.exists():
+        if path.read_bytes() == text.encode():
+            return
+        path.rename(free(path))
+        sync(path.parent)
+    write_text(path, text)
+
+
+def free(path: Path) -> Path:
+    """`path` with the next number that nothing bears yet: a.1.json, name.1."""
+    numbers = range(1, 10**6)
+    named = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in numbers)
+    return next(candidate for candidate in named if not candidate.exists())
