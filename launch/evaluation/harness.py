@@ -70,9 +70,9 @@ class HarnessModel(TemplateLM):
         self.batch_tokens = batch_tokens
         self.group = group
         self._device = model.device
-        # The turn this process takes among those that share the work.
-        self.rank = dist.get_rank(group) if group else 0
-        self.ranks = dist.get_world_size(group) if group else 1
+        # Among those that share the work; the harness has a `rank` of its own, always 0.
+        self.group_rank = dist.get_rank(group) if group else 0
+        self.group_size = dist.get_world_size(group) if group else 1
 
     @property
     def eot_token_id(self) -> int:
@@ -128,7 +128,7 @@ class HarnessModel(TemplateLM):
             sharing.setdefault(tuple(tokens[:-1]), []).append(index)
         scores: dict[int, Score] = {}
         batches = list(batches_by_length(list(sharing), self.batch_tokens))
-        for batch in self._progress(batches[self.rank :: self.ranks], "scoring", quiet):
+        for batch in self._progress(batches[self.group_rank :: self.group_size], "scoring", quiet):
             users = [[(index, pairs[index][1]) for index in sharing[inputs]] for inputs in batch]
             scores.update(self._score_batch(batch, users))
         for other in self._exchange(scores):
@@ -179,14 +179,14 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations up to a stop string. Each new token costs a whole forward pass."""
         answers = [""] * len(requests)
-        mine = range(self.rank, len(requests), self.ranks)
+        mine = range(self.group_rank, len(requests), self.group_size)
         for index in self._progress(mine, "generating", disable_tqdm):
             context, settings = requests[index].args
             limit = settings.get("max_gen_toks", 256)
             stops = handle_stop_sequences(settings.get("until"), eos=None)
             answers[index] = self._generate(self.tok_encode(context), limit, stops)
         everyone = self._exchange(answers)
-        return [everyone[index % self.ranks][index] for index in range(len(requests))]
+        return [everyone[index % self.group_size][index] for index in range(len(requests))]
 
     def _generate(self, context: list[int], limit: int, stops: list[str]) -> str:
         context = context or [self.eot_token_id]
@@ -208,12 +208,12 @@ class HarnessModel(TemplateLM):
         """What every rank of the group has, by rank."""
         if self.group is None:
             return [mine]
-        everyone = [None] * self.ranks
+        everyone = [None] * self.group_size
         dist.all_gather_object(everyone, mine, group=self.group)
         return everyone
 
     def _progress(self, work: Sequence, what: str, quiet: bool) -> Iterable:
-        shown = not quiet and self.rank == 0
+        shown = not quiet and self.group_rank == 0
         return Progress(work, desc=what, unit="batches", progress=shown, file=sys.__stderr__)
 
 

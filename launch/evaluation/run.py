@@ -86,7 +86,7 @@ def score(
     batch_tokens = options.batch_tokens or BATCH_TOKENS[model.device.type]
     harness = HarnessModel(model, batch_tokens, group)
     report = scores.evaluate(harness, selection, options.shots, options.limit)
-    if harness.rank != 0:
+    if harness.group_rank != 0:
         return
     reference = published(options, step)
     report |= {"step": step, "checkpoint": options.checkpoint, "reference": reference}
