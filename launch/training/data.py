@@ -80,7 +80,8 @@ class Corpus:
     def hold_against(self, before: dict[str, Any], say: Callable[[str], None]) -> None:
         """A run goes on with the data that it began with: `before`, as `data_of` tells it.
 
-        Raises ValueError that says what changed. Of the validation set, and of samples beyond the plan, `say` is told.
+        Raises ValueError that says what changed. `say` is told of changes to the validation set,
+        and of samples beyond those the run was laid out for.
         """
         identity = self.training.identity()
         refuse_differences(before, identity.get("parts", [identity])[0])
