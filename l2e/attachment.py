@@ -7,21 +7,29 @@ handle = l2e.attach(model, "transformer.h.*.mlp.act", config)
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
-from l2e import inhibition
 from l2e.config import L2EConfig, select_layers
-from l2e.controller import Controller
+from l2e.controller import FIGURES, Controller
+from l2e.hook import ForwardPass, ModelHook, ModuleHook
 from l2e.layer import L2ELayer
+from l2e.outputs import Key
 from l2e.sharding import Sharding
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
+    from l2e.trainer_callback import StepCallback
+
+# Names that wrappers put between a module's own, which neither patterns nor states should see.
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def attach(
@@ -30,42 +38,74 @@ def attach(
     config: L2EConfig,
     *,
     neuron_dim: int = -1,
+    output: Key | None = None,
+    mask: str | None = None,
     inject: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+    observe_no_grad: bool = False,
     sharding: Sharding | None = None,
 ) -> Handle:
     """Observe and inhibit the forward outputs of modules of `model`.
+
+    Only passes in training mode count. A pass without gradients is neither counted nor changed,
+    unless `observe_no_grad` asks for it; nor is one inside `with handle.paused():`. With method
+    "none" an output stays the very tensor it was.
+
+    Compiled models: from here on torch.compile guards on hooks in this process
+    (`torch._dynamo.config.skip_nnmodule_hook_guards = False`), and what was compiled without such
+    guards is compiled again, so that attaching and detaching work before and after compiling.
 
     Args:
         pattern: of module names, with * for any text; `config.layers` chooses among those that
             match, in the model's order.
         neuron_dim: the dimension of an output that counts its neurons (1 for images
-            [batch, channels, height, width]). Of an output that is a tuple, as of an LSTM cell,
-            the first tensor is meant.
+            [batch, channels, height, width]).
+        output: the key, field or index of the part that is meant of an output with several
+            (a tuple, dict, ModelOutput); by default its first floating-point tensor.
+        mask: the argument of the model's forward that tells which samples count (true or 1), of
+            shape [batch, sequence], as "attention_mask". The others, padding, are neither counted
+            nor selected nor changed. Other loops give it with `handle.mask(tensor)`.
         inject: add L_MS's gradient in the backward pass, for training loops whose loss is out of
             reach; `handle.controller.gradient_scale` is its factor. Otherwise add `handle.loss()`
             to the loss.
-        sharding: process groups; by default all processes of an initialised torch.distributed
-            are data-parallel ranks, as under DDP and FSDP.
+        optimizer: step by itself after each of this optimizer's real steps, so that accumulated
+            micro-batches count as one step. What a gradient scaler skips waits for the next real
+            step. Otherwise call `handle.step()`.
+        observe_no_grad: also observe and inhibit passes without gradients.
+        sharding: process groups; by default all processes of a torch.distributed that is
+            initialised at the first step are data-parallel ranks, as under DDP and FSDP.
 
     Raises:
-        ValueError: no module matches, or `config.layers` names one that is not there.
+        ValueError: no module matches, `config.layers` names one that is not there, or an argument
+            does not fit the model; later, in a forward pass, that an output has no neurons where
+            the arguments say.
     """
-    modules = {name: module for name, module in model.named_modules() if fnmatchcase(name, pattern)}
-    if not modules:
-        leaves = [name for name, module in model.named_modules() if not list(module.children())]
+    if not isinstance(config, L2EConfig):
         raise ValueError(
-            f"l2e.attach: no module's name matches {pattern!r}; names of this model are, for "
-            f"example, {', '.join(leaves[:: max(1, len(leaves) // 8)][:8])}"
+            f"l2e.attach: config is a {type(config).__name__}: expected an l2e.L2EConfig; "
+            "of a dict of its keys, L2EConfig(**keys)"
         )
-    if sharding is None:
-        sharding = Sharding(data_group=dist.group.WORLD if dist.is_initialized() else None)
-    names = list(modules)
-    chosen = [names[number] for number in select_layers(config.layers, len(names))]
-    return Handle({name: modules[name] for name in chosen}, config, neuron_dim, inject, sharding)
+    chosen = _chosen(model, pattern, config)
+    return Handle(
+        chosen,
+        config,
+        model=model,
+        neuron_dim=neuron_dim,
+        output=output,
+        mask=mask,
+        inject=inject,
+        optimizer=optimizer,
+        observe_no_grad=observe_no_grad,
+        sharding=sharding,
+    )
 
 
-class Handle:
+class Handle(Joinable):
     """The method at work in a model, until `detach()`.
+
+    Save `state_dict()` beside the model's; the model's own state holds nothing of the method.
+    A handle that is copied or pickled with a model is an empty one, which says so when used.
+    For data-parallel ranks with uneven inputs, `with Join([ddp_model, handle]):`.
 
     Attributes:
         names: the modules whose outputs are inhibited.
@@ -76,10 +116,17 @@ class Handle:
         self,
         modules: dict[str, nn.Module],
         config: L2EConfig,
-        neuron_dim: int,
-        inject: bool,
-        sharding: Sharding,
+        *,
+        model: nn.Module | None = None,
+        neuron_dim: int = -1,
+        output: Key | None = None,
+        mask: str | None = None,
+        inject: bool = False,
+        optimizer: torch.optim.Optimizer | None = None,
+        observe_no_grad: bool = False,
+        sharding: Sharding | None = None,
     ) -> None:
+        super().__init__()
         self.names = list(modules)
         self.layers = [
             L2ELayer(None, config, activation=None, name=name, inhibited_layers=len(modules))
@@ -88,90 +135,340 @@ class Handle:
         self.controller = Controller(self.layers, config, sharding)
         self.controller.gradient_scale = 1.0 if inject else 0.0
         self.inject = inject
-        self._terms: list[list[tuple[Tensor, int]]] = [[] for _ in modules]
+        self._groups_known = sharding is not None
+        self._pass = ForwardPass(observe_no_grad, collects=not inject)
+        self._model_hooks = [] if model is None else [ModelHook(model, self._pass, mask)]
         self._hooks = [
-            module.register_forward_hook(_hook(layer, None if inject else terms, neuron_dim))
-            for module, layer, terms in zip(modules.values(), self.layers, self._terms, strict=True)
+            ModuleHook(module, layer, self._pass, neuron_dim, output)
+            for module, layer in zip(modules.values(), self.layers, strict=True)
         ]
+        self._loss: Tensor | None = None
+        self._loss_was_taken = False
+        self._warned: set[str] = set()
+        self._registered: list[Any] = [
+            *(h.module.register_forward_pre_hook(h, with_kwargs=True) for h in self._model_hooks),
+            *(hook.module.register_forward_hook(hook) for hook in self._hooks),
+        ]
+        self.optimizer = None if optimizer is None else _innermost(optimizer)
+        if self.optimizer is not None:
+            stepped = self.optimizer.register_step_post_hook(self._after_optimizer_step)
+            self._registered.append(stepped)
+        _guard_hooks_of_compiled_models()
 
     def loss(self) -> Tensor:
         """L_MS of the forward passes since the last call: add it to the micro-batch's loss.
 
         A float32 scalar, the mean over all samples of these passes; 0 unless the method is
-        "regularize", and where L_MS is injected. Reentrant activation checkpointing runs its
-        forward passes without gradients: use inject=True with it, or use_reentrant=False.
+        "regularize", and where L_MS is injected. The same until the next forward pass. A pass
+        whose graph another backward pass has used has no part in it.
         """
-        device = next((term.device for terms in self._terms for term, _ in terms), None)
-        total = torch.zeros((), device=device)
-        for layer, terms in zip(self.layers, self._terms, strict=True):
-            if terms and layer.config.method == "regularize":
-                samples = sum(entries for _, entries in terms) // layer.state.neurons
-                logs = torch.stack([term for term, _ in terms]).sum()
-                total = total + layer.state.loss_factor(samples) * logs
-            terms.clear()
+        if any(hook.terms for hook in self._hooks):
+            self._loss = self._of_terms()
+            self._loss_was_taken = True
+        return torch.zeros(()) if self._loss is None else self._loss
+
+    def _of_terms(self) -> Tensor:
+        total = torch.zeros((), device=next(h.terms[0][0].device for h in self._hooks if h.terms))
+        for hook in self._hooks:
+            terms = [term for term in hook.terms if not _graph_was_used(term[0])]
+            if len(terms) < len(hook.terms):
+                self._warn_once(
+                    "the graph of a forward pass was used by another backward pass before "
+                    "handle.loss(), so its L_MS is in no loss: take handle.loss() before that "
+                    "backward pass and add it, or run a pass that is not the method's inside "
+                    "`with handle.paused():`"
+                )
+            hook.terms.clear()
+            state = hook.layer.state
+            if terms and state.config.method == "regularize":
+                entries = torch.as_tensor(sum(entries for _, entries in terms))
+                samples = (entries / state.neurons).clamp(min=1).to(total.device)
+                logs = torch.stack([logs for logs, _ in terms]).sum()
+                total = total + state.loss_factor(1) / samples * logs
         return total
 
     def step(self) -> None:
-        """Merge what was observed; call it once after each optimizer step, on every rank."""
-        for terms in self._terms:
-            terms.clear()
+        """Merge what was observed; call it once after each optimizer step, on every rank.
+
+        Warns, after the first, of modules that were never called in training mode.
+        """
+        self._live()
+        if self.optimizer is not None:
+            raise ValueError(
+                "l2e: this handle steps by itself after its optimizer's steps: do not call step(), "
+                "or attach without optimizer="
+            )
+        self._step()
+
+    def _step(self) -> None:
+        Join.notify_join_context(self)
+        if not self._groups_known:
+            self._groups_known = True
+            world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+            self.controller.place(Sharding(data_group=world))
+        self._warn_of_unused_loss()
+        self._forget_terms()
+        for model_hook in self._model_hooks:
+            model_hook.steps_to_look -= 1
+        first = self.controller.unobserved is None
         self.controller.step()
+        if first:
+            self._warn_of_unobserved()
+
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused step that was skipped
+        if found_inf is None or not bool(found_inf):
+            self._step()
+
+    def discard(self) -> None:
+        """Forget what was observed since the last step: of a batch that is skipped.
+
+        After an out-of-memory error or a loss that is not finite, before `step()`.
+        """
+        self._live()
+        self._forget_terms()
+        self.controller.discard()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Observe and change nothing inside: for generation, teachers, roll-outs, penalties."""
+        self._live()
+        before, self._pass.paused = self._pass.paused, True
+        try:
+            yield
+        finally:
+            self._pass.paused = before
+
+    def mask(self, counted: Tensor | None) -> None:
+        """Which samples of the next forward passes count, until the next call; None: all.
+
+        Args:
+            counted: true or 1 for a sample that counts, of as many dimensions as an output without
+                its neurons ([batch, sequence]), or with 1 neuron; sizes are the same or 1.
+        """
+        self._live()
+        if any(hook.takes for hook in self._model_hooks):
+            raise ValueError(
+                "l2e: this handle takes its mask from an argument of the model; attach without "
+                "mask= to give masks yourself"
+            )
+        self._pass.counted = counted
 
     def metrics(self) -> dict[str, dict[str, float]]:
-        """As `Controller.metrics`."""
-        return self.controller.metrics()
+        """As `Controller.metrics`; of a module that was not observed yet all are NaN."""
+        self._live()
+        found = self.controller.metrics()
+        nothing = dict.fromkeys(FIGURES, float("nan"))
+        return {state.name: found.get(state.name, nothing) for state in self.controller.states}
 
     def state_dict(self) -> dict[str, Tensor]:
         """As `Controller.state_dict`; the model's own state dict holds nothing of the method."""
+        self._live()
         return self.controller.state_dict()
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """As `Controller.load_state_dict`."""
-        self.controller.load_state_dict(tensors)
+        """As `Controller.load_state_dict`.
+
+        A state saved from a wrapped or unwrapped form of the model fits where one and the same
+        prefix makes the difference in all names ("base_model.model." of peft, "module.").
+        """
+        self._live()
+        own = [state.name for state in self.controller.states]
+        saved = {name.rpartition(".")[0] for name in tensors} - {""}
+        self.controller.load_state_dict(_renamed(tensors, saved, own))
 
     def detach(self) -> None:
-        """Leave the model as it was before `attach`."""
-        for hook in self._hooks:
-            hook.remove()
+        """Leave the model as it was before `attach`, and the copies that were made of it."""
+        for registered in self._registered:
+            registered.remove()
+        for hook in (*self._model_hooks, *self._hooks):
+            hook.clean_copies()
+        self._forget_terms()
 
-    def trainer_callback(self) -> TrainerCallback:
-        """For `transformers.Trainer(callbacks=[...])`; needs attach(..., inject=True)."""
-        from transformers import TrainerCallback
+    def trainer_callback(self) -> StepCallback:
+        """For `transformers.Trainer(callbacks=[...])`; needs attach(..., inject=True).
 
-        if not self.inject:
+        It steps after each optimizer step, scales L_MS by the micro-batches of each step, and
+        keeps the method's state in `l2e.pt` in the Trainer's checkpoint folders, from which
+        `resume_from_checkpoint` goes on.
+        """
+        from l2e.trainer_callback import StepCallback
+
+        self._live()
+        return StepCallback(self)
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """Step along with the ranks that still have inputs (torch.distributed's `Join`)."""
+        return _StepAlong(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        return next((s.device for s in self.controller.states if s.positions), torch.device("cpu"))
+
+    @property
+    def join_process_group(self) -> Any:
+        return self.controller.sharding.data_group or dist.group.WORLD
+
+    def __repr__(self) -> str:
+        self._live()
+        method, step = self.controller.config.method, self.controller.phase.step
+        return f"<l2e.Handle: {method} in {', '.join(self.names)}; {step} steps; see state_dict()>"
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return _empty_handle, ()
+
+    def _live(self) -> None:
+        if not hasattr(self, "controller"):
             raise ValueError(
-                "l2e: a Trainer computes its own loss; use attach(..., inject=True), which adds "
-                "L_MS's gradient in the backward pass"
+                "l2e: this handle was copied or pickled together with a model and serves none: "
+                "attach to the copy; to keep the statistics, save handle.state_dict() and give it "
+                "to the new handle's load_state_dict()"
             )
-        controller = self.controller
 
-        class StepCallback(TrainerCallback):
-            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                if args.fp16:
-                    raise ValueError(
-                        "l2e: fp16 = True: the Trainer does not tell callbacks its loss scale, "
-                        "which L_MS's gradient needs; use bf16 = True"
-                    )
-                controller.gradient_scale = 1 / args.gradient_accumulation_steps
+    def _forget_terms(self) -> None:
+        for hook in self._hooks:
+            hook.terms.clear()
+        self._loss = None if self._loss is None else self._loss.detach()
 
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                controller.step()
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(f"l2e: {text}", stacklevel=4)
 
-        return StepCallback()
+    def _warn_of_unused_loss(self) -> None:
+        kept = any(hook.terms for hook in self._hooks)
+        selecting = any(state.selecting for state in self.controller.states)
+        regularizes = self.controller.config.method == "regularize"
+        if kept and selecting and regularizes and not self._loss_was_taken:
+            self._warn_once(
+                "handle.loss() was not called in this step, so L_MS is in no loss: add it to the "
+                "loss, or attach(..., inject=True) where the loss is out of reach"
+            )
+        self._loss_was_taken = False
+
+    def _warn_of_unobserved(self) -> None:
+        unobserved = self.controller.unobserved
+        if not unobserved:
+            return
+        asleep = [h.name for h in self._hooks if h.name in unobserved and not h.module.training]
+        uncalled = [name for name in unobserved if name not in asleep]
+        why = []
+        if asleep:
+            why.append(f"{', '.join(asleep)} in eval mode (call model.train())")
+        if uncalled:
+            why.append(
+                f"{', '.join(uncalled)} never called with gradients in training mode (a fused "
+                "path or another forward passes it by, or it serves other inputs)"
+            )
+        warnings.warn(
+            f"l2e: not observed in the first step: {'; '.join(why)}. L_MS is divided by all "
+            f"{len(self.names)} matched layers all the same",
+            stacklevel=4,
+        )
 
 
-def _hook(layer: L2ELayer, terms: list[tuple[Tensor, int]] | None, neuron_dim: int) -> Any:
-    """A forward hook that puts a module's inhibited output in the place of its output."""
+class _StepAlong(JoinHook):
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
 
-    def inhibit(module: nn.Module, args: Any, output: Any) -> Any:
-        if not module.training:
-            return None
-        z = output[0] if isinstance(output, tuple) else output
-        inhibited, logs, _ = layer.operate(z.movedim(neuron_dim, -1))
-        recomputing = not torch.compiler.is_compiling() and inhibition.in_backward()
-        if terms is not None and torch.is_grad_enabled() and not recomputing:
-            terms.append((logs, z.numel()))
-        inhibited = inhibited.movedim(-1, neuron_dim)
-        return (inhibited, *output[1:]) if isinstance(output, tuple) else inhibited
+    def main_hook(self) -> None:
+        self.handle._step()
 
-    return inhibit
+
+def _empty_handle() -> Handle:
+    return Handle.__new__(Handle)
+
+
+def _chosen(model: nn.Module, pattern: str, config: L2EConfig) -> dict[str, nn.Module]:
+    """The modules that match and that `config.layers` names, by name, in the model's order."""
+    if not isinstance(pattern, str) or not pattern:
+        raise ValueError(
+            f"l2e.attach: pattern = {pattern!r}: expected one pattern of module names, such as "
+            '"transformer.h.*.mlp.act"; * stands for any text, [ab] for one of several letters'
+        )
+    places: dict[int, set[int]] = {}
+    modules: dict[str, nn.Module] = {}
+    names: dict[int, list[str]] = {}
+    for raw, module in model.named_modules(remove_duplicate=False):
+        name = ".".join(part for part in raw.split(".") if part not in WRAPPERS)
+        parent = model.get_submodule(raw.rpartition(".")[0])
+        places.setdefault(id(module), set()).add(id(parent))
+        names.setdefault(id(module), []).append(raw)
+        if fnmatchcase(name, pattern) or fnmatchcase(raw, pattern):
+            modules[name] = module
+    first_names = {id(module): name for name, module in reversed(modules.items())}
+    modules = {name: module for name, module in modules.items() if first_names[id(module)] == name}
+    if not modules:
+        leaves = [name for name, module in model.named_modules() if not list(module.children())]
+        raise ValueError(
+            f"l2e.attach: no module's name matches {pattern!r}; names of this model are, for "
+            f"example, {', '.join(leaves[:: max(1, len(leaves) // 8)][:8])}"
+        )
+    for module in modules.values():
+        if len(places[id(module)]) > 1:
+            raise ValueError(
+                f"l2e.attach: one module serves as {', '.join(names[id(module)])}, so that their "
+                "statistics could not be told apart: give each place a module of its own "
+                "(copy.deepcopy), or match others"
+            )
+    matched = list(modules)
+    return {
+        matched[number]: modules[matched[number]]
+        for number in select_layers(config.layers, len(matched))
+    }
+
+
+def _renamed(tensors: dict[str, Tensor], saved: set[str], own: list[str]) -> dict[str, Tensor]:
+    """A state with the names that this model gives its layers."""
+    if not saved or set(own) <= saved:
+        return tensors
+    for name in saved:
+        if name.endswith(f".{own[0]}"):
+            old, new = name.removesuffix(own[0]), ""
+        elif own[0].endswith(f".{name}"):
+            old, new = "", own[0].removesuffix(name)
+        else:
+            continue
+        if set(own) <= {new + other.removeprefix(old) for other in saved}:
+            return {
+                key if key == "step" else new + key.removeprefix(old): value
+                for key, value in tensors.items()
+            }
+    raise ValueError(
+        f"l2e state of layers {', '.join(sorted(saved))}: this handle's are {', '.join(own)}; "
+        "attach with the pattern that the state was saved under"
+    )
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that really steps inside accelerate's and Lightning's wrappers."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            break
+        optimizer = inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(
+            f"l2e.attach: optimizer is a {type(optimizer).__name__}: expected a "
+            "torch.optim.Optimizer; leave it out and call handle.step() after each of its steps"
+        )
+    return optimizer
+
+
+def _graph_was_used(term: Tensor) -> bool:
+    """A backward pass has gone through the term's graph and freed it."""
+    if term.grad_fn is None:
+        return False
+    try:
+        _ = term.grad_fn._raw_saved_tensors  # type: ignore[attr-defined]
+    except RuntimeError:
+        return True
+    return False
+
+
+def _guard_hooks_of_compiled_models() -> None:
+    """Let torch.compile see hooks; without guards a graph of one instance serves all others."""
+    import torch._dynamo
+
+    if torch._dynamo.config.skip_nnmodule_hook_guards:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch._dynamo.reset()

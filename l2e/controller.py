@@ -19,6 +19,8 @@ from l2e.state import LayerState, Phase, Sums
 from l2e.statistics import Statistics
 
 COLLAPSED = 0.1  # of the standard deviation at the first inhibited step
+MEASURED = ("mean_ms", "max_ms", "kurtosis", "mlp_to_residual")
+FIGURES = (*MEASURED, "tau", "selected_fraction", "std")
 PATIENCE = 10  # steps that a layer may be without its start before a warning
 
 
@@ -28,6 +30,10 @@ class Controller:
     Set `gradient_scale` before a step's micro-batches (loss scale / number of micro-batches) and
     `measure` before a step whose metrics will be read; call `step()` once after each optimizer
     step, on every rank.
+
+    Attributes:
+        unobserved: the layers without samples in the first step, on any data-parallel rank; None
+            before it.
     """
 
     def __init__(
@@ -37,6 +43,7 @@ class Controller:
         self.sharding = sharding or Sharding()
         self.phase = Phase.of(config)
         self.states = [layer.state for layer in layers]
+        self.unobserved: list[str] | None = None
         self._warned: set[str] = set()
         self._metrics: dict[str, dict[str, Tensor]] = {}
         self._histograms: dict[str, Tensor] = {}
@@ -46,6 +53,12 @@ class Controller:
             raise ValueError(f"l2e layers need distinct names, found {names}")
         for state in self.states:
             state.join(self.phase, self.sharding)
+
+    def place(self, sharding: Sharding) -> None:
+        """Work in these process groups from now on."""
+        self.sharding = sharding
+        for state in self.states:
+            state.place(sharding)
 
     @property
     def gradient_scale(self) -> float:
@@ -74,6 +87,13 @@ class Controller:
                 state.to(device)
             self._agree_on_first_centres([state for state in states if state.empty])
             self._sum_over_data_ranks(states)
+        if self.unobserved is None:
+            self.unobserved = [
+                state.name
+                for state in self.states
+                if not state.positions or float(state.sums["samples"]) == 0
+            ]
+        if states:
             merged = [_merge(state) for state in states]
             totals = self._sum_over_tensor_ranks(states, merged)
             usable = [
@@ -256,13 +276,12 @@ class Controller:
         Raises:
             ValueError: an activation was NaN or Inf; names layers and steps, once.
         """
-        measured = ("mean_ms", "max_ms", "kurtosis", "mlp_to_residual")
         metrics = {}
         observed = [state for state in self.states if state.name in self._metrics]
         self._raise_of_bad_steps(observed)
         for state in observed:
             kept = self._metrics[state.name]
-            metrics[state.name] = dict.fromkeys(measured, float("nan")) | {
+            metrics[state.name] = dict.fromkeys(MEASURED, float("nan")) | {
                 name: float(value) for name, value in kept.items()
             }
             self._warn_of_collapse(state, metrics[state.name]["std"])

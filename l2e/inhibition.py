@@ -7,6 +7,7 @@ graph.
 """
 
 import itertools
+import math
 from weakref import WeakValueDictionary
 
 import torch
@@ -35,42 +36,76 @@ def in_backward() -> bool:
 
 @torch.library.custom_op("l2e::inhibit", mutates_args=())
 def inhibit(
-    pre: Tensor, bias: Tensor | None, handle: Tensor, keep_mask: bool
+    pre: Tensor, bias: Tensor | None, counted: Tensor | None, handle: Tensor, keep_mask: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Apply a layer in training mode.
 
     Args:
         pre: [..., units], the values before the non-linearity.
         bias: [units], still to be added to them; None if a linear layer has done so.
+        counted: true for each sample that counts, of as many dimensions as `pre` without its
+            last, or with 1 there; the others pass as they are. None: all count.
         handle: of the layer's state, whose sums this call adds to.
         keep_mask: whether the layer selects by top k.
 
     Returns:
-        The inhibited activations [..., units]; the sum over selected entries of log (z - mean)^2
-        as a float32 scalar (of log of the MS if scale-invariant), whose gradient reaches `pre`;
-        and the mask of what was selected (empty where the backward pass computes it again).
+        The inhibited activations [..., units], laid out as `pre` is; the sum over selected entries
+        of log (z - mean)^2 as a float32 scalar (of log of the MS if scale-invariant), whose
+        gradient reaches `pre`; and the mask of what was selected (empty where the backward pass
+        computes it again).
     """
     state = _states[int(handle)]
-    recomputing = in_backward()
+    all_rows = _as_rows(pre, state)
+    kept = None if counted is None else _kept(counted, pre, state)
+    rows = all_rows if kept is None else all_rows[kept]
+    sequence = pre.shape[-2] if pre.dim() > 2 and kept is None else 1
+    out, loss, mask = _forward(state, rows, bias, sequence)
+    if kept is not None:
+        out = _among(all_rows, kept, out, state)
+        if keep_mask:
+            mask = torch.zeros_like(all_rows, dtype=torch.bool).index_copy_(0, kept, mask)
+    return _laid_out(out, pre), loss, mask.view(pre.shape if keep_mask else 0)
+
+
+@torch.library.custom_op("l2e::observe", mutates_args=())
+def observe(pre: Tensor, counted: Tensor | None, handle: Tensor) -> Tensor:
+    """Add to a layer's sums what `inhibit` would, and change nothing; its loss is returned."""
+    state = _states[int(handle)]
     rows = _as_rows(pre, state)
+    if counted is not None:
+        rows = rows[_kept(counted, pre, state)]
+    return _forward(state, rows, None, 1)[1]
+
+
+@observe.register_fake
+def _(pre: Tensor, counted: Tensor | None, handle: Tensor) -> Tensor:
+    return torch.empty((), device=pre.device)
+
+
+def _forward(
+    state: LayerState, rows: Tensor, bias: Tensor | None, sequence: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `inhibit` returns, of rows [samples, neurons]; without samples nothing is done."""
+    if len(rows) == 0:
+        loss, mask = torch.zeros((), device=rows.device), torch.zeros_like(rows, dtype=torch.bool)
+        return rows.clone(), loss, mask
+    recomputing = in_backward()
     observed = state.kernel_arguments(None, None, bias)
-    if state.empty and not recomputing and len(rows):
+    if state.empty and not recomputing:
         _start(state, rows, observed)
-    threshold, replacement, mask = selection.select(
-        state, rows, observed, sequence=pre.shape[-2] if pre.dim() > 2 else 1
-    )
+    threshold, replacement, mask = selection.select(state, rows, observed, sequence)
     arguments = state.kernel_arguments(threshold, replacement, bias)
     sums = None if recomputing else torch.zeros_like(state.core_sums)
     out = backends.choose(state.config, rows.device, rows.dtype).forward(rows, arguments, sums)
-    loss = torch.zeros((), device=pre.device)
+    loss = torch.zeros((), device=rows.device)
     if sums is not None:
         loss = _record(state, rows, arguments, sums)
-    return out.view(pre.shape), loss, mask.view(pre.shape) if len(mask) else mask
+    return out, loss, mask
 
 
 @inhibit.register_fake
 def _(
-    pre: Tensor, bias: Tensor | None, handle: Tensor, keep_mask: bool
+    pre: Tensor, bias: Tensor | None, counted: Tensor | None, handle: Tensor, keep_mask: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = torch.empty((), device=pre.device)
     mask = torch.empty(pre.shape if keep_mask else 0, dtype=torch.bool, device=pre.device)
@@ -83,6 +118,7 @@ def inhibit_backward(
     loss_grad: Tensor | None,
     pre: Tensor,
     bias: Tensor | None,
+    counted: Tensor | None,
     mask: Tensor,
     handle: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -91,20 +127,43 @@ def inhibit_backward(
     Without a gradient to the loss, L_MS injects its own.
     """
     state = _states[int(handle)]
-    rows = _as_rows(pre, state)
-    threshold = None
-    if state.selecting:
-        threshold = mask.view(rows.shape) if len(mask) else state.threshold
-    injected = state.phase.gradient_scale * state.loss_factor(len(rows))
-    loss_gradient = injected if loss_grad is None else loss_grad
-    chosen = backends.choose(state.config, rows.device, rows.dtype)
-    arguments = state.kernel_arguments(threshold, None, bias)
-    out, bias_grad = chosen.backward(grad.reshape(rows.shape), rows, arguments, loss_gradient)
+    all_rows = _as_rows(pre, state)
+    all_grads = grad.reshape(all_rows.shape)
+    kept = None if counted is None else _kept(counted, pre, state)
+    if kept is None:
+        out, bias_grad = _gradients(state, all_grads, all_rows, loss_grad, bias, mask)
+    else:
+        mask = mask.view(all_rows.shape)[kept] if mask.numel() else mask
+        out, bias_grad = _gradients(state, all_grads[kept], all_rows[kept], loss_grad, bias, mask)
+        out = _among(all_grads, kept, out, state)
     if bias_grad is None:
         bias_grad = pre.new_empty(0)
     else:  # of every position's neurons, which share it
         bias_grad = bias_grad.view(state.positions, -1).sum(0)
-    return out.view(pre.shape), bias_grad
+    return _laid_out(out, pre), bias_grad
+
+
+def _gradients(
+    state: LayerState,
+    grads: Tensor,
+    rows: Tensor,
+    loss_grad: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor,
+) -> kernels.Gradients:
+    """Gradients to rows [samples, neurons] and to the bias of all their neurons."""
+    if len(rows) == 0:
+        return grads.clone(), None if bias is None else torch.zeros_like(bias).repeat(
+            state.positions
+        )
+    threshold = None
+    if state.selecting:
+        threshold = mask.view(rows.shape) if mask.numel() else state.threshold
+    injected = state.phase.gradient_scale * state.loss_factor(len(rows))
+    loss_gradient = injected if loss_grad is None else loss_grad
+    chosen = backends.choose(state.config, rows.device, rows.dtype)
+    arguments = state.kernel_arguments(threshold, None, bias)
+    return chosen.backward(grads, rows, arguments, loss_gradient)
 
 
 @inhibit_backward.register_fake
@@ -113,6 +172,7 @@ def _(
     loss_grad: Tensor | None,
     pre: Tensor,
     bias: Tensor | None,
+    counted: Tensor | None,
     mask: Tensor,
     handle: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -120,20 +180,29 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    pre, bias, handle, _ = inputs
-    ctx.save_for_backward(pre, bias, output[2], handle)
+    pre, bias, counted, handle, _ = inputs
+    ctx.save_for_backward(pre, bias, counted, output[2], handle)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, loss_grad, _):
-    pre, bias, mask, handle = ctx.saved_tensors
+    pre, bias, counted, mask, handle = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(pre)
-    to_pre, to_bias = inhibit_backward(grad, loss_grad, pre, bias, mask, handle)
-    return to_pre, None if bias is None else to_bias, None, None
+    to_pre, to_bias = inhibit_backward(grad, loss_grad, pre, bias, counted, mask, handle)
+    return to_pre, None if bias is None else to_bias, None, None, None
+
+
+def _no_second_derivatives(ctx, *grads):
+    raise ValueError(
+        "l2e: a gradient's gradient (create_graph=True, a gradient penalty) reached an inhibited "
+        "layer, whose method has no second derivatives: run this forward pass inside "
+        "`with handle.paused():`, or use method = 'none'"
+    )
 
 
 inhibit.register_autograd(_backward, setup_context=_setup_context)
+inhibit_backward.register_autograd(_no_second_derivatives)
 
 
 @torch.library.custom_op("l2e::observe_output", mutates_args=("sums",))
@@ -167,10 +236,62 @@ def _as_rows(pre: Tensor, state: LayerState) -> Tensor:
         raise ValueError(
             f"l2e layer {state.name}: found {positions} positions after {state.positions} and "
             f"{units} units after {state.units}; pad sequences to one length for neuron_axes = "
-            "'position', and give every module a layer of its own"
+            "'position', give every module a layer of its own, and let l2e.attach's neuron_dim "
+            "name a dimension of fixed size"
         )
     state.to(pre.device)
-    return pre.detach().reshape(-1, state.neurons).contiguous()
+    samples = math.prod(pre.shape[: -2 if by_position else -1])
+    return pre.detach().reshape(samples, state.neurons).contiguous()
+
+
+def _laid_out(rows: Tensor, pre: Tensor) -> Tensor:
+    """[samples, neurons] -> a tensor of the shape of `pre`, with its strides where it is dense."""
+    out = rows.view(pre.shape)
+    if out.stride() == torch.empty_like(pre, device="meta").stride():
+        return out
+    return torch.empty_like(pre).copy_(out)
+
+
+def _among(rows: Tensor, kept: Tensor, part: Tensor, state: LayerState) -> Tensor:
+    """All rows as they are, but for the part that counts; a silenced layer is so everywhere."""
+    all_rows = torch.zeros_like(rows) if state.config.method == "silence" else rows.clone()
+    return all_rows.index_copy_(0, kept, part)
+
+
+def _kept(counted: Tensor, pre: Tensor, state: LayerState) -> Tensor:
+    """The rows of `_as_rows` that count, by number.
+
+    Raises:
+        ValueError: the mask does not fit the activations.
+    """
+    shape = pre.shape[:-1]
+    found = f"l2e layer {state.name}: a mask of shape {list(counted.shape)}"
+    if counted.dim() == pre.dim() and counted.shape[-1] == 1:
+        counted = counted.squeeze(-1)
+    fits = counted.dim() == len(shape) and all(
+        n in (1, m) for n, m in zip(counted.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{found} for samples of shape {list(shape)}: give it these dimensions, of the same "
+            "size or 1"
+        )
+    if counted.is_floating_point() and not ((counted == 0) | (counted == 1)).all():
+        raise ValueError(f"{found} with other values than 0 and 1: 1 or true is what counts")
+    if state.config.memel_code_compat:
+        raise ValueError(
+            f"{found}: memel_code_compat = true selects over whole sequences, padding included, as "
+            "MEmeL's code does; use memel_code_compat = false, or no mask"
+        )
+    counted = (counted != 0).expand(shape)
+    if state.config.neuron_axes == "position":
+        if not (counted == counted[..., :1]).all():
+            raise ValueError(
+                f"{found} that leaves out positions: of neuron_axes = 'position' a sample is a "
+                "whole sequence; use neuron_axes = 'unit', or mask whole sequences"
+            )
+        counted = counted[..., 0]
+    return counted.flatten().nonzero().flatten()
 
 
 def _start(state: LayerState, rows: Tensor, arguments: KernelArguments) -> None:

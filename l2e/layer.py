@@ -69,9 +69,12 @@ class L2ELayer(nn.Module):
             out = out.transpose(0, 1)
         return out if self.config.site == "post" else kernels.activate(out, self.activation)
 
-    def operate(self, pre: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def operate(
+        self, pre: Tensor, bias: Tensor | None = None, counted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`inhibition.inhibit` with this layer's state."""
-        return inhibition.inhibit(pre, bias, self.handle, self.config.selection == "topk")
+        keep_mask = self.config.selection == "topk"
+        return inhibition.inhibit(pre, bias, counted, self.handle, keep_mask)
 
     def observe_output(self, mlp_output: Tensor, residual: Tensor) -> None:
         """Compare the MLP's output with the residual stream it is added to (measured steps)."""

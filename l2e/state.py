@@ -224,6 +224,19 @@ class LayerState:
         if self.positions:
             self.reset_sums()
 
+    def place(self, sharding: Sharding) -> None:
+        """Take part in other process groups, with what was summed so far."""
+        self.sharding = sharding
+        if not self.positions:
+            return
+        sums, measured, counts = self.sums, self.measured, self.counts
+        self.reset_sums()
+        self.sums, self.counts = sums, counts
+        for name, values in measured.parts.items():
+            own = values if name != "largest" else values.max()
+            slot = slice(None) if name != "largest" else sharding.data_rank
+            self.measured[name][slot] = own
+
     def expected_selected(self, rows: int) -> float:
         """How many activations of the whole layer are selected among `rows` samples, over time."""
         if self.config.selection == "topk":

@@ -122,7 +122,7 @@ def _activations(network: Network, settings: Settings) -> dict[str, nn.Module]:
 @contextmanager
 def _attached(modules: dict[str, nn.Module], config: L2EConfig) -> Iterator[Handle]:
     """The method at work on these modules alone: dropout elsewhere stays off."""
-    handle = Handle(modules, config, neuron_dim=-1, inject=False, sharding=Sharding())
+    handle = Handle(modules, config, observe_no_grad=True, sharding=Sharding())
     for module in modules.values():
         module.train()
     try:

@@ -1,0 +1,258 @@
+"""What runs at an attached module's output, and what the hooks of one handle share."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2e import inhibition, outputs
+from l2e.layer import L2ELayer
+
+WIDTHS = ("out_features", "out_channels", "num_features")  # how torch's modules name their neurons
+LOOKS_FOR_PADDING = 10  # steps; each look waits for the device
+
+
+class ForwardPass:
+    """What the hooks of one handle know of the running forward pass.
+
+    Attributes:
+        paused: nothing is observed or changed.
+        observe_no_grad: passes without gradients are, in training mode.
+        collects: the losses are kept for `Handle.loss()`; otherwise the backward pass injects
+            their gradient.
+        counted: true where a sample counts; None: all do.
+    """
+
+    def __init__(self, observe_no_grad: bool, collects: bool) -> None:
+        self.paused = False
+        self.observe_no_grad, self.collects = observe_no_grad, collects
+        self.counted: Tensor | None = None
+
+    def observes(self, module: nn.Module, name: str) -> bool:
+        if not module.training or self.paused:
+            return False
+        if torch.is_grad_enabled() or self.observe_no_grad:
+            return True
+        if torch.compiler.is_compiling() or not _in_checkpointed_function():
+            return False
+        if self.collects:
+            raise ValueError(
+                f"l2e: module {name} runs under reentrant activation checkpointing, which hides "
+                "its graph from handle.loss(): use use_reentrant=False, or attach(..., inject=True)"
+            )
+        return True
+
+
+class OwnHook:
+    """A hook that serves the module it was made for, and none of its copies."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.copies: list[weakref.ref[nn.Module]] = []
+
+    def __reduce__(self) -> tuple[type[CopiedHook], tuple[()]]:
+        return CopiedHook, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiedHook:
+        if (copied := memo.get(id(self.module))) is not None:
+            self.copies.append(weakref.ref(copied))
+        return CopiedHook()
+
+    def clean_copies(self) -> None:
+        """Take what stands for this hook out of the copies that still have it."""
+        for reference in self.copies:
+            if (module := reference()) is not None:
+                _remove_copied_hooks(module)
+
+
+class CopiedHook:
+    """Stands for a hook in a copied or unpickled module, until that is first called."""
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        _remove_copied_hooks(module)
+        if module.training and torch.is_grad_enabled():
+            warnings.warn(
+                "l2e: a copy of an attached model runs in training mode. It is neither observed "
+                "nor inhibited: attach to the copy as well if it should be",
+                stacklevel=2,
+            )
+
+
+def _remove_copied_hooks(module: nn.Module) -> None:
+    for hooks, others in (
+        (module._forward_hooks, [module._forward_hooks_with_kwargs]),
+        (module._forward_pre_hooks, [module._forward_pre_hooks_with_kwargs]),
+    ):
+        for number in [n for n, hook in hooks.items() if isinstance(hook, CopiedHook)]:
+            for registered in (hooks, *others):
+                registered.pop(number, None)  # type: ignore[attr-defined]
+
+
+class ModuleHook(OwnHook):
+    """Puts a module's inhibited output in the place of its output.
+
+    Attributes:
+        terms: of the forward passes since they were last taken: the sum over selected entries of
+            log (z - mean)^2, and the number of entries that counted.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layer: L2ELayer,
+        forward_pass: ForwardPass,
+        neuron_dim: int,
+        output: outputs.Key | None,
+    ) -> None:
+        super().__init__(module)
+        self.layer, self.name = layer, layer.state.name
+        self.forward_pass = forward_pass
+        self.neuron_dim, self.output = neuron_dim, output
+        self.width = next((w for a in WIDTHS if isinstance(w := getattr(module, a, None), int)), 0)
+        self.terms: list[tuple[Tensor, Tensor | int]] = []
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if module is not self.module:
+            self._refuse_replicas(module)
+            return None
+        if not self.forward_pass.observes(module, self.name):
+            return None
+        path, z = outputs.find(output, self.output, self.name)
+        if z.is_meta:
+            return None
+        self._check(z)
+        moved, counted = z.movedim(self.neuron_dim, -1), self.forward_pass.counted
+        if counted is not None and counted.dim() == z.dim():
+            counted = counted.movedim(self.neuron_dim, -1)
+        if self.layer.config.method == "none":
+            logs = inhibition.observe(moved.detach(), counted, self.layer.handle)
+            self._keep(logs, moved, counted)
+            return None
+        inhibited, logs, _ = self.layer.operate(moved, None, counted)
+        if self.forward_pass.collects:
+            self._keep(logs, moved, counted)
+        return outputs.replace(output, path, inhibited.movedim(-1, self.neuron_dim))
+
+    def _keep(self, logs: Tensor, moved: Tensor, counted: Tensor | None) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if not torch.compiler.is_compiling() and inhibition.in_backward():
+            return  # the pass is recomputed
+        entries: Tensor | int = moved.numel()
+        if counted is not None:
+            if counted.dim() == moved.dim():
+                counted = counted.squeeze(-1)
+            entries = (counted != 0).expand(moved.shape[:-1]).sum() * moved.shape[-1]
+        self.terms.append((logs, entries))
+
+    def _check(self, z: Tensor) -> None:
+        """Refuse what the method cannot be applied to, in one sentence."""
+        if not -z.dim() <= self.neuron_dim < z.dim():
+            raise ValueError(
+                f"l2e: module {self.name}: neuron_dim = {self.neuron_dim}, but its output has "
+                f"shape {list(z.shape)}; name the dimension that counts its neurons"
+            )
+        found = z.shape[self.neuron_dim]
+        if self.width not in (0, found):
+            raise ValueError(
+                f"l2e: module {self.name} has {self.width} neurons, but dimension neuron_dim = "
+                f"{self.neuron_dim} of its output {list(z.shape)} counts {found}; use neuron_dim = "
+                f"{next((d for d, n in enumerate(z.shape) if n == self.width), 1)}"
+            )
+        if torch.compiler.is_compiling():
+            return
+        if z.layout is not torch.strided or z.is_nested or hasattr(z, "device_mesh"):
+            raise ValueError(
+                f"l2e: module {self.name} returned a {type(z).__name__} of layout {z.layout}; the "
+                "method needs a plain dense tensor: match a module that gives one"
+            )
+        if torch._C._functorch.maybe_current_level() is not None or _has_tangent(z):
+            raise ValueError(
+                f"l2e: module {self.name} runs inside torch.func or forward-mode differentiation, "
+                "which the method does not follow: run this pass inside `with handle.paused():`"
+            )
+
+    def _refuse_replicas(self, module: nn.Module) -> None:
+        if getattr(module, "_is_replica", False):
+            raise ValueError(
+                f"l2e: module {self.name} is a replica of nn.DataParallel, whose threads would "
+                "count its samples at once: use DistributedDataParallel"
+            )
+
+
+class ModelHook(OwnHook):
+    """Before the model's forward pass: takes its mask, or tells once that there is padding.
+
+    Args:
+        mask: the argument of the model's forward that is true where a sample counts; None: look
+            for padding in `attention_mask`.
+    """
+
+    def __init__(self, model: nn.Module, forward_pass: ForwardPass, mask: str | None) -> None:
+        super().__init__(model)
+        self.forward_pass, self.takes = forward_pass, mask is not None
+        self.argument = mask or "attention_mask"
+        parameters = inspect.signature(model.forward).parameters
+        names = list(parameters)
+        self.position = names.index(self.argument) if self.argument in names else None
+        anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if mask is not None and self.position is None and not anything:
+            raise ValueError(
+                f"l2e.attach: mask = {mask!r}: the model's forward has no such argument, it has "
+                f"{', '.join(names)}; name one of them, or give the mask with handle.mask(tensor)"
+            )
+        self.steps_to_look = LOOKS_FOR_PADDING
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module is not self.module or not (
+            torch.is_grad_enabled() or self.forward_pass.observe_no_grad
+        ):
+            return
+        value = kwargs.get(self.argument)
+        if value is None and self.position is not None and self.position < len(args):
+            value = args[self.position]
+        if self.takes:
+            self.forward_pass.counted = value
+        elif value is not None and not torch.compiler.is_compiling():
+            self._look_for_padding(value)
+
+    def _look_for_padding(self, mask: Any) -> None:
+        looks = self.module.training and self.steps_to_look > 0 and not self.forward_pass.paused
+        if not (looks and self.forward_pass.counted is None and isinstance(mask, Tensor)):
+            return
+        if mask.dim() == 2 and bool((mask == 0).any()):
+            self.steps_to_look = 0
+            warnings.warn(
+                "l2e: attention_mask has zeros, so this model is given padding, which is counted "
+                'and inhibited like everything else: attach(..., mask="attention_mask") leaves it '
+                "out",
+                stacklevel=2,
+            )
+
+
+def _has_tangent(z: Tensor) -> bool:
+    forward_ad = torch.autograd.forward_ad
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(z).tangent is not None
+
+
+def _in_checkpointed_function() -> bool:
+    """Inside the forward of an autograd function, as reentrant activation checkpointing is.
+
+    Its pass runs without gradients, and is the one that counts: the second, with gradients, is
+    a recomputation.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
