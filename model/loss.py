@@ -2,9 +2,13 @@
 
 The tokens pass in chunks. Each chunk's logits are computed once: the loss and both gradients
 are taken from them at once, in the forward pass, and the logits are dropped. The softmax is
-float32 whatever the model's dtype.
+float32 whatever the model's dtype: plain torch operations on a float32 copy, or on a GPU Triton
+kernels that need none (`model.triton_loss`).
 """
 
+import logging
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,8 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Float32 logits held at a time, in bytes: in a CPU's cache, or enough to fill a GPU.
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+# Logits held at a time, in bytes (float32 where the softmax is plain): in a CPU's cache, or so many
+# on a GPU that adding up the chunks' gradients of the weight is little beside reading the logits.
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+
+# (logits [tokens, rows], targets [tokens], vocabulary, group, wants_gradient) -> losses [tokens];
+# puts the gradient in the place of the logits.
+Softmax = Callable[[Tensor, Tensor, int, dist.ProcessGroup, bool], Tensor]
 
 
 def cross_entropy(
@@ -43,27 +52,26 @@ class _CrossEntropy(torch.autograd.Function):
         wants_gradient: bool,
     ) -> Tensor:
         first_row = dist.get_rank(group) * weight.shape[0]
-        padding = slice(max(vocab_size - first_row, 0), None)
-        tokens, chunk_tokens = hidden.shape[0], _chunk_tokens(weight)
+        vocabulary = min(max(vocab_size - first_row, 0), weight.shape[0])  # of this shard
+        tokens, fused = hidden.shape[0], _fused_softmax(hidden.device, hidden.dtype, group)
+        element = hidden.element_size() if fused else torch.float32.itemsize
+        chunk_tokens = min(_chunk_tokens(weight, element), tokens)
+        # One or two buffers for all chunks: new memory each time costs page faults.
+        product = hidden.new_empty(chunk_tokens, weight.shape[0])
+        softmax = fused or _PlainSoftmax(product)
         if wants_gradient:
             hidden_gradient = torch.empty_like(hidden)
             weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        # Two buffers for all chunks (one in float32): new memory each time costs page faults.
-        product = hidden.new_empty(min(chunk_tokens, tokens), weight.shape[0])
-        logits = product.float()
         for start in range(0, tokens, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, tokens))
-            used = slice(0, chunk.stop - start)
-            torch.mm(hidden[chunk], weight.t(), out=product[used])
-            logits[used].copy_(product[used])
-            logits[used, padding] = torch.finfo(logits.dtype).min
-            losses, gradient = _softmax(logits[used], labels[chunk] - first_row, group)
-            total += losses.sum()
+            logits = product[: chunk.stop - start]
+            torch.mm(hidden[chunk], weight.t(), out=logits)
+            targets = labels[chunk] - first_row
+            total += softmax(logits, targets, vocabulary, group, wants_gradient).sum()
             if wants_gradient:
-                gradient = product[used].copy_(gradient)
-                torch.mm(gradient, weight, out=hidden_gradient[chunk])
-                _add_product(weight_gradient, gradient.t(), hidden[chunk])
+                torch.mm(logits, weight, out=hidden_gradient[chunk])
+                _add_product(weight_gradient, logits.t(), hidden[chunk])
         if wants_gradient:
             ctx.save_for_backward(hidden_gradient, weight_gradient)
             ctx.weight_dtype = weight.dtype
@@ -80,6 +88,72 @@ class _CrossEntropy(torch.autograd.Function):
         hidden_gradient = hidden_gradient.mul_(scale)
         weight_gradient = weight_gradient.mul_(scale).to(ctx.weight_dtype)
         return hidden_gradient, weight_gradient, None, None, None, None
+
+
+class _PlainSoftmax:
+    """The softmax of one chunk after another in torch operations, on a float32 copy."""
+
+    def __init__(self, product: Tensor) -> None:
+        """`product` [tokens, rows] is as large as the chunks will be."""
+        self.logits = product.float()
+
+    def __call__(
+        self,
+        product: Tensor,
+        targets: Tensor,
+        vocabulary: int,
+        group: dist.ProcessGroup,
+        wants_gradient: bool,
+    ) -> Tensor:
+        logits = self.logits[: len(product)].copy_(product)
+        logits[:, vocabulary:] = torch.finfo(logits.dtype).min
+        losses, gradient = _softmax(logits, targets, group)
+        if wants_gradient:
+            product.copy_(gradient)
+        return losses
+
+
+@cache
+def _fused_softmax(
+    device: torch.device, dtype: torch.dtype, group: dist.ProcessGroup
+) -> Softmax | None:
+    """Triton's softmax where every rank has a GPU and it agrees with float64; None elsewhere.
+
+    A GPU that goes without says so once.
+    """
+    if device.type != "cuda":
+        return None
+    softmax = None
+    try:
+        from model.triton_loss import softmax
+
+        problem = _disagreement(softmax, device, dtype)
+    except Exception as error:  # a compiler may fail in any way; training goes on without it
+        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    fails = torch.tensor(float(problem is not None), device=device)
+    if dist.get_world_size(group) > 1:  # the shards of a row must be handled alike
+        dist.all_reduce(fails, group=group)
+    if fails.item() == 0:
+        return softmax
+    reason = problem or "it fails on another rank"
+    logging.getLogger("model").warning("loss: plain softmax, not Triton's (%s)", reason)
+    return None
+
+
+def _disagreement(fused: Softmax, device: torch.device, dtype: torch.dtype) -> str | None:
+    """How the fused softmax differs from float64 on random logits; None if by rounding alone."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (8 * torch.randn(16, 5008, generator=generator)).to(device, dtype)
+    targets = torch.randint(5000, (16,), generator=generator).to(device)
+    exact = logits[:, :5000].double().requires_grad_()
+    wanted = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(wanted.sum(), exact)
+    losses = fused(logits, targets, 5000, dist.GroupMember.NON_GROUP_MEMBER, True)
+    errors = {"loss": losses - wanted, "gradient": logits[:, :5000].double() - gradient}
+    worst = {name: error.abs().max().item() for name, error in errors.items()}
+    if worst["loss"] <= 1e-5 and worst["gradient"] <= 4 * torch.finfo(dtype).eps:
+        return None
+    return f"differs from float64 by {worst}"
 
 
 def _softmax(logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -115,10 +189,13 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left right, where the total is float32 and the factors may be narrower."""
     if right.dtype == total.dtype:
         total.addmm_(left, right)
+    elif right.is_cuda:  # the product itself adds up in float32, and is not rounded in between
+        total += torch.mm(left, right, out_dtype=total.dtype)
     else:
         total += left @ right
 
 
-def _chunk_tokens(weight: Tensor) -> int:
-    tokens = max(1, CHUNK_BYTES[weight.device.type] // (4 * weight.shape[0]))
+def _chunk_tokens(weight: Tensor, element: int) -> int:
+    """Tokens whose logits of `element` bytes fill a chunk."""
+    tokens = max(1, CHUNK_BYTES[weight.device.type] // (element * weight.shape[0]))
     return tokens - tokens % 64 if tokens > 64 else tokens
