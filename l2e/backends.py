@@ -1,8 +1,8 @@
 """Which implementation of the layer's arithmetic runs, and why: decided once for a kind of call.
 
 `l2e.kernels` is the plain one, in torch operations, and the reference. `l2e.triton_kernels` makes
-one pass over the activations on a GPU; it is used only where it was asked for and agrees with
-the plain one on this machine.
+one pass over the activations on a GPU; it is used where it agrees with the plain one on this
+machine, in the very variant that the run needs.
 """
 
 import logging
@@ -21,51 +21,93 @@ from l2e.kernels import Gradients, KernelArguments
 # Largest difference from the plain backend, as a share of the largest value: rounding alone. The
 # plain backend rounds a half-precision gradient twice, the kernel once.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+CHECKED_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation of `kernels.forward` and `kernels.backward`, and why it was chosen."""
+    """An implementation of the functions of `l2e.kernels`, and why it was chosen."""
 
     name: str
     reason: str
     forward: Callable[[Tensor, KernelArguments, Tensor | None], Tensor]
     backward: Callable[[Tensor, Tensor, KernelArguments, Tensor | float], Gradients]
+    measure: Callable[[Tensor, KernelArguments, Tensor, Tensor, Tensor, Tensor], None]
 
     def __str__(self) -> str:
         return f"{self.name} kernels ({self.reason})"
 
 
-def choose(config: L2EConfig, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend of a layer's calls; a fallback from what was asked for logs one warning."""
-    return _choose(config.kernels, config.selection, config.method, device.type, dtype)
+@dataclass(frozen=True)
+class Variant:
+    """What makes a difference to the compiled code."""
+
+    selection: str
+    method: str
+    delta: float
+    balanced: bool
+    activation: str | None
+    biased: bool
+    neurons: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def choose(
+    config: L2EConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    neurons: int = 256,
+    activation: str | None = "gelu",
+    biased: bool = True,
+) -> Backend:
+    """The backend of a layer's calls. One warning tells of a GPU that goes without Triton, and of
+    a fallback from what was asked for."""
+    variant = Variant(
+        config.selection,
+        config.method,
+        config.delta,
+        config.scale_invariant,
+        activation,
+        biased,
+        neurons,
+        device,
+        dtype,
+    )
+    return _choose(config.kernels, variant)
 
 
 @cache
-def _choose(wanted: str, selection: str, method: str, device: str, dtype: torch.dtype) -> Backend:
+def _choose(wanted: str, variant: Variant) -> Backend:
     if wanted == "plain":
         return _plain("l2e.kernels is 'plain'")
-    problem = _why_not_triton(selection, method, device, dtype)
+    on_gpu = variant.device.type == "cuda"
+    if wanted == "auto" and not on_gpu:
+        return _plain(f"l2e.kernels is 'auto', and Triton is for GPUs, not {variant.device.type}")
+    problem = _why_not_triton(variant)
     if problem is None:
         from l2e import triton_kernels as fused
 
-        return Backend("triton", "equal to plain on this device", fused.forward, fused.backward)
+        reason = "equal to plain on this device"
+        return Backend("triton", reason, fused.forward, fused.backward, fused.measure)
     backend = _plain(problem)
     logging.getLogger("l2e").warning("l2e: %s", backend)
     return backend
 
 
 def _plain(reason: str) -> Backend:
-    return Backend("plain", reason, kernels.forward, kernels.backward)
+    return Backend("plain", reason, kernels.forward, kernels.backward, kernels.measure)
 
 
-def _why_not_triton(selection: str, method: str, device: str, dtype: torch.dtype) -> str | None:
-    if selection == "topk":
+def _why_not_triton(variant: Variant) -> str | None:
+    device = variant.device.type
+    if variant.selection == "topk":
         return "topk keeps a mask, which the Triton kernels do not read"
-    if method == "silence":
+    if variant.method == "silence":
         return "silence computes nothing"
-    if dtype not in TOLERANCE:
-        return f"no Triton kernel for {dtype}"
+    if variant.dtype not in TOLERANCE:
+        return f"no Triton kernel for {variant.dtype}"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton needs a CUDA device, the activations are on {device}"
     try:
@@ -73,18 +115,32 @@ def _why_not_triton(selection: str, method: str, device: str, dtype: torch.dtype
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
     try:
-        return _disagreement(triton_kernels, torch.device(device), dtype)
+        return _disagreement(triton_kernels, variant)
     except Exception as error:  # a compiler may fail in any way; training goes on without it
         first_line = str(error).strip().partition("\n")[0]
         return f"Triton failed: {type(error).__name__}: {first_line}"
 
 
-def _disagreement(fused, device: torch.device, dtype: torch.dtype) -> str | None:
+def _disagreement(fused, variant: Variant) -> str | None:
     """How the fused backend differs from the plain one on random numbers; None if it does not."""
     generator = torch.Generator().manual_seed(0)
-    pre, grad = (torch.randn(300, 70, generator=generator).to(device, dtype) for _ in range(2))
-    mean, threshold = torch.zeros(70, device=device), torch.full((70,), 1.5, device=device)
-    arguments = KernelArguments("gelu", "regularize", 1.0, mean, threshold, bias=pre[0])
+    neurons, device, dtype = variant.neurons, variant.device, variant.dtype
+    pre, grad = (
+        torch.randn(CHECKED_ROWS, neurons, generator=generator).to(device, dtype) for _ in range(2)
+    )
+    threshold = torch.full((neurons,), 1.5, device=device)
+    arguments = KernelArguments(
+        variant.activation,
+        variant.method,
+        variant.delta,
+        torch.zeros(neurons, device=device),
+        threshold,
+        balance=threshold / 100 if variant.balanced else None,
+        bias=grad[0] / 16 if variant.biased else None,
+    )
+    # What rounding could move over the threshold is not asked about.
+    z = kernels.activate(arguments.biased(pre), variant.activation).float()
+    pre = torch.where((z.square() / threshold - 1).abs() < 0.1, 0, pre)
     found, wanted = (_results(backend, pre, grad, arguments) for backend in (fused, kernels))
     for name, value in wanted.items():
         error = (found[name].double() - value.double()).abs().max() / value.double().abs().max()
@@ -97,9 +153,7 @@ def _results(backend, pre: Tensor, grad: Tensor, arguments: KernelArguments) -> 
     sums = torch.zeros(3 * pre.shape[1] + 1, device=pre.device)
     output = backend.forward(pre, arguments, sums)
     gradient, bias_gradient = backend.backward(grad, pre, arguments, 0.3)
-    return {
-        "output": output,
-        "sums": sums,
-        "gradient": gradient,
-        "bias gradient": bias_gradient,
-    }
+    results = {"output": output, "sums": sums, "gradient": gradient}
+    if bias_gradient is not None:
+        results["bias gradient"] = bias_gradient
+    return results

@@ -80,9 +80,10 @@ class L2EConfig:
         "deactivate with topk as MEmeL's published code does it, where that differs from the "
         "paper: score after the statistics update, first batch twice, one selection a sequence",
     )
-    kernels: Literal["plain", "triton"] = key(
-        "plain",
-        "arithmetic of the layer: plain torch operations, or triton: one fused pass on a GPU",
+    kernels: Literal["auto", "plain", "triton"] = key(
+        "auto",
+        "arithmetic of the layer: plain torch operations; triton: one fused pass on a GPU; auto: "
+        "triton on a GPU where it agrees with plain, and a line that says which and why",
     )
     threshold_rate: float = key(0.5, "first step size of the moving threshold", gt=0, le=1)
     threshold_rate_floor: float = key(0.02, "its last step size", gt=0, le=1)

@@ -13,10 +13,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from l2e import backends, kernels, selection
+from l2e import kernels, selection
 from l2e.kernels import KernelArguments
 from l2e.state import LayerState
-from l2e.threshold import histogram
 
 _states: WeakValueDictionary[int, LayerState] = WeakValueDictionary()
 _handles = itertools.count()
@@ -26,7 +25,7 @@ def register(state: LayerState) -> Tensor:
     """A handle for the operators below, valid while the state lives."""
     handle = next(_handles)
     _states[handle] = state
-    return torch.tensor(handle)
+    return torch.tensor(handle, device="cpu")  # also under torch.device("cuda"): read every call
 
 
 def in_backward() -> bool:
@@ -96,7 +95,7 @@ def _forward(
     threshold, replacement, mask = selection.select(state, rows, observed, sequence)
     arguments = state.kernel_arguments(threshold, replacement, bias)
     sums = None if recomputing else torch.zeros_like(state.core_sums)
-    out = backends.choose(state.config, rows.device, rows.dtype).forward(rows, arguments, sums)
+    out = state.backend(rows, arguments).forward(rows, arguments, sums)
     loss = torch.zeros((), device=rows.device)
     if sums is not None:
         loss = _record(state, rows, arguments, sums)
@@ -161,9 +160,8 @@ def _gradients(
         threshold = mask.view(rows.shape) if mask.numel() else state.threshold
     injected = state.phase.gradient_scale * state.loss_factor(len(rows))
     loss_gradient = injected if loss_grad is None else loss_grad
-    chosen = backends.choose(state.config, rows.device, rows.dtype)
     arguments = state.kernel_arguments(threshold, None, bias)
-    return chosen.backward(grads, rows, arguments, loss_gradient)
+    return state.backend(rows, arguments).backward(grads, rows, arguments, loss_gradient)
 
 
 @inhibit_backward.register_fake
@@ -212,8 +210,15 @@ def observe_output(sums: Tensor, mlp_output: Tensor, residual: Tensor, handle: T
     On measured steps alone; asked here, so that a compiled graph serves all steps.
     """
     if _states[int(handle)].measuring and not in_backward():
-        sums[0] += mlp_output.float().square().sum()
-        sums[1] += residual.float().square().sum()
+        sums[0] += _sum_of_squares(mlp_output)
+        sums[1] += _sum_of_squares(residual)
+
+
+def _sum_of_squares(values: Tensor) -> Tensor:
+    """In float32, without a float32 copy of more than some rows."""
+    rows = values.flatten(0, -2)
+    count = max(1, kernels.SLICE_ENTRIES["cuda"] // rows.shape[1])
+    return torch.stack([part.float().square().sum() for part in rows.split(count)]).sum()
 
 
 @observe_output.register_fake
@@ -315,12 +320,11 @@ def _record(state: LayerState, rows: Tensor, arguments: KernelArguments, sums: T
 
 
 def _measure(state: LayerState, rows: Tensor, arguments: KernelArguments) -> None:
-    """What is only logged: fourth moments, the largest MS, and the histogram of the MS."""
-    largest = state.measured["largest"][state.sharding.data_rank]
-    for part in kernels.slices(rows):
-        z = kernels.activate(arguments.biased(rows[part]), arguments.activation).float()
-        square = (z - arguments.mean).square_()
-        state.measured["fourth"].add_((square * square).sum(0))
-        scale = square.div_(state.denominator)
-        torch.maximum(largest, scale.max(), out=largest)
-        state.counts.add_(histogram(scale))
+    state.backend(rows, arguments).measure(
+        rows,
+        arguments,
+        state.denominator,
+        state.measured["fourth"],
+        state.measured["largest"][state.sharding.data_rank],
+        state.counts,
+    )

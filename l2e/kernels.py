@@ -1,7 +1,7 @@
 """The arithmetic on activations: what one forward and one backward pass of a layer compute.
 
 Everything here is local and stateless: [rows, neurons] in, [rows, neurons] and column sums out.
-Rows are worked on in slices that stay in the cache, so no temporary is as large as the input.
+Rows are worked on in slices, so no temporary is as large as the input.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SLICE_ENTRIES = 65_536
+from l2e.threshold import histogram
+
+# Entries of a slice: its temporaries stay in a CPU's cache; on a GPU they are small beside a layer.
+SLICE_ENTRIES = {"cpu": 2**16, "cuda": 2**24}
 TINY = torch.finfo(torch.float32).tiny
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 # To the pre-activations, [rows, neurons], and to the bias, [neurons] (None: there is none).
@@ -97,6 +100,31 @@ def backward(
     return out, None if bias_sum is None else bias_sum.to(pre.dtype)
 
 
+def measure(
+    pre: Tensor,
+    arguments: KernelArguments,
+    denominator: Tensor,
+    fourth: Tensor,
+    largest: Tensor,
+    counts: Tensor,
+) -> None:
+    """What is only logged, and what tau starts from; added to the last three arguments.
+
+    Args:
+        denominator: [neurons], of the Monosemantic Scale.
+        fourth: [neurons], sums over rows of (z - mean)^4.
+        largest: [], the largest MS.
+        counts: int64 [threshold.BINS], the histogram of the MS.
+    """
+    for rows in slices(pre):
+        z = activate(arguments.biased(pre[rows]), arguments.activation).float()
+        square = (z - arguments.mean).square_()
+        fourth.add_((square * square).sum(0))
+        scale = square.div_(denominator)
+        torch.maximum(largest, scale.max(), out=largest)
+        counts.add_(histogram(scale))
+
+
 def _activation_gradient(
     grad: Tensor,
     biased: Tensor,
@@ -132,8 +160,9 @@ def activation_backward(grad: Tensor, pre: Tensor, activation: str | None) -> Te
 
 
 def slices(pre: Tensor) -> Iterator[slice]:
-    """Slices of rows whose temporaries stay in the cache; on a GPU all rows at once."""
-    rows = len(pre) if pre.is_cuda else max(1, SLICE_ENTRIES // pre.shape[1])
+    """Slices of rows: no temporary is as large as `pre`."""
+    entries = SLICE_ENTRIES["cuda" if pre.is_cuda else "cpu"]
+    rows = max(1, entries // pre.shape[1])
     return (slice(start, start + rows) for start in range(0, len(pre), rows))
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l2e import kernels
+from l2e import backends, kernels
+from l2e.backends import Backend
 from l2e.config import L2EConfig
 from l2e.sharding import Sharding
 from l2e.statistics import Statistics
@@ -264,6 +265,17 @@ class LayerState:
             balance=self.balance if balanced else None,
             replacement=replacement,
             bias=None if bias is None else bias.detach().repeat(self.positions),
+        )
+
+    def backend(self, rows: Tensor, arguments: kernels.KernelArguments) -> Backend:
+        """Whose kernels take `rows` [samples, neurons]."""
+        return backends.choose(
+            self.config,
+            rows.device,
+            rows.dtype,
+            neurons=self.neurons,
+            activation=self.activation,
+            biased=arguments.bias is not None,
         )
 
     def saved(self) -> dict[str, Tensor]:

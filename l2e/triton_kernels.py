@@ -17,7 +17,6 @@ own, and one more reduction adds the rows. Two runs on one kind of GPU give the 
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -180,11 +179,6 @@ def _root(threshold):
 
 
 @triton.jit
-def _product(a, b):
-    return a * b
-
-
-@triton.jit
 def _sum_of_log2(
     sizes, TILE_TOKENS: tl.constexpr, TILE_NEURONS: tl.constexpr, VECTOR: tl.constexpr
 ):
@@ -193,8 +187,8 @@ def _sum_of_log2(
     Pairs are multiplied first. Selected are (z - mean)^2 from float32's least normal number on, so
     that the product of two roots of them does not vanish.
     """
-    pairs = tl.reduce(tl.reshape(sizes, [TILE_TOKENS, TILE_NEURONS // 2, 2]), 2, _product)
-    logs = tl.reshape(_log2(pairs), [TILE_TOKENS, TILE_NEURONS // VECTOR, VECTOR // 2])
+    one, other = tl.split(tl.reshape(sizes, [TILE_TOKENS, TILE_NEURONS // 2, 2]))
+    logs = tl.reshape(_log2(one * other), [TILE_TOKENS, TILE_NEURONS // VECTOR, VECTOR // 2])
     return tl.sum(logs, 2)
 
 
@@ -417,15 +411,21 @@ def _measure(
         x = _load(pre_pointer, row, columns, last, tokens, neurons, EVEN, TILE_TOKENS)
         x = _biased(x, bias, stored)
         d = _rounded(_activate(x, ACTIVATION, stored), stored).to(tl.float32) - mean
-        seen = _inside(row, columns, tokens, neurons, TILE_TOKENS)
-        square = tl.where(seen, d * d, 0.0)
+        square = d * d
+        if not EVEN:
+            seen = _inside(row, columns, tokens, neurons, TILE_TOKENS)
+            square = tl.where(seen, square, 0.0)
         sum_fourth = tl.fma(square, square, sum_fourth)
         scale = square * inverse
         largest = tl.maximum(largest, scale)
         bins = (_log2(scale) - HISTOGRAM_LOWEST) * HISTOGRAM_BINS_PER_OCTAVE
         # Not a number counts as the least.
         bins = tl.where(bins > 0.0, tl.minimum(bins, HISTOGRAM_BINS - 1.0), 0.0).to(tl.int32)
-        tl.atomic_add(counts + bins, tl.full(bins.shape, 1, tl.int32), mask=seen, sem="relaxed")
+        one = tl.full(bins.shape, 1, tl.int32)
+        if EVEN:
+            tl.atomic_add(counts + bins, one, sem="relaxed")
+        else:
+            tl.atomic_add(counts + bins, one, mask=seen, sem="relaxed")
     fourth = fourth_pointer + tl.program_id(0) * neurons
     tl.store(fourth + columns, tl.sum(sum_fourth, 0), mask=inside)
     tl.store(largest_pointer + program, tl.max(largest))
@@ -515,9 +515,13 @@ def measure(
 
 
 def tiles(element: int) -> dict[str, int]:
-    """The tiles of activations of `element` bytes: 16 bytes a thread, a token a warp."""
+    """The tiles of activations of `element` bytes: 16 bytes a thread, a token a warp.
+
+    The interpreter, which takes as long for a small tile as for a large one, gets larger ones.
+    """
     vector = VECTOR_BYTES // element
-    return {"TILE_TOKENS": WARPS, "TILE_NEURONS": 32 * vector, "VECTOR": vector}
+    tokens = WARPS if COMPILED.value else 16 * WARPS
+    return {"TILE_TOKENS": tokens, "TILE_NEURONS": 32 * vector, "VECTOR": vector}
 
 
 class _Launch:
@@ -546,7 +550,7 @@ class _Launch:
         return self.arguments.mean if tensor is None else tensor
 
     def __call__(self, kernel, *tensors: Tensor, **constants) -> None:
-        with _on(self.pre.device):
+        with torch.cuda.device_of(self.pre):  # Triton launches on the current GPU
             kernel[(self.programs, self.tiles)](
                 *tensors,
                 self.tokens,
@@ -559,11 +563,6 @@ class _Launch:
                 num_warps=WARPS,
                 **constants,
             )
-
-
-def _on(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current GPU, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache

@@ -82,7 +82,13 @@ def describe(run: Run, engine: Engine) -> None:
         f"{hardware.describe_peak(engine.device, config.train.dtype)})"
     )
     dtype = hardware.TORCH_DTYPES[config.train.dtype]
-    kernels = choose_kernels(config.l2e, engine.device, dtype)
+    kernels = choose_kernels(
+        config.l2e,
+        engine.device,
+        dtype,
+        neurons=config.model.intermediate_size // config.parallel.tensor,
+        activation=config.model.activation if config.l2e.site == "post" else None,
+    )
     run.say(f"l2e: {kernels}")
     run.say(f"blocks: {engine.compiled}")
     if slow := hardware.emulated(engine.device, config.train.dtype):

@@ -30,10 +30,48 @@ def fallback(caplog, config=TRITON, dtype=torch.float32) -> str:
     return caplog.records[0].getMessage()
 
 
-def test_plain_is_the_default_and_says_nothing(caplog):
-    chosen = backends.choose(L2EConfig(), CPU, torch.float32)
+def test_plain_as_asked_for_says_nothing(caplog):
+    chosen = backends.choose(L2EConfig(kernels="plain"), CPU, torch.float32)
     assert str(chosen) == "plain kernels (l2e.kernels is 'plain')"
     assert not caplog.records
+
+
+def test_the_default_is_plain_on_a_cpu_even_where_triton_is_interpreted(caplog, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    chosen = backends.choose(L2EConfig(), CPU, torch.float32)
+    assert str(chosen) == ("plain kernels (l2e.kernels is 'auto', and Triton is for GPUs, not cpu)")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("neurons", "activation", "biased", "keys"),
+    [
+        (48, "gelu", True, {}),
+        (256, "gelu_tanh", False, {"scale_invariant": True}),
+        (77, None, True, {"method": "deactivate"}),
+        (128, "gelu", False, {"method": "none"}),
+    ],
+)
+def test_the_check_is_of_the_variant_that_runs(monkeypatch, neurons, activation, biased, keys):
+    """It passes for all of them, and calls the kernels with what the run will."""
+    from l2e import triton_kernels
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    seen = []
+    right = triton_kernels.backward
+
+    def recorded(grad, pre, arguments, loss_gradient):
+        seen.append((pre.shape[1], arguments.activation, arguments.bias is not None))
+        assert (arguments.balance is not None) == keys.get("scale_invariant", False)
+        return right(grad, pre, arguments, loss_gradient)
+
+    monkeypatch.setattr(triton_kernels, "backward", recorded)
+    config = L2EConfig(kernels="triton", **keys)
+    chosen = backends.choose(
+        config, CPU, torch.float32, neurons=neurons, activation=activation, biased=biased
+    )
+    assert str(chosen) == "triton kernels (equal to plain on this device)"
+    assert seen == [(neurons, activation, biased)]
 
 
 def test_without_a_gpu(caplog, monkeypatch):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from l2e import kernels
 from l2e.kernels import KernelArguments
+from l2e.threshold import BINS, HIGHEST, LOWEST
 
 pytest.importorskip("triton")
 from l2e import triton_kernels
@@ -188,3 +190,36 @@ def test_a_mean_far_from_zero_costs_no_accuracy(made_by):
     made_by.forward(pre, far, sums)
     deviation = pre.double() - 1e4
     close(sums[16:32], deviation.square().sum(0), 1e-6)
+
+
+@BOTH
+@settings(max_examples=6, deadline=None, phases=[Phase.reuse, Phase.generate])
+@given(
+    tokens=st.integers(1, 300),
+    neurons=st.integers(1, 300),
+    activation=st.sampled_from(["gelu", "gelu_tanh", None]),
+    dtype=st.sampled_from(list(PRECISION)),
+    seed=st.integers(0, 1000),
+)
+def test_measured_is_the_fourth_moment_the_largest_and_the_histogram(
+    made_by, tokens, neurons, activation, dtype, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    observe = arguments(neurons, generator, activation=activation)
+    pre = draw(tokens, neurons, dtype, generator)
+    denominator = (torch.rand(neurons, generator=generator) + 0.1).to(DEVICE)
+    z = made_by.forward(pre, observe, new_sums(neurons)).double()
+    fourth, largest = torch.ones(neurons, device=DEVICE), torch.zeros((), device=DEVICE)
+    counts = torch.ones(BINS, dtype=torch.int64, device=DEVICE)
+    made_by.measure(pre, observe, denominator, fourth, largest, counts)
+    deviation = z - observe.mean.double()
+    scale = deviation.square() / denominator
+    close(fourth - 1, deviation.pow(4).sum(0), 1e-5)
+    close(largest, scale.max(), 1e-5)
+    wanted, _ = np.histogram(
+        scale.log2().clamp(LOWEST, HIGHEST - 1e-9).cpu(), BINS, (LOWEST, HIGHEST)
+    )
+    # Rounding may move what lies at a bin's edge to its neighbour.
+    ahead = (counts.cpu().numpy() - 1 - wanted).cumsum()
+    assert ahead[-1] == 0
+    assert np.abs(ahead).max() <= 1 + tokens * neurons / 1000

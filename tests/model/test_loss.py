@@ -10,9 +10,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import loss as loss_module
 from model.loss import cross_entropy
 
-pytestmark = pytest.mark.usefixtures("one_process")
+pytestmark = pytest.mark.usefixtures("one_process", "softmax")
 
 TOKENS, HIDDEN, ROWS, VOCAB = 50, 24, 128, 101
+
+
+@pytest.fixture(params=["plain", "triton"])
+def softmax(request, monkeypatch):
+    """Both implementations; Triton's is interpreted where there is no GPU."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        from model import triton_loss
+
+        monkeypatch.setattr(loss_module, "_fused_softmax", lambda *_: triton_loss.softmax)
+    return request.param
 
 
 def sample(scale: float = 1.0, dtype: torch.dtype = torch.float32):
