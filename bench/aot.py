@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -36,7 +37,10 @@ from model.loss import CHUNK_BYTES
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-PRESETS = ("70m", "410m", "2.8b")
+# Sequences of a micro-batch, and their tokens.
+SHAPES = {"70m": (32, 2048), "410m": (16, 2048), "2.8b": (4, 2048)}
+# What is compiled for the other dtypes too.
+TYPICAL = {"forward gelu regularize", "backward gelu regularize", "measure gelu"}
 # Arguments of the dtype of the activations or logits, and the other numbers; the rest is float32.
 STORED = {"pre_pointer", "bias_pointer", "gradient_pointer", "out_pointer", "logits_pointer"}
 INTEGERS = {"tokens", "neurons", "program_tokens", "rows", "vocabulary", "first_row"}
@@ -199,19 +203,24 @@ def loss_rows(target: str, dtype: str) -> list[dict]:
 
 
 def weight_gradient_bytes(preset: str) -> float:
-    """Bytes a logit for adding up the output embedding's gradient in float32 over the chunks."""
-    config = ModelConfig(preset=preset)
-    tokens = CHUNK_BYTES["cuda"] // (BYTES["bf16"] * config.padded_vocab_size(1))
-    return 2 * 4 * config.hidden_size / tokens
+    """Bytes a logit for adding up the output embedding's gradient in float32 over the chunks.
+
+    The first chunk's product writes it; each other one's is written, and read and added to it.
+    """
+    config, (batch, length) = ModelConfig(preset=preset), SHAPES[preset]
+    chunk = CHUNK_BYTES["cuda"] // (BYTES["bf16"] * config.padded_vocab_size(1))
+    chunks = math.ceil(batch * length / chunk)
+    return (4 + (chunks - 1) * 16) * config.hidden_size / (batch * length)
 
 
 def measure() -> dict:
-    """Every variant for every target: the JSON that --output writes."""
+    """Every variant in bf16, and the default's in all dtypes, for every target, as --output has it."""
     variants = [
         (target, dtype, *variant)
         for target in TARGETS
         for dtype in BYTES
         for variant in layer_variants(dtype)
+        if dtype == "bf16" or variant[0] in TYPICAL
     ]
     kernels = [layer_row(*variant) for variant in variants]
     losses = [row for target in TARGETS for dtype in BYTES for row in loss_rows(target, dtype)]
@@ -221,7 +230,7 @@ def measure() -> dict:
         return next(found)["bytes_per_activation"]
 
     softmax = sum(row["bytes_per_logit"] for row in losses if _is_typical(row))
-    added = {preset: round(weight_gradient_bytes(preset), 2) for preset in PRESETS}
+    added = {preset: round(weight_gradient_bytes(preset), 2) for preset in SHAPES}
     return {
         "kernels": kernels,
         "loss": {

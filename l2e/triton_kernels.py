@@ -493,6 +493,8 @@ def measure(
     counts: Tensor,
 ) -> None:
     """`kernels.measure` in one pass over `pre`."""
+    if len(pre) == 0:
+        return
     launch = _Launch(pre, arguments)
     fourth_partial = launch.partial(launch.neurons)
     largest_partial = launch.partial(launch.tiles)
@@ -537,7 +539,7 @@ class _Launch:
         self.tiles = triton.cdiv(self.neurons, self.tile["TILE_NEURONS"])
         most = max(1, _programs_at_once(pre.device) // self.tiles)
         step = self.tile["TILE_TOKENS"]
-        self.program_tokens = step * triton.cdiv(self.tokens, most * step)
+        self.program_tokens = step * max(1, triton.cdiv(self.tokens, most * step))
         self.programs = triton.cdiv(self.tokens, self.program_tokens)
         self.even = self.tokens % step == 0 and self.neurons % self.tile["TILE_NEURONS"] == 0
 
@@ -550,6 +552,8 @@ class _Launch:
         return self.arguments.mean if tensor is None else tensor
 
     def __call__(self, kernel, *tensors: Tensor, **constants) -> None:
+        if self.programs == 0:  # no tokens
+            return
         with torch.cuda.device_of(self.pre):  # Triton launches on the current GPU
             kernel[(self.programs, self.tiles)](
                 *tensors,

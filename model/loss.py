@@ -61,7 +61,7 @@ class _CrossEntropy(torch.autograd.Function):
         softmax = fused or _PlainSoftmax(product)
         if wants_gradient:
             hidden_gradient = torch.empty_like(hidden)
-            weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+            weight_gradient = torch.empty_like(weight, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, tokens, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, tokens))
@@ -71,7 +71,7 @@ class _CrossEntropy(torch.autograd.Function):
             total += softmax(logits, targets, vocabulary, group, wants_gradient).sum()
             if wants_gradient:
                 torch.mm(logits, weight, out=hidden_gradient[chunk])
-                _add_product(weight_gradient, logits.t(), hidden[chunk])
+                _add_product(weight_gradient, logits.t(), hidden[chunk], first=start == 0)
         if wants_gradient:
             ctx.save_for_backward(hidden_gradient, weight_gradient)
             ctx.weight_dtype = weight.dtype
@@ -185,12 +185,19 @@ def _join(normaliser: Tensor, target: Tensor, group: dist.ProcessGroup) -> tuple
     return peak + sums[0].log(), sums[1]
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left right, where the total is float32 and the factors may be narrower."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """total += left right (= for the first), where the total is float32 and the factors may be
+    narrower. A GPU's product of these adds up in float32 and is not rounded before it is added."""
+    if right.is_cuda and right.dtype != total.dtype:
+        if first:
+            torch.mm(left, right, out_dtype=total.dtype, out=total)
+        else:
+            total += torch.mm(left, right, out_dtype=total.dtype)
+        return
+    if first:
+        total.zero_()
     if right.dtype == total.dtype:
         total.addmm_(left, right)
-    elif right.is_cuda:  # the product itself adds up in float32, and is not rounded in between
-        total += torch.mm(left, right, out_dtype=total.dtype)
     else:
         total += left @ right
 

@@ -49,7 +49,7 @@ class Layout:
     zero_stage: int = 1
     dtype: str = "bf16"
     checkpointing: bool = False
-    logits_bytes: int = 512 * 2**20
+    logits_bytes: int = 2**30
     inhibited_layers: int = 0
 
     @property
@@ -170,15 +170,16 @@ def activation_memory(model: ModelShape, layout: Layout, stage: int = 0) -> int:
 
 
 def logits_memory(model: ModelShape, layout: Layout) -> int:
-    """Bytes of the cross-entropy: a chunk of logits in fp32 and in the model's dtype, and the two
-    gradients it computes at once, the hidden states' and, in fp32, the output embedding's.
+    """Bytes of the cross-entropy: a chunk of logits in the model's dtype, in whose place their
+    gradient comes, and the two gradients it computes at once, the hidden states' and, in fp32, the
+    output embedding's (twice while chunks are added up).
     """
     columns = padded_vocabulary(model.vocab_size, layout.tensor) // layout.tensor
     element = BYTES[layout.dtype]
-    chunk = min(layout.logits_bytes, layout.micro_tokens * columns * FP32)
+    chunk = min(layout.logits_bytes, layout.micro_tokens * columns * element)
     hidden_gradient = layout.micro_tokens * model.hidden_size * element
     weight_gradient = columns * model.hidden_size * FP32
-    return chunk + chunk * element // FP32 + hidden_gradient + weight_gradient
+    return chunk + hidden_gradient + 2 * weight_gradient
 
 
 def l2e_memory(model: ModelShape, layout: Layout) -> int:

@@ -223,3 +223,18 @@ def test_measured_is_the_fourth_moment_the_largest_and_the_histogram(
     ahead = (counts.cpu().numpy() - 1 - wanted).cumsum()
     assert ahead[-1] == 0
     assert np.abs(ahead).max() <= 1 + tokens * neurons / 1000
+
+
+@BOTH
+def test_no_tokens_are_no_error(made_by):
+    generator = torch.Generator().manual_seed(0)
+    inhibit = arguments(20, generator, bias=draw(1, 20, torch.float32, generator)[0])
+    pre, sums = torch.empty(0, 20, device=DEVICE), new_sums(20)
+    assert made_by.forward(pre, inhibit, sums).shape == (0, 20)
+    gradient, bias_gradient = made_by.backward(pre, pre, inhibit, 0.3)
+    assert gradient.shape == (0, 20)
+    assert not bias_gradient.any()
+    counts = torch.zeros(BINS, dtype=torch.int64, device=DEVICE)
+    made_by.measure(pre, inhibit, inhibit.threshold, sums[:20], sums[-1], counts)
+    assert not sums.any()
+    assert not counts.any()

@@ -127,7 +127,7 @@ def test_logits_are_never_held_whole_in_fp32():
     layout = Layout(micro_batch_size=32)
     assert layout.micro_tokens * 50304 * 4 > 13e9
     assert layout.logits_bytes == CHUNK_BYTES["cuda"]
-    assert cost.logits_memory(PYTHIA["70m"], layout) < 1e9
+    assert cost.logits_memory(PYTHIA["70m"], layout) < 1.4e9
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 0), ("bf16", 5e-3)])
