@@ -214,7 +214,7 @@ def weight_gradient_bytes(preset: str) -> float:
 
 
 def measure() -> dict:
-    """Every variant in bf16, and the default's in all dtypes, for every target, as --output has it."""
+    """For every target: all variants in bf16, the default's in all dtypes. What --output writes."""
     variants = [
         (target, dtype, *variant)
         for target in TARGETS

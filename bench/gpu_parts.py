@@ -395,11 +395,12 @@ def write_config(folder: Path, smoke: bool, **changes: Any) -> Path:
 @contextmanager
 def engine_for(config: Any) -> Iterator[Any]:
     """The engine that training builds, in a process group of its own."""
-    from launch.engine import processes
     from launch.engine.engine import build
+    from launch.engine.groups import process_group
     from launch.engine.layout import release_layout
+    from launch.engine.processes import find
 
-    with processes.process_group(processes.find()):
+    with process_group(find()):
         try:
             yield build(config)
         finally:

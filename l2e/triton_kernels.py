@@ -450,7 +450,7 @@ def forward(pre: Tensor, arguments: kernels.KernelArguments, sums: Tensor | None
         SELECTING=arguments.threshold is not None,
         SUMMING=sums is not None,
     )
-    if sums is not None:
+    if sums is not None and partial is not None:
         total = partial.sum(0)
         sums[:-1] += total[: 3 * launch.neurons]
         sums[-1] += total[3 * launch.neurons :].sum()

@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
 
 # (logits [tokens, rows], targets [tokens], vocabulary, group, wants_gradient) -> losses [tokens];
-# puts the gradient in the place of the logits.
-Softmax = Callable[[Tensor, Tensor, int, dist.ProcessGroup, bool], Tensor]
+# puts the gradient in the place of the logits. No group: the rows are whole.
+Softmax = Callable[[Tensor, Tensor, int, dist.ProcessGroup | None, bool], Tensor]
 
 
 def cross_entropy(
@@ -102,7 +102,7 @@ class _PlainSoftmax:
         product: Tensor,
         targets: Tensor,
         vocabulary: int,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         wants_gradient: bool,
     ) -> Tensor:
         logits = self.logits[: len(product)].copy_(product)
@@ -123,10 +123,11 @@ def _fused_softmax(
     """
     if device.type != "cuda":
         return None
-    softmax = None
+    softmax: Softmax | None = None
     try:
-        from model.triton_loss import softmax
+        from model import triton_loss
 
+        softmax = triton_loss.softmax
         problem = _disagreement(softmax, device, dtype)
     except Exception as error:  # a compiler may fail in any way; training goes on without it
         problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -148,7 +149,7 @@ def _disagreement(fused: Softmax, device: torch.device, dtype: torch.dtype) -> s
     exact = logits[:, :5000].double().requires_grad_()
     wanted = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
     (gradient,) = torch.autograd.grad(wanted.sum(), exact)
-    losses = fused(logits, targets, 5000, dist.GroupMember.NON_GROUP_MEMBER, True)
+    losses = fused(logits, targets, 5000, None, True)
     errors = {"loss": losses - wanted, "gradient": logits[:, :5000].double() - gradient}
     worst = {name: error.abs().max().item() for name, error in errors.items()}
     if worst["loss"] <= 1e-5 and worst["gradient"] <= 4 * torch.finfo(dtype).eps:
@@ -156,7 +157,9 @@ def _disagreement(fused: Softmax, device: torch.device, dtype: torch.dtype) -> s
     return f"differs from float64 by {worst}"
 
 
-def _softmax(logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+def _softmax(
+    logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
     """Loss of each token [tokens] and its gradient by the logits [tokens, rows], in their place.
 
     targets: [tokens], the label's row in this shard, outside [0, rows) where another rank has it.
@@ -168,7 +171,7 @@ def _softmax(logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> tuple
     softmax = torch.softmax(logits, -1, out=logits)
     # log sum exp(logits): the largest entry's logit less its log-probability.
     normaliser = peak - softmax.amax(-1).log()
-    if dist.get_world_size(group) > 1:
+    if group is not None and dist.get_world_size(group) > 1:
         shard = normaliser
         normaliser, target = _join(shard, target, group)
         softmax.mul_((shard - normaliser).exp_().unsqueeze(-1))

@@ -93,13 +93,14 @@ def softmax(
     logits: Tensor,
     targets: Tensor,
     vocabulary: int,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     wants_gradient: bool = True,
 ) -> Tensor:
     """Loss of each token [tokens]; its gradient by the logits is written in their place.
 
     logits: [tokens, rows], of which the first `vocabulary` take part; targets: [tokens], the
-    label's row in this shard, outside [0, rows) where another rank has it.
+    label's row in this shard, outside [0, rows) where another rank has it. No group: the rows are
+    whole.
     """
     tokens, rows = logits.shape
     peak, total, target = logits.new_empty(3, tokens, dtype=torch.float32)
@@ -108,7 +109,7 @@ def softmax(
         _normaliser[(tokens,)](
             logits, targets, peak, total, target, rows, vocabulary, BLOCK=BLOCK, num_warps=WARPS
         )
-        if dist.get_world_size(group) > 1:
+        if group is not None and dist.get_world_size(group) > 1:
             _join(peak, total, target, group)
         if wants_gradient:
             _gradient[(tokens,)](
