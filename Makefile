@@ -22,7 +22,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m tests.house
-	$(BIN)/mypy l2e model configs
+	$(BIN)/mypy l2e model data configs launch bench
 
 bench: venv
 	$(BIN)/python bench/run.py

@@ -169,7 +169,9 @@ def monitor_speed(model: GPTNeoXForCausalLM) -> dict:
     @torch.no_grad()
     def observe(tokens: torch.Tensor, hook: Hook) -> None:
         handles = [
-            block.mlp.act.register_forward_hook(lambda _, __, z, name=str(i): hook(name, z))
+            block.get_submodule("mlp.act").register_forward_hook(
+                lambda _, __, z, name=str(i): hook(name, z)
+            )
             for i, block in enumerate(model.gpt_neox.layers)
         ]
         model(tokens)

@@ -93,7 +93,7 @@ def measure(engine: Engine, folder: Path) -> dict:
 def state_bytes(engine: Engine) -> int:
     """Bytes of the parameters, the optimizer's masters and its moments, each storage once."""
     basic = OptimizerState(engine.optimizer).basic
-    tensors = [*engine.model.parameters()]
+    tensors: list[torch.Tensor] = [*engine.model.parameters()]
     for master, state in basic.state.items():
         tensors += [master, *(value for value in state.values() if torch.is_tensor(value))]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

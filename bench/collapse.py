@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -30,7 +31,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import l2e
 
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "weight 0": {"weight": 0.0},
     "plain": {},
     "scale invariant": {"scale_invariant": True},
@@ -82,7 +83,7 @@ def build(settings: Settings, arm: str) -> GPTNeoXForCausalLM:
         )
     )
     for number in l2e.select_layers("mid2", settings.layers):
-        mlp = model.gpt_neox.layers[number].mlp
+        mlp: Any = model.gpt_neox.layers[number].mlp
         if arm == "silence":
             nn.init.zeros_(mlp.dense_4h_to_h.weight)
         if "linear" in arm:
@@ -98,7 +99,7 @@ class Watch:
     before: Tensor = field(default_factory=lambda: torch.zeros(0))
     ratio: float = 0.0
 
-    def observe(self, block: nn.Module) -> None:
+    def observe(self, block: Any) -> None:
         """Look into a block: pre-activations, activations, MLP output over residual stream."""
         residual: list[Tensor] = []
         block.register_forward_pre_hook(lambda _, args: residual.append(args[0].detach()))
@@ -132,7 +133,7 @@ def run(arm: str, data: Tensor, settings: Settings, progress: bool = True) -> di
     watches = [Watch() for _ in blocks]
     for watch, block in zip(watches, blocks, strict=True):
         watch.observe(block)
-    keys = {"weight": settings.weight, "late_start_step": settings.late_start} | ARMS[arm]
+    keys = {"weight": settings.weight, "late_start_step": settings.late_start, **ARMS[arm]}
     handle = l2e.attach(model, "gpt_neox.layers.*.mlp.act", l2e.L2EConfig(**keys))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
     held_out = len(data) * 9 // 10

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,11 +25,12 @@ from model.gpt_neox import GPTNeoX
 from model.huggingface import hugging_face_config
 
 Step = Callable[[], object]
+Model = TypeVar("Model", bound=nn.Module)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Inhibiting from the second step on, so that every timed step does the whole work.
-L2E = {"late_start_step": 1}
-VARIANTS = {
+L2E: dict[str, Any] = {"late_start_step": 1}
+VARIANTS: dict[str, L2EConfig | None] = {
     "ours": None,
     "ours + l2e mid2": L2EConfig(layers="mid2", **L2E),
     "ours + l2e all": L2EConfig(layers="all", **L2E),
@@ -36,7 +38,7 @@ VARIANTS = {
         layers="mid2", method="deactivate", selection="topk", **L2E
     ),
 }
-TRITON_VARIANTS = {
+TRITON_VARIANTS: dict[str, L2EConfig | None] = {
     "ours + l2e mid2, Triton": L2EConfig(layers="mid2", kernels="triton", **L2E),
     "ours + l2e all, Triton": L2EConfig(layers="all", kernels="triton", **L2E),
 }
@@ -65,7 +67,7 @@ class Workload:
         tokens = tokens.to(self.device)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def place(self, model: nn.Module) -> nn.Module:
+    def place(self, model: Model) -> Model:
         """The model on the device, in the dtype, ready to train."""
         return model.to(self.device, DTYPES[self.dtype]).train()
 
@@ -103,7 +105,8 @@ def our_steps(
 
         def step() -> None:
             for block, inhibitor in zip(blocks, inhibitors, strict=True):
-                block.mlp.inhibitor = inhibitor
+                mlp: Any = block.mlp
+                mlp.inhibitor = inhibitor
             model(tokens, labels).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -23,12 +23,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data import batches, load_tokenizer, open_dataset
+from data import batches, open_dataset
 from data.corpus import Fields, find_sources, read_units
-from data.index import bin_path, idx_path, write_index
+from data.index import TokenFile, bin_path, idx_path, write_index
 from data.prepare import Preparation, prepare
 from data.records import Record, parse
 from launch.cli import run_verb
@@ -93,10 +94,8 @@ def tokenize(way: str, corpus: str, tokenizer: str, workers: int, output: str) -
     if way == "ours":
         prepare(Preparation(find_sources([corpus]), Path(tokenizer), output, workers=workers))
     elif way == "bare":
-        from tokenizers import Tokenizer
-
         texts = [json.loads(line)["text"] for line in Path(corpus).read_text().splitlines()]
-        Tokenizer.from_file(tokenizer).encode_batch(texts, add_special_tokens=False)
+        tokenizers.Tokenizer.from_file(tokenizer).encode_batch(texts, add_special_tokens=False)
     else:
         with (
             multiprocessing.get_context("spawn").Pool(workers, _start_one, (tokenizer,)) as pool,
@@ -107,9 +106,12 @@ def tokenize(way: str, corpus: str, tokenizer: str, workers: int, output: str) -
                 file.write(np.array(tokens, np.uint16).tobytes())
 
 
+_one: tokenizers.Tokenizer  # of one process of the pool
+
+
 def _start_one(tokenizer: str) -> None:
     global _one
-    _one = load_tokenizer(tokenizer)._tokenizer
+    _one = tokenizers.Tokenizer.from_file(tokenizer)
 
 
 def _encode_one(line: str) -> list[int]:
@@ -119,7 +121,7 @@ def _encode_one(line: str) -> list[int]:
 def read_batches(prefix: str, seconds: float) -> None:
     """Tokens a second that one process reads in training's order, from a warm file."""
     dataset = open_dataset(prefix, 2048, 1234, 1)
-    np.asarray(open_dataset(prefix, 2048, 1234, 1).file.tokens).max()  # into the page cache
+    np.asarray(TokenFile(prefix).tokens).max()  # into the page cache
     epochs = itertools.chain.from_iterable(batches(dataset, 0, 8, 8) for _ in itertools.count())
     start, tokens = time.monotonic(), 0
     for batch in epochs:
@@ -149,8 +151,9 @@ def open_large(tokens: int) -> None:
                 seconds = time.monotonic() - start
                 dataset[len(dataset) // 2]
             print(
-                f"{total / 1e9:.1f} billion tokens, {len(dataset.file):,} documents, {name} start: "
-                f"{seconds:.1f} s, at most {peak.megabytes:.0f} MB more of its own memory"
+                f"{total / 1e9:.1f} billion tokens, {len(TokenFile(prefix)):,} documents, "
+                f"{name} start: {seconds:.1f} s, "
+                f"at most {peak.megabytes:.0f} MB more of its own memory"
             )
 
 

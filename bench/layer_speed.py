@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -21,7 +22,7 @@ from bench.timing import estimate, interleave
 from l2e import Controller, L2EConfig, L2ELayer
 
 NEURONS = (512, 2048, 4096, 10240)  # Pythia 14M, 70M, 410M, 2.8B
-L2E = {"late_start_step": 1}
+L2E: dict[str, Any] = {"late_start_step": 1}
 LAYERS = {
     "threshold": L2EConfig(**L2E),
     "top 1": L2EConfig(method="deactivate", selection="topk", topk=1, **L2E),

@@ -87,7 +87,7 @@ def process_counts(device: torch.device) -> list[int]:
 def workloads(device: torch.device) -> list[Workload]:
     """The shapes that fit this kind of machine."""
     return [
-        Workload(ModelConfig(preset=preset), batch, length, dtype, device)
+        Workload(ModelConfig.model_validate({"preset": preset}), batch, length, dtype, device)
         for preset, dtype, batch, length in WORKLOADS[device.type]
         if dtype == "fp32" or has_bf16(device)
     ]

@@ -21,7 +21,7 @@ from bench.timing import estimate
 ROOT = Path(__file__).resolve().parents[1]
 GLOBAL_BATCH = 16
 WARMUP = 4
-CONFIGURATION = {
+CONFIGURATION: dict[str, dict] = {
     "model": {"preset": "14m"},
     "l2e": {"late_start_step": 2},
     "data": {"sequence_length": 256},

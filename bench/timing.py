@@ -24,10 +24,10 @@ class Estimate:
 
 def estimate(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> Estimate:
     """The median of `values` and the 2.5 % and 97.5 % quantiles of its bootstrap distribution."""
-    values = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(np.median(values[drawn], axis=1), [0.025, 0.975])
-    return Estimate(float(np.median(values)), float(low), float(high))
+    sample = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(sample), size=(resamples, len(sample)))
+    low, high = np.quantile(np.median(sample[drawn], axis=1), [0.025, 0.975])
+    return Estimate(float(np.median(sample)), float(low), float(high))
 
 
 def seconds(call: Callable[[], object]) -> float:

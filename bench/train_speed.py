@@ -42,7 +42,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     work = Workload(
-        config=ModelConfig(preset=arguments.preset),
+        config=ModelConfig.model_validate({"preset": arguments.preset}),
         batch_size=arguments.batch_size,
         sequence_length=arguments.sequence_length,
         dtype=arguments.dtype,

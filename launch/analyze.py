@@ -367,13 +367,13 @@ def _report(options: argparse.Namespace) -> None:
     from l2e.analysis.results import read_result, write_result
     from l2e.analysis.scale import analyze_scale
 
-    sections = []
+    sections: list[tuple[str, str, dict, list[Path]]] = []
 
     def keep(folder: Path, verb: str, result: dict) -> None:
         """At once, so that what was measured outlives an interruption."""
         write_result(folder, verb, result)
         images = getattr(figures, f"draw_{verb}")(result, folder)
-        sections.append((folder.name, verb, read_result(folder, verb), images))
+        sections.append((folder.name, verb, read_result(folder, verb) or {}, images))
 
     network = _network(options, options.model)
     for file in options.features:

@@ -9,9 +9,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
-def verb_parser(description: str, **settings: str) -> argparse.ArgumentParser:
+def verb_parser(description: str | None, **settings: Any) -> argparse.ArgumentParser:
     """A verb's command line; `--help` prints its description and epilog as they stand."""
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **settings

@@ -22,10 +22,15 @@ def full_spec(engine: Engine, name: str, parameter: Parameter) -> TensorSpec:
     """Shape of a parameter without its layout's cuts and padding."""
     shape = list(local_shape(parameter))
     if is_sharded(parameter):
-        shape[parameter.partition_dim] *= engine.layout.tensor_size
+        shape[cut_dimension(parameter)] *= engine.layout.tensor_size
     if name in VOCABULARY:
         shape[0] = engine.config.model.vocab_size
     return TensorSpec(tuple(shape), torch.float32)
+
+
+def cut_dimension(parameter: Any) -> int:
+    """The dimension along which megatron-core's layers cut a parameter."""
+    return parameter.partition_dim
 
 
 def is_sharded(parameter: Parameter) -> bool:
@@ -45,7 +50,7 @@ def whole(engine: Engine, name: str, parameter: Parameter, shard: Tensor) -> Ten
     if is_sharded(parameter) and engine.layout.tensor_size > 1:
         shards = [torch.empty_like(shard) for _ in range(engine.layout.tensor_size)]
         dist.all_gather(shards, shard.contiguous(), group=engine.layout.tensor_group)
-        shard = torch.cat(shards, dim=parameter.partition_dim)
+        shard = torch.cat(shards, dim=cut_dimension(parameter))
     return shard[: engine.config.model.vocab_size] if name in VOCABULARY else shard
 
 
@@ -55,11 +60,11 @@ def own_slice(engine: Engine, parameter: Parameter, stored: Any) -> Tensor:
     if not is_sharded(parameter):
         value = stored[:]
     else:
-        size = shape[parameter.partition_dim]
+        size = shape[cut_dimension(parameter)]
         start = size * engine.layout.tensor_rank
-        length = stored.get_shape()[parameter.partition_dim]
+        length = stored.get_shape()[cut_dimension(parameter)]
         part = slice(min(start, length), min(start + size, length))
-        value = stored[part] if parameter.partition_dim == 0 else stored[:, part]
+        value = stored[part] if cut_dimension(parameter) == 0 else stored[:, part]
     if value.shape != shape:
         padded = value.new_zeros(shape)
         padded[: len(value)] = value

@@ -4,6 +4,8 @@ ZeRO cuts them into flat pieces that no rank has whole. This is the one place th
 (ZeRO stage, dtype) keeps them; the checkpoint sees float32 tensors of the parameter's own shape.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -134,7 +136,7 @@ class OptimizerState:
         master = self.masters.get(parameter, parameter)
         return master.detach() if name == MASTER else self.basic.state[master][name]
 
-    def _write_piece(self, parameter: Parameter, name: str, value: Tensor) -> None:
+    def _write_piece(self, parameter: Any, name: str, value: Tensor) -> None:
         """ZeRO-3: this rank's piece. The last rank's is padded, which DeepSpeed's own
         whole-tensor setter does not allow for."""
         size = self.deepspeed.utils.safe_get_local_fp32_param(parameter).numel()
@@ -156,6 +158,6 @@ def partitioned(parameter: Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def local_shape(parameter: Parameter) -> tuple[int, ...]:
+def local_shape(parameter: Any) -> tuple[int, ...]:
     """Shape of this tensor-parallel shard, also while ZeRO-3 holds it in pieces."""
     return tuple(parameter.ds_shape if partitioned(parameter) else parameter.shape)

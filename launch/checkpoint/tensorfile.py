@@ -82,7 +82,7 @@ class TensorFile:
         assert name == self.waiting.pop(0), f"{name} written out of order"
         assert spec == TensorSpec(tuple(tensor.shape), tensor.dtype), f"{name}: not as announced"
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._write(memoryview(values.numpy()))
+        self._write(values.numpy().data)
 
     def close(self) -> FileRecord:
         """Finish: everything is on the disk when this returns."""

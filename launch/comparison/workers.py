@@ -144,7 +144,8 @@ def work(connection: Connection, gpu: str | None, train: Train) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's own handler is gone
         if (job := connection.recv()) is None:
             return
-        problem = train_one(*job, train)
+        folder, arguments = job
+        problem = train_one(folder, arguments, train)
         connection.send(problem)
         if problem is not None:
             return

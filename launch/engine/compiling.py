@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from model.config import ModelConfig
 
 
 def compile_blocks(
-    blocks: Sequence[nn.Module],
+    blocks: Iterable[nn.Module],
     config: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,

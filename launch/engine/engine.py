@@ -341,7 +341,9 @@ class WholeModelEngine(Engine):
     def observe(self, tokens: Tensor, hook: Callable[[str, Tensor], None]) -> None:
         self.deepspeed.eval()
         with self.watching(hook):
-            self.model.gpt_neox(tokens.to(self.device))  # the logits are not wanted
+            self.model.get_submodule("gpt_neox")(
+                tokens.to(self.device)
+            )  # the logits are not wanted
 
 
 class PipelineEngine(Engine):

@@ -68,8 +68,10 @@ def datasheet_peak(device: torch.device, dtype: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    gpu = next((gpu for known, gpu in GPUS.items() if known.upper() in name), None)
-    return gpu and (gpu.fp32_flops if dtype == "fp32" else gpu.flops)
+    for known, gpu in GPUS.items():
+        if known.upper() in name:
+            return gpu.fp32_flops if dtype == "fp32" else gpu.flops
+    return None
 
 
 @cache

@@ -318,7 +318,7 @@ class Watch:
         """Where each thread of this rank stands, to its output and to the run's folder."""
         head = f"rank {self.rank} on {self.host}, in step {self.step} ({self.doing}):"
         print(head, file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         with contextlib.suppress(OSError):
             folder = self.folder / "stacks"
             folder.mkdir(parents=True, exist_ok=True)
@@ -350,6 +350,7 @@ class Watch:
         if self.lines is None or self.reported:
             self.show_stacks()
             self.end(f"rank {self.rank} on {self.host} is stuck in step {self.step}: {text}")
+            return
         self.reported = True
         self.lines.send({"stuck": text, "step": self.step})
 

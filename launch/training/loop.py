@@ -252,9 +252,11 @@ def score_tasks(run: Run, engine: Engine, data: Corpus, step: int) -> dict[str, 
     """
     # The harness takes seconds to import.
     from launch.evaluation import harness, models, scores, tasks
+    from model.gpt_neox import GPTNeoX
 
     wanted = run.config.evaluate
     assert data.paths.tokenizer is not None, "check_tasks has seen to it"
+    assert isinstance(engine.model, GPTNeoX), "configs.checks refuses stages"
     engine.deepspeed.eval()
     model = models.from_model(engine.model, data.paths.tokenizer, engine.device)
     asked = harness.HarnessModel(model, group=engine.layout.data_group)
