@@ -314,8 +314,9 @@ def show(arguments: list[str]) -> None:
     if isinstance(paths.training, str):
         prepared_with = manifest.recorded(paths.training, "tokenizer_path")
     tokenizer = paths.tokenizer or prepared_with
+    samples = config.train.steps * config.train.global_batch_size
     lines = describe_step(
-        data.open_training(config, folder, paths),
+        data.open_training(config, folder, paths, 0, samples),
         load_tokenizer(tokenizer) if tokenizer else None,
         options.step,
         config.train.global_batch_size,

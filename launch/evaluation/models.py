@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
@@ -58,7 +59,7 @@ def from_huggingface(
     model = GPTNeoXForCausalLM.from_pretrained(
         source, config=config, dtype=dtype, revision=revision
     )
-    model = model.to(device).eval()
+    nn.Module.to(model, device).eval()
     return Scored(
         hidden=lambda tokens: model.gpt_neox(tokens, use_cache=False).last_hidden_state,
         head=model.get_output_embeddings(),

@@ -292,7 +292,7 @@ def local_group(config: dict[str, Any], manager: TaskManager, data: LocalData) -
 def local_task(config: dict[str, Any], data: LocalData) -> Task:
     name = config["task"]
     splits = data.splits(name)
-    evaluated = config.get("test_split") or config.get("validation_split")
+    evaluated: str = config.get("test_split") or config["validation_split"]
     if not splits.get(evaluated):
         raise MissingFile(f"{name}: {data.folder} has no {data.wanted(name, evaluated)}")
     for role in ("training_split", "validation_split", "fewshot_split"):
