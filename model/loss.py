@@ -190,8 +190,8 @@ def _join(normaliser: Tensor, target: Tensor, group: dist.ProcessGroup) -> tuple
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """total += left right (= for the first), where the total is float32 and the factors may be
-    narrower. A GPU's product of these adds up in float32 and is not rounded before it is added."""
-    if right.is_cuda and right.dtype != total.dtype:
+    narrower; where the product can be had in float32, it is not rounded before it is added."""
+    if right.dtype != total.dtype and _has_wide_products(right.device, right.dtype):
         if first:
             torch.mm(left, right, out_dtype=total.dtype, out=total)
         else:
@@ -203,6 +203,18 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> Non
         total.addmm_(left, right)
     else:
         total += left @ right
+
+
+@cache
+def _has_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether matrices of this dtype have a float32 product here: on a CPU they do not."""
+    one = torch.ones(16, 16, device=device, dtype=dtype)
+    wide = torch.empty(16, 16, device=device)
+    try:
+        torch.mm(one, one, out_dtype=wide.dtype, out=wide)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return bool((wide == 16).all())
 
 
 def _chunk_tokens(weight: Tensor, element: int) -> int:

@@ -88,6 +88,8 @@ def deepspeed_config(config: Config, layout: Layout) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulation_steps(config, layout),
         "gradient_clipping": config.optimizer.gradient_clipping,
         "steps_per_print": None,
+        # It would wait for the GPU twice a micro-batch.
+        "timers": {"throughput": {"enabled": False}} | settings.get("timers", {}),
         # The optimizer is ours, plain torch: DeepSpeed must neither refuse nor replace it.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
