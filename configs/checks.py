@@ -61,13 +61,6 @@ def check_model(config: Config) -> Iterator[Problem]:
     """Sizes that have to divide, and blocks that have to exist."""
     model, tensor, pipeline = config.model, config.parallel.tensor, config.parallel.pipeline
     heads = model.num_attention_heads
-    if model.hidden_size % heads:
-        yield Problem(
-            "model.num_attention_heads",
-            heads,
-            f"does not divide model.hidden_size = {model.hidden_size}",
-            f"choose one of {divisors(model.hidden_size)}",
-        )
     if heads % tensor:
         yield Problem(
             "parallel.tensor",

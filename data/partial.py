@@ -23,7 +23,7 @@ TOKENS, LENGTHS, SUBSETS, REJECTS = "tokens", "lengths", "subsets", "rejects.jso
 MANIFEST = "manifest.json"  # written last: all the rest is then on the disk
 # What is kept of the work so far, beside what is kept of each file.
 PROGRESS = (
-    *("units", "position", "text_bytes", "documents", "tokens", "reasons", "subsets"),
+    *("units", "text_bytes", "documents", "tokens", "reasons", "subsets"),
     *("said", "inside", "spaces", "example"),
 )
 
@@ -76,7 +76,7 @@ class PartialCorpus:
                 self._files[name] = self._open(folder / name, sizes.get(name, 0))
 
     def _clear(self) -> None:
-        self.units = self.position = self.text_bytes = self.documents = self.tokens = 0
+        self.units = self.text_bytes = self.documents = self.tokens = 0
         self.reasons: Counter[str] = Counter()
         self.subsets: dict[str, list[int]] = {}  # name: [number, documents, tokens]
         self.files: dict[int, Given] = {}  # by the source's number

@@ -57,7 +57,8 @@ def inhibit(
     all_rows = _as_rows(pre, state)
     kept = None if counted is None else _kept(counted, pre, state)
     rows = all_rows if kept is None else all_rows[kept]
-    sequence = pre.shape[-2] if pre.dim() > 2 and kept is None else 1
+    # Rows of one sequence: its positions, unless a row holds them all.
+    sequence = pre.shape[-2] // state.positions if pre.dim() > 2 and kept is None else 1
     out, loss, mask = _forward(state, rows, bias, sequence)
     if kept is not None:
         out = _among(all_rows, kept, out, state)

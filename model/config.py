@@ -123,11 +123,6 @@ class ModelConfig(BaseModel):
         blocks = self.num_layers * (attention + mlp + 2 * norm)
         return blocks + norm + 2 * self.vocab_size * hidden
 
-    @property
-    def num_parameters_without_embeddings(self) -> int:
-        """Number of parameters of the blocks and the final norm."""
-        return self.num_parameters - 2 * self.vocab_size * self.hidden_size
-
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """Embedding rows that a layout allocates: a multiple of 128 a rank.
 

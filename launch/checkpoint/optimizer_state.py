@@ -27,15 +27,10 @@ class OptimizerState:
     def __init__(self, optimizer):
         # Not at the top of this file: the engine must set DS_ACCELERATOR before the first import.
         import deepspeed
-        from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
         self.deepspeed = deepspeed
         self.optimizer = optimizer
         self.basic = getattr(optimizer, "optimizer", optimizer)
-        self.masters: dict[Parameter, Parameter] = {}
-        if isinstance(optimizer, FP16_UnfusedOptimizer):  # ZeRO-0 in bf16: no flat pieces
-            for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-                self.masters.update(zip(low, high, strict=True))
         self._link()
 
     def _link(self) -> None:
@@ -132,9 +127,8 @@ class OptimizerState:
             parameter.copy_(value)
 
     def _held(self, parameter: Parameter, name: str) -> Tensor:
-        """Without ZeRO every rank holds all of it."""
-        master = self.masters.get(parameter, parameter)
-        return master.detach() if name == MASTER else self.basic.state[master][name]
+        """Without ZeRO, which is for fp32 alone, every rank holds all of it."""
+        return parameter.detach() if name == MASTER else self.basic.state[parameter][name]
 
     def _write_piece(self, parameter: Any, name: str, value: Tensor) -> None:
         """ZeRO-3: this rank's piece. The last rank's is padded, which DeepSpeed's own

@@ -1,6 +1,5 @@
 """Which checkpoint a run goes on from."""
 
-import os
 from pathlib import Path
 
 import torch.distributed as dist
@@ -67,7 +66,5 @@ def verify(folder: Path) -> list[str]:
 
 
 def first_rank() -> bool:
-    """Whether this process speaks for the run, also before process groups exist."""
-    if dist.is_initialized():
-        return dist.get_rank() == 0
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    """Whether this process speaks for the run."""
+    return not dist.is_initialized() or dist.get_rank() == 0

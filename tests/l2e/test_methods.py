@@ -191,15 +191,17 @@ def test_position_state_survives_a_checkpoint():
         assert torch.equal(value, restored.state_dict()[name])
 
 
-def test_memel_code_scores_after_the_update_and_counts_the_first_batch_twice():
+@pytest.mark.parametrize(("axes", "samples"), [("unit", 24), ("position", 4)])
+def test_memel_code_scores_after_the_update_and_counts_the_first_batch_twice(axes, samples):
     """Written out: mean with one batch too many, score by the merged statistics, one a sequence."""
     settings = {"method": "deactivate", "selection": "topk", "delta": 0.0, "late_start_step": 0}
+    settings["neuron_axes"] = axes
     layer, controller = build(8, memel_code_compat=True, forget_step=10, **settings)
     mean, var, m = None, None, 0
     for seed in range(5):
         x = 2 + normal(4, 6, 8, seed=seed)
-        z = x.double().reshape(24, 8)
-        b, u, v = 24, z.mean(0), z.var(0, correction=0)
+        z = x.double().reshape(samples, -1)
+        b, u, v = samples, z.mean(0), z.var(0, correction=0)
         if m == 0:
             mean, var, m = u, v * b / (b - 1), b
         else:
@@ -214,7 +216,7 @@ def test_memel_code_scores_after_the_update_and_counts_the_first_batch_twice():
         assert (changed.sum(1) == 1).all()
         assert torch.equal(changed.float().argmax(1), picked)
         controller.step()
-    np.testing.assert_allclose(controller.state_dict()["1.mean"], mean, rtol=1e-5)
+    np.testing.assert_allclose(controller.state_dict()["1.mean"].flatten(), mean, rtol=1e-5)
 
 
 @pytest.mark.parametrize("distribution", ["normal", "laplace", "student"])
