@@ -37,24 +37,21 @@ def cross_check(config: Config, processes: int | None = None) -> Iterator[Proble
 
 
 def check_compile(config: Config) -> Iterator[Problem]:
-    """What splits a block's graph in parts."""
-    if not config.train.compile:
-        return
+    """Blocks that are to be compiled can be."""
+    if config.train.compile is True:
+        for reason, fix in compile_obstacles(config):
+            yield Problem("train.compile", True, reason, f"set train.compile false or {fix}")
+
+
+def compile_obstacles(config: Config) -> Iterator[tuple[str, str]]:
+    """What splits a block's graph in parts, and what would mend it."""
     for name, size in (("tensor", config.parallel.tensor), ("pipeline", config.parallel.pipeline)):
         if size > 1:
-            yield Problem(
-                "train.compile",
-                True,
-                f"not with parallel.{name} = {size}, whose exchanges split a block's graph",
-                f"set train.compile false or parallel.{name} 1",
-            )
+            reason = f"not with parallel.{name} = {size}, whose exchanges split a block's graph"
+            yield reason, f"parallel.{name} 1"
     if config.zero_stage > 2:
-        yield Problem(
-            "train.compile",
-            True,
-            f"not with ZeRO-{config.zero_stage}, which gathers weights between a block's parts",
-            "set train.compile false or deepspeed.zero_optimization.stage at most 2",
-        )
+        reason = f"not with ZeRO-{config.zero_stage}, which gathers weights between a block's parts"
+        yield reason, "deepspeed.zero_optimization.stage at most 2"
 
 
 def check_model(config: Config) -> Iterator[Problem]:

@@ -159,9 +159,10 @@ class Train(Section):
     dtype: Literal["fp32", "bf16", "fp16"] = key(
         "bf16", "the model's precision; master weights and gradient sums are always fp32"
     )
-    compile: bool = key(
-        False,
-        "torch.compile each block; with tensor and pipeline parallel sizes of 1 and ZeRO 0 to 2",
+    compile: bool | Literal["auto"] = key(
+        "auto",
+        "torch.compile each block, with tensor and pipeline parallel sizes of 1 and ZeRO 0 to 2; "
+        "auto: on a GPU, and a line that says where not and why",
     )
     stop_after: int | None = key(
         None, "stop cleanly after this step, the schedule unchanged", "steps", ge=1

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from configs import Config
+from configs.checks import compile_obstacles
+from launch.engine.hardware import TORCH_DTYPES
 from model.block import Block
 from model.config import ModelConfig
+
+
+def compile_as_asked(model: nn.Module, config: Config, device: torch.device) -> str:
+    """Compile the model's blocks if train.compile says so; returns what was done, in words."""
+    if config.train.compile is False:
+        return "not compiled: train.compile is false"
+    if config.train.compile == "auto":
+        if device.type != "cuda":
+            return f"not compiled: train.compile is 'auto', which is for GPUs, not {device.type}"
+        for reason, _ in compile_obstacles(config):
+            return f"not compiled: {reason}"
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    return compile_blocks(blocks, config.model, device, TORCH_DTYPES[config.train.dtype])
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, compiled blocks run as they are written.
+
+    A graph serves the shapes of training: others, as scoring has them, would each compile one more
+    until there are too many. Hooks that came later would be passed over.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def compile_blocks(

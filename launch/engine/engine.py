@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from configs import Config
 from l2e import Controller, L2ELayer, Sharding
-from launch.engine import hardware
-from launch.engine.compiling import compile_blocks
+from launch.engine.compiling import compile_as_asked, uncompiled
 from launch.engine.layout import Layout, initialise_layout
 from launch.engine.profiling import Stopwatch
 from model.block import Block
@@ -139,7 +138,7 @@ class Engine:
         self.accumulation = accumulation_steps(config, layout)
         self.controller = self.build_controller()
         self.stopwatch = Stopwatch(device)
-        self.compiled = "not compiled: train.compile is false"
+        self.compiled = compile_as_asked(model, config, device)
         reduce_sequence_parallel_gradients(model)
 
     def build_controller(self) -> Controller | None:
@@ -147,6 +146,8 @@ class Engine:
         layers = [module for module in self.model.modules() if isinstance(module, L2ELayer)]
         if not layers:
             return None
+        for layer in layers:  # before the first compiled call, which would be of another device
+            layer.state.to(self.device)
         sharding = Sharding(self.layout.data_group, self.layout.tensor_group)
         return Controller(layers, self.config.l2e, sharding)
 
@@ -241,8 +242,7 @@ class Engine:
             for block in blocks
         ]
         try:
-            # A graph compiled before the hooks came would pass them over.
-            with torch.compiler.set_stance("force_eager"), torch.no_grad():
+            with uncompiled(), torch.no_grad():
                 yield
         finally:
             for handle in handles:
@@ -257,7 +257,7 @@ class Engine:
             if isinstance(module, Block) and module.number in numbers
         ]
         try:
-            with torch.compiler.set_stance("force_eager"):  # as above
+            with uncompiled():
                 yield
         finally:
             for hook in hooks:
@@ -288,9 +288,6 @@ class WholeModelEngine(Engine):
             activation_checkpointing=config.parallel.activation_checkpointing,
         ).to(device)
         super().__init__(config, layout, model, device)
-        if config.train.compile:
-            dtype = hardware.TORCH_DTYPES[config.train.dtype]
-            self.compiled = compile_blocks(model.gpt_neox.layers, config.model, device, dtype)
         self.initialise(mpu=ModelParallelUnit(layout))
         # Plain torch optimizers (fp32 at ZeRO-0) keep no gradient norm; it is taken here.
         self.takes_norm = isinstance(self.optimizer, torch.optim.Optimizer)

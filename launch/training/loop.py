@@ -15,6 +15,7 @@ from l2e.backends import choose as choose_kernels
 from l2e.config import select_layers
 from launch import checkpoint
 from launch.engine import hardware
+from launch.engine.compiling import uncompiled
 from launch.engine.engine import Engine, build
 from launch.engine.signals import status_of
 from launch.planning.cost import flops_per_token
@@ -261,7 +262,8 @@ def score_tasks(run: Run, engine: Engine, data: Corpus, step: int) -> dict[str, 
     model = models.from_model(engine.model, data.paths.tokenizer, engine.device)
     asked = harness.HarnessModel(model, group=engine.layout.data_group)
     selection = tasks.select(wanted.tasks, task_folder(run.config))
-    report = scores.evaluate(asked, selection, wanted.shots, wanted.task_limit)
+    with uncompiled():
+        report = scores.evaluate(asked, selection, wanted.shots, wanted.task_limit)
     if run.process.is_first:
         path = run.folder / folder.RESULTS / f"evaluate_{wanted.shots}shot_step_{step:07d}.json"
         path.parent.mkdir(exist_ok=True)

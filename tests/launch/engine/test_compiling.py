@@ -7,10 +7,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import configs
-from l2e import Controller, L2EConfig
+from l2e import Controller, L2EConfig, L2ELayer
 from launch.engine import compiling
 from model.block import Block
 from model.config import ModelConfig
+from model.gpt_neox import GPTNeoX
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(num_layers=5, hidden_size=32, num_attention_heads=2, vocab_size=256)
@@ -61,6 +62,65 @@ def test_two_graphs_serve_all_blocks_and_steps(one_process):
     assert counter.frame_count <= 3  # the probe, plain blocks, inhibited blocks
     for found, wanted in zip(compiled, train(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_training_validating_and_scoring_make_four_graphs(one_process):
+    """Ten shapes of scoring would each make one more, and end the run at the ninth."""
+    l2e = L2EConfig(layers=[1, 2, 3], late_start_step=2)
+    model = GPTNeoX(CONFIG, l2e, seed=0)
+    inhibitors = [m for m in model.modules() if isinstance(m, L2ELayer)]
+    controller = Controller(inhibitors, l2e)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiling.compile_blocks(model.gpt_neox.layers, CONFIG, CPU, torch.float32, counter)
+    probe = counter.frame_count
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(length: int, batch: int = 2) -> torch.Tensor:
+        return torch.randint(256, (batch, length), generator=generator)
+
+    def steps() -> None:
+        model.train()
+        for _ in range(3):
+            model(tokens(16), tokens(16)).backward()
+            controller.step()
+
+    def validate() -> None:
+        model.eval()
+        with torch.no_grad():
+            model(tokens(16), tokens(16))
+
+    def score() -> list[torch.Tensor]:
+        model.eval()
+        with torch.no_grad(), compiling.uncompiled():
+            return [model.gpt_neox(tokens(5 + n, 1 + n % 3)) for n in range(10)]
+
+    steps()
+    validate()
+    made = counter.frame_count
+    assert made - probe <= 4
+    assert [len(states) for states in score()] == list(range(5, 15))
+    steps()
+    validate()
+    assert counter.frame_count == made
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], "not compiled: train.compile is 'auto', which is for GPUs, not cpu"),
+        (["train.compile=false"], "not compiled: train.compile is false"),
+    ],
+)
+def test_on_a_cpu_nothing_is_compiled_unless_asked(overrides, said):
+    config = configs.load(Path(configs.__file__).parent / "demo.json", overrides)
+    assert compiling.compile_as_asked(torch.nn.Linear(1, 1), config, CPU) == said
+
+
+def test_auto_goes_without_where_it_cannot_be():
+    demo = Path(configs.__file__).parent / "demo.json"
+    config = configs.load(demo, ["deepspeed.zero_optimization.stage=3"])
+    said = compiling.compile_as_asked(torch.nn.Linear(1, 1), config, torch.device("cuda"))
+    assert said.startswith("not compiled: not with ZeRO-3")
 
 
 def test_without_a_compiler_the_blocks_stay_as_they_are(one_process):
