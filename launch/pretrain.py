@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not process.is_first:
         logging.getLogger("configs").setLevel(logging.ERROR)  # the first rank tells
     if options.dry_run:
-        from launch.planning.dry_run import print_plan
+        from launch.planning.summary import print_plan
 
         print_plan(configs.load(options.config, options.set))
         return 0
