@@ -102,8 +102,8 @@ def _plain(reason: str) -> Backend:
 
 def _why_not_triton(variant: Variant) -> str | None:
     device = variant.device.type
-    if variant.selection == "topk":
-        return "topk keeps a mask, which the Triton kernels do not read"
+    if variant.selection != "threshold":
+        return f"{variant.selection} keeps a mask, which the Triton kernels do not read"
     if variant.method == "silence":
         return "silence computes nothing"
     if variant.dtype not in TOLERANCE:

@@ -40,9 +40,10 @@ class L2EConfig:
         "none: observe only; regularize: add L_MS to the loss (L2E); deactivate: replace by the "
         "mean (MEmeL); silence: the control, every activation of the layer is 0",
     )
-    selection: Literal["threshold", "topk"] = key(
+    selection: Literal["threshold", "topk", "random"] = key(
         "threshold",
-        "threshold: one moving threshold a layer (L2E); topk: the k largest of each sample (MEmeL)",
+        "threshold: one moving threshold a layer (L2E); topk: the k largest of each sample "
+        "(MEmeL); random: the control, as large a share by chance, at no regard to the MS",
     )
     inhibit_fraction: float = key(
         0.02, "share of all activations above the threshold, over time", gt=0, lt=1

@@ -208,43 +208,50 @@ class Controller:
         old = Statistics(kept_mean, old.mean_low, old.var, old.samples)
         state.statistics = statistics.where(finite, new, old)
 
-        share = total["selected"][0] / (samples.clamp(min=1) * state.total_neurons)
+        entries = samples.clamp(min=1) * state.total_neurons
+        share, mean_ms = total["selected"][0] / entries, total["scale"][0] / entries
         if state.selecting:
-            self._follow(state, share, seen)
+            self._follow(state, share, mean_ms, seen)
         if state.measuring:
             counts = threshold.from_words(total["histogram"])
             self._histograms[state.name] = counts
             if state.observing:
                 start = threshold.quantile(counts, self.config.inhibit_fraction)
                 state.tau = torch.where(seen, start, state.tau)
-        state.tau = threshold.carry(state.tau, old_mean_var, mean_var)
+        state.mean_ms = torch.where(seen, mean_ms, state.mean_ms)
+        for name in ("tau", "mean_ms"):  # into the units of the merged variance
+            carried = threshold.carry(getattr(state, name), old_mean_var, mean_var)
+            setattr(state, name, carried)
         if state.may_start:
             state.std_at_start = torch.where(seen, mean_var.sqrt(), state.std_at_start)
         state.refresh(mean_var)
-        self._keep_metrics(state, share, total)
+        self._keep_metrics(state, share, mean_ms, total)
         return seen
 
-    def _follow(self, state: LayerState, share: Tensor, seen: Tensor) -> None:
+    def _follow(self, state: LayerState, share: Tensor, mean_ms: Tensor, seen: Tensor) -> None:
         """Move tau and the neurons' running shares by one selecting step."""
         config = self.config
-        if config.selection == "threshold":
+        if config.selection != "topk":
             eta = threshold.step_size(
                 state.updates, config.threshold_rate, config.threshold_rate_floor
             )
-            tau = threshold.update(state.tau, share, config.inhibit_fraction, eta)
+            tau, drift = threshold.update(
+                state.tau, state.drift, share, config.inhibit_fraction, eta
+            )
+            tau = threshold.follow(tau, state.mean_ms, mean_ms)
             state.tau = torch.where(seen, tau, state.tau)
+            state.drift = torch.where(seen, drift, state.drift)
         own = state.sums["selected"] / state.sums["samples"].clamp(min=1)
         weight = threshold.share_weight(state.updates, config.forget_step)
         state.share = torch.where(seen, torch.lerp(state.share, own, weight), state.share)
         state.updates = state.updates + seen
 
-    def _keep_metrics(self, state: LayerState, share: Tensor, total: Sums) -> None:
+    def _keep_metrics(self, state: LayerState, share: Tensor, mean_ms: Tensor, total: Sums) -> None:
         kept = self._metrics.setdefault(state.name, {})
         kept |= {"tau": state.tau, "selected_fraction": share, "std": state.mean_var.sqrt()}
         if state.measuring:
             kept |= {
-                "mean_ms": total["scale"][0]
-                / (state.sums["samples"][0].clamp(min=1) * state.total_neurons),
+                "mean_ms": mean_ms,
                 "max_ms": total["largest"].max(),
                 "kurtosis": total["kurtosis"].nanmedian(),
                 "mlp_to_residual": (total["output_square"] / total["residual_square"]).sqrt()[0],
@@ -385,11 +392,11 @@ def _totals(state: LayerState, new: Statistics, measuring: bool, sharding: Shard
         "var": new.var.sum().view(1),
         "selected": sums["selected"].sum().view(1),
         "log_square": sums["log_square"],
+        "scale": (sums["square"] / state.denominator).sum().view(1),
     }
     if measuring:
         kurtosis = sums["samples"] * measured["fourth"] / sums["square"].square()
         parts |= {
-            "scale": (sums["square"] / state.denominator).sum().view(1),
             "histogram": measured["histogram"],
             "largest": _in_own_slot(measured["largest"].max().view(1), sharding),
             "kurtosis": _in_own_slot(kurtosis, sharding),

@@ -45,7 +45,7 @@ def inhibit(
         counted: true for each sample that counts, of as many dimensions as `pre` without its
             last, or with 1 there; the others pass as they are. None: all count.
         handle: of the layer's state, whose sums this call adds to.
-        keep_mask: whether the layer selects by top k.
+        keep_mask: whether the layer selects by a mask: by top k, or at random.
 
     Returns:
         The inhibited activations [..., units], laid out as `pre` is; the sum over selected entries

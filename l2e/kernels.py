@@ -35,6 +35,8 @@ class KernelArguments:
         balance: [neurons], running share of selected activations over variance, for the
             scale-invariant L_MS; None otherwise.
         replacement: [neurons], the value of a deactivated activation where it is not `mean`.
+        least: [neurons], the (z - mean)^2 below which L_MS is quadratic, where a mask may select
+            entries at the mean itself; None where what is selected is far from it.
     """
 
     activation: str | None
@@ -45,6 +47,7 @@ class KernelArguments:
     balance: Tensor | None = None
     replacement: Tensor | None = None
     bias: Tensor | None = None
+    least: Tensor | None = None
 
     def biased(self, pre: Tensor) -> Tensor:
         """What the activation is applied to, rounded as `pre` is."""
@@ -143,7 +146,8 @@ def _activation_gradient(
     assert selected is not None
     if arguments.method == "deactivate":
         return torch.where(selected > 0, -arguments.delta * grad, grad)
-    direction = selected.mul_(deviation).div_(square.clamp_(min=TINY))
+    square.clamp_(min=TINY if arguments.least is None else arguments.least)
+    direction = selected.mul_(deviation).div_(square)
     if arguments.balance is not None:
         direction.sub_(deviation.mul_(arguments.balance))
     return (grad + 2 * loss_gradient * direction).to(grad.dtype)
@@ -193,4 +197,11 @@ def _add_sums(
         columns[2].add_(selected.sum(0))
         if arguments.method == "regularize":
             # Not square[selected]: a GPU would have to tell the host how many there are.
-            sums[-1].add_(square.clamp_(min=TINY).log_().mul_(selected).sum())
+            sums[-1].add_(_log(square, arguments.least).mul_(selected).sum())
+
+
+def _log(square: Tensor, least: Tensor | None) -> Tensor:
+    """log of (z - mean)^2, and below `least` the quadratic with the same value and slope there."""
+    if least is None:
+        return square.clamp_(min=TINY).log_()
+    return torch.where(square < least, least.log() + square / least - 1, square.log())

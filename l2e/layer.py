@@ -42,7 +42,11 @@ class L2ELayer(nn.Module):
         self.activation = activation
         self.config = config
         # Where the position in a sequence matters, the operator wants sequences together.
-        positions_matter = config.neuron_axes == "position" or config.memel_code_compat
+        positions_matter = (
+            config.neuron_axes == "position"
+            or config.memel_code_compat
+            or config.selection == "random"
+        )
         self.transposed = sequence_first and positions_matter
         self.state = LayerState(
             name,
@@ -73,7 +77,7 @@ class L2ELayer(nn.Module):
         self, pre: Tensor, bias: Tensor | None = None, counted: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`inhibition.inhibit` with this layer's state."""
-        keep_mask = self.config.selection == "topk"
+        keep_mask = self.config.selection != "threshold"
         return inhibition.inhibit(pre, bias, counted, self.handle, keep_mask)
 
     def observe_output(self, mlp_output: Tensor, residual: Tensor) -> None:

@@ -6,6 +6,7 @@ them. A layer adds to its sums in every forward pass; the controller merges them
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Phase:
     @classmethod
     def of(cls, config: L2EConfig) -> "Phase":
         """At step 0. MS exists from step 1 on, a threshold from the step after."""
-        if config.selection == "threshold":
+        if config.selection != "topk":
             start = max(config.late_start_step, 2)
             return cls(start=start, observed=start - 1)
         return cls(start=max(config.late_start_step, 0 if config.memel_code_compat else 1))
@@ -74,6 +75,8 @@ class LayerState:
         statistics, tau, share, updates: mean, var and m; the threshold; each neuron's running
             share of selected activations; and how many updates tau and share have had.
         std_at_start: activation standard deviation of the layer when inhibition started.
+        mean_ms: the last batch's mean MS, in the units that tau is in; NaN before there was one.
+        drift: what log tau moves by in each step beside its corrections.
         bad_step: the first step with a NaN or Inf activation, -1 if there was none.
         started: sums of this step are taken around `statistics.mean`.
         empty: no batch was merged yet, on any rank.
@@ -84,7 +87,8 @@ class LayerState:
         centre_rank: the data-parallel rank whose centre the first batch is summed around.
     """
 
-    SAVED = ("share", "tau", "updates", "mean_var", "std_at_start")
+    SAVED = ("share", "tau", "updates", "mean_var", "std_at_start", "mean_ms", "drift")
+    ADDED_LATER: ClassVar = {"mean_ms": float("nan"), "drift": 0.0}  # older checkpoints lack them
 
     def __init__(
         self,
@@ -117,6 +121,8 @@ class LayerState:
         self.tau = torch.tensor(float("inf"), device=device)
         self.updates = torch.zeros((), device=device)
         self.std_at_start = torch.tensor(float("nan"), device=device)
+        self.mean_ms = torch.tensor(float("nan"), device=device)
+        self.drift = torch.zeros((), device=device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.refresh(torch.zeros((), device=device))
         self.reset_sums()
@@ -265,6 +271,7 @@ class LayerState:
             balance=self.balance if balanced else None,
             replacement=replacement,
             bias=None if bias is None else bias.detach().repeat(self.positions),
+            least=self.threshold if self.config.selection == "random" else None,
         )
 
     def backend(self, rows: Tensor, arguments: kernels.KernelArguments) -> Backend:
@@ -297,6 +304,7 @@ class LayerState:
                 self.allocate(self.units, self.positions, self.device)
             self.started, self.empty, self.waiting, self.waited = False, True, True, 0
             return
+        tensors = {name: torch.tensor(value) for name, value in self.ADDED_LATER.items()} | tensors
         missing = [name for name in names if name not in tensors]
         if missing:
             raise ValueError(f"l2e state of layer {self.name}: no entries {missing}")

@@ -52,9 +52,28 @@ def step_size(updates: Tensor, rate: float, floor: float) -> Tensor:
     return (rate * torch.rsqrt(1 + updates)).clamp(min=floor)
 
 
-def update(tau: Tensor, selected_fraction: Tensor, target: float, eta: Tensor) -> Tensor:
-    """One step of log tau towards the target share, at most 0.5 either way."""
-    return tau * torch.exp((eta * (selected_fraction - target) / target).clamp(-MAX_STEP, MAX_STEP))
+def update(
+    tau: Tensor, drift: Tensor, selected_fraction: Tensor, target: float, eta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step of log tau towards the target share, at most 0.5 either way, and of its drift.
+
+    The error (f - k) / k moves log tau by eta, and `drift`, what it moves by in every step, by
+    eta^2/4: a damped oscillator wherever log f falls at least as fast as log tau rises
+    (docs/method.md).
+    """
+    move = (eta * (selected_fraction - target) / target).clamp(-MAX_STEP, MAX_STEP)
+    drift = drift + eta / 4 * move
+    return tau * torch.exp(move + drift), drift
+
+
+def follow(tau: Tensor, expected_mean_ms: Tensor, mean_ms: Tensor) -> Tensor:
+    """tau as far from the mean, in units of the activations' own scale, as it was a step ago.
+
+    Where the scale drifts by r a step (in log units), `update` alone lags by r/eta. With this it
+    has only one step's drift to make up for, once (docs/method.md).
+    """
+    growth = mean_ms / expected_mean_ms
+    return torch.where(torch.isfinite(growth) & (growth > 0), tau * growth, tau)
 
 
 def carry(tau: Tensor, old_mean_var: Tensor, new_mean_var: Tensor) -> Tensor:

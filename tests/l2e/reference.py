@@ -38,6 +38,7 @@ class Reference:
         self.start = max(late_start, 2)
         self.steps = self.m = self.updates = 0
         self.mean = self.var = self.share = self.tau = None
+        self.drift = 0.0
 
     def phi(self, z):
         return (z - self.mean) ** 2 / (self.var + self.eps * self.var.mean())
@@ -80,7 +81,9 @@ class Reference:
         if self.tau is not None:
             eta = max(self.floor, self.rate / math.sqrt(1 + self.updates))
             move = np.clip(eta * (chosen.mean() - self.k) / self.k, -0.5, 0.5)
-            self.tau = math.exp(math.log(self.tau) + move)
+            self.drift += eta / 4 * move
+            self.tau = math.exp(math.log(self.tau) + move + self.drift)
+            self.tau *= self.phi(z).mean() / self.mean_ms
             weight = 1 / min(self.updates + 1, self.forget + 1)
             self.share = self.share + weight * (chosen.mean(0) - self.share)
             self.updates += 1
@@ -91,6 +94,8 @@ class Reference:
             chosen_bin = values[::-1][np.argmax(from_top >= self.k * z.size)]
             self.tau = 2 ** ((chosen_bin + 0.5) / 32)
             self.share = np.zeros(z.shape[1])
+        if self.m > 0:
+            self.mean_ms = self.phi(z).mean()
         u, v = z.mean(0), z.var(0)
         if self.m == 0:
             self.mean, self.var, self.m = u, v * b / (b - 1), b
@@ -104,4 +109,5 @@ class Reference:
         self.m = min(self.m, self.forget * b)
         if old_mean_var is not None and self.tau is not None:
             self.tau *= old_mean_var / self.var.mean()
+            self.mean_ms *= old_mean_var / self.var.mean()
         self.steps += 1

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from l2e import Controller, L2EConfig, L2ELayer
+from l2e import Controller, L2EConfig, L2ELayer, selection
 
 
 def build(neurons, activation=None, **settings):
@@ -61,6 +61,48 @@ def test_only_selected_activations_are_deactivated():
     assert out.tolist() == [[0.0, 0.5, 0.5], [2.5, 0.5, 0.5]]
     out.backward(torch.ones_like(out))
     assert z.grad.tolist() == [[1, -2, -2], [1, 1, -2]]
+
+
+def test_chance_selects_its_share_in_every_sequence_alike():
+    """2 % of (position, neuron) pairs, in every step others, on every shard alike."""
+    config = L2EConfig(selection="random", late_start_step=2)
+    layer, controller = build(500, selection="random")
+    observe(layer, controller, [normal(3, 40, 500, seed=s) for s in range(3)])
+    masks = [layer.operate(normal(3, 40, 500, seed=9))[2] for _ in "12"]
+    assert masks[0].float().mean() == pytest.approx(0.02, abs=0.003)
+    assert torch.equal(masks[0], masks[1])  # a recomputation selects the same
+    assert torch.equal(masks[0][0], masks[0][2])
+    second = L2ELayer(
+        250, config, activation=None, name="1", inhibited_layers=1, total_neurons=500
+    ).state
+    second.sharding = type("Second", (), {"tensor_rank": 1})()
+    second.phase.step = 3
+    assert torch.equal(selection._by_chance(second, 40, torch.device("cpu")), masks[0][0, :, 250:])
+    controller.step()
+    assert not torch.equal(layer.operate(normal(3, 40, 500))[2], masks[0])
+
+
+def test_loss_of_chance_selections_is_bounded_and_has_the_gradient_it_says():
+    """Entries at the mean itself: log continued by a quadratic, by central differences."""
+    layer, controller = build(60, selection="random", weight=1000.0, inhibit_fraction=0.3)
+    observe(layer, controller, [normal(4, 30, 60, seed=s).double().float() for s in range(4)])
+    z = normal(4, 30, 60, seed=8).requires_grad_()
+    layer(z).sum().backward()
+    pull = (z.grad - 1) / layer.state.loss_factor(120)
+    chosen = layer.operate(z.detach())[2]
+    assert not pull[~chosen].any()
+    least, mean = layer.state.threshold.double(), layer.state.statistics.mean.double()
+
+    def value(z):
+        square = (z - mean).square()
+        return torch.where(square < least, least.log() + square / least - 1, square.log())
+
+    exact, h = z.detach().double(), 1e-6
+    slope = (value(exact + h) - value(exact - h)) / (2 * h)
+    assert torch.allclose(pull[chosen].double(), slope[chosen], rtol=1e-4, atol=1e-4)
+    assert pull.abs().max() <= 2 / least.sqrt().min() * 1.001
+    loss = layer.operate(z.detach())[1]
+    assert float(loss) == pytest.approx(float(value(exact)[chosen].sum()), rel=1e-5)
 
 
 def test_silence_switches_the_layer_off_from_the_first_step():

@@ -16,15 +16,20 @@ DRAWS = {
 START, WINDOW = 20, 100
 
 
-def selected_shares(draw, jump=1.0, jump_at=0, steps=520, forget_step=100):
-    """The selected share of every step from the first inhibited one on."""
+def selected_shares(draw, jump=1.0, jump_at=0, steps=520, forget_step=100, drift=1.0):
+    """The selected share of every step from the first inhibited one on.
+
+    From `jump_at` steps after that one the scale is `jump` times as large, and `drift` times as
+    large again with every further step.
+    """
     config = L2EConfig(late_start_step=START, forget_step=forget_step)
     layer = L2ELayer(64, config, activation=None, name="1", inhibited_layers=1)
     controller = Controller([layer], config)
     rng, shares = np.random.default_rng(5), []
     for step in range(steps):
         z = torch.tensor(draw(rng, (256, 64)), dtype=torch.float32)
-        layer(z * jump if step >= START + jump_at else z)
+        since = step - START - jump_at
+        layer(z * jump * drift**since if since >= 0 else z)
         controller.step()
         shares.append(controller._metrics["1"]["selected_fraction"])
     return torch.stack(shares)[START:].numpy()
@@ -49,6 +54,38 @@ def test_recovers_within_200_steps_of_a_jump_of_scale(jump, forget_step):
     means = windows(shares[400:])
     assert means.min() > 0.018
     assert means.max() < 0.022
+
+
+@pytest.mark.parametrize("drift_at", [0, 200])
+@pytest.mark.parametrize("drift", [1.02, 0.98])
+@pytest.mark.parametrize("distribution", DRAWS)
+def test_holds_while_the_scale_drifts(distribution, drift, drift_at):
+    """2 % a step either way: `update` alone, which lags by drift over eta, selects 6 % or 0."""
+    shares = selected_shares(DRAWS[distribution], drift=drift, jump_at=drift_at)
+    means = windows(shares[200:])
+    assert means.min() > 0.018
+    assert means.max() < 0.022
+
+
+def test_an_older_state_goes_on():
+    """Only its first step has nothing to hold its own mean MS against."""
+    config = L2EConfig(late_start_step=2)
+    layers = [L2ELayer(8, config, activation=None, name="1", inhibited_layers=1) for _ in "12"]
+    old, new = (Controller([layer], config) for layer in layers)
+    draws = [torch.randn(64, 8, generator=torch.manual_seed(n)) for n in range(8)]
+    for z in draws[:4]:
+        layers[0](z)
+        old.step()
+    state = old.state_dict()
+    del state["1.mean_ms"], state["1.drift"]
+    new.load_state_dict(state)
+    for z in draws[4:]:
+        for layer, controller in zip(layers, (old, new), strict=True):
+            layer(z)
+            controller.step()
+    taus = [float(controller.metrics()["1"]["tau"]) for controller in (old, new)]
+    assert taus[0] == pytest.approx(taus[1], rel=0.2)
+    assert taus[0] != taus[1]
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.02, 0.3])
