@@ -164,6 +164,12 @@ class Train(Section):
         "torch.compile each block, with tensor and pipeline parallel sizes of 1 and ZeRO 0 to 2; "
         "auto: on a GPU, and a line that says where not and why",
     )
+    on_nonfinite: Literal["stop", "skip"] = key(
+        "stop",
+        "after a step whose loss or gradient is not finite, and whose update is never made: stop "
+        "the run, or skip the step and count it",
+    )
+    nonfinite_limit: int = key(10, "such steps in a row after which skip stops", "steps", ge=1)
     stop_after: int | None = key(
         None, "stop cleanly after this step, the schedule unchanged", "steps", ge=1
     )
@@ -179,6 +185,13 @@ class Checkpoint(Section):
     keep_every: int = key(0, "steps whose multiples are kept for good; 0: none", "steps", ge=0)
     steps: list[int] = key(
         [], "further steps that are written and kept for good; 0 is the untrained model", "steps"
+    )
+    give_up: int = key(
+        2000,
+        "a checkpoint that cannot be written is told and the next one tried; after so many steps "
+        "without any the run stops",
+        "steps",
+        ge=0,
     )
     background: bool | None = key(
         None,

@@ -28,6 +28,7 @@ from launch.checkpoint.stored import CONFIG, L2E, RANDOM, STATE, file_name
 from launch.checkpoint.tensorfile import TensorSpec, WritingThread, write_tensor_file
 from launch.engine.engine import Engine
 
+NOT_SAVED = "saving failed, training goes on to the next checkpoint"
 # What of the dynamic loss scale's state a checkpoint keeps.
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -209,8 +210,8 @@ class Saver:
     """Saves a run's checkpoints, in the background if the configuration says so.
 
     By default on a GPU: the copy that is written lies in the host's memory, beside the device's.
-    A failed save in the background is told at once, and raised by the next `save` or at the end of
-    the `with` block, which waits for the last one.
+    A save that fails is told at once and training goes on to the next one, until none has worked
+    for `checkpoint.give_up` steps. The end of the `with` block waits for the last one.
     """
 
     def __init__(
@@ -222,27 +223,42 @@ class Saver:
     ):
         """`say` prints a line of the run's first rank. All ranks build it together."""
         self.engine, self.directory, self.tokenizer, self.say = engine, directory, tokenizer, say
-        wanted = engine.config.checkpoint.background
+        settings = engine.config.checkpoint
+        wanted = settings.background
         self.background = engine.device.type == "cuda" if wanted is None else wanted
         # The threads' exchanges, beside training's.
         self.group = dist.new_group(backend="gloo") if self.background else None
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
+        self.give_up = settings.give_up
+        self.failing_since: int | None = None  # the step of the first save that failed
+        self.must = True  # whether the save under way may not fail
 
-    def save(self, state: dict[str, Any]) -> None:
+    def save(self, state: dict[str, Any], must: bool = True) -> None:
         """Save the engine's state; returns as soon as training may go on.
 
+        must: whether a failure is raised in any case, since no later save makes up for it.
+
         Raises:
-            ValueError: as `save` does, or of the save before this one.
+            ValueError: as `save` does, or of the save before this one, if the run is to give up.
         """
         begin = time.monotonic()
         self.wait()
-        snapshot = Snapshot(
-            self.engine, self.directory, state, self.tokenizer, self.background, self.group
-        )
-        held_up = time.monotonic() - begin
+        step, self.must = state["step"], must
+        try:
+            snapshot = Snapshot(
+                self.engine, self.directory, state, self.tokenizer, self.background, self.group
+            )
+            held_up = time.monotonic() - begin
+            if not self.background:
+                final = complete(snapshot)
+        except ValueError as error:
+            if fatal := self.fatal(error, step):
+                raise fatal from None
+            self.say(f"{NOT_SAVED}: {error}")
+            return
         if not self.background:
-            final = complete(snapshot)
+            self.failing_since = None
             self.say(f"checkpoint {final} written in {time.monotonic() - begin:.1f} s")
             return
 
@@ -250,9 +266,10 @@ class Saver:
             try:
                 final = complete(snapshot)
             except Exception as error:  # not the end of a thread that nobody waits for yet
-                self.failure = error
-                self.say(f"saving failed, training goes on to the next checkpoint: {error}")
+                self.say(f"{NOT_SAVED}: {error}")
+                self.failure = self.fatal(error, step)
                 return
+            self.failing_since = None
             self.say(
                 f"checkpoint {final} written in {time.monotonic() - begin:.1f} s, training was "
                 f"held up for {held_up:.2f} s"
@@ -260,6 +277,19 @@ class Saver:
 
         self.thread = threading.Thread(target=work, name="checkpoint")
         self.thread.start()
+
+    def fatal(self, error: Exception, step: int) -> Exception | None:
+        """What a save's failure means: None, if a later one may make up for it."""
+        if self.failing_since is None:
+            self.failing_since = step
+        if self.must or not isinstance(error, ValueError):
+            return error
+        if step - self.failing_since < self.give_up:
+            return None
+        return ValueError(
+            f"no checkpoint could be written since step {self.failing_since} (checkpoint.give_up = "
+            f"{self.give_up} steps): {error}"
+        )
 
     def __enter__(self) -> Saver:
         return self

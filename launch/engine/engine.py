@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -112,7 +113,10 @@ def accumulation_steps(config: Config, layout: Layout) -> int:
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW (fused) or SGD over two groups: matrices decay, biases and LayerNorms don't."""
+    """AdamW or SGD over two groups: matrices decay, biases and LayerNorms don't.
+
+    Fused, so that a step can be dropped on the device (`found_inf`).
+    """
     settings = config.optimizer
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -121,7 +125,7 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     ]
     groups = [group for group in groups if group["params"]]
     if settings.type == "sgd":
-        return torch.optim.SGD(groups, lr=settings.learning_rate)
+        return torch.optim.SGD(groups, lr=settings.learning_rate, fused=True)
     return torch.optim.AdamW(
         groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True
     )
@@ -271,6 +275,11 @@ class Engine:
         """The global gradient norm of the last step, before clipping."""
         return self.deepspeed.get_global_grad_norm()
 
+    @property
+    def dropped_update(self) -> bool:
+        """Whether the last step's gradients were not finite, so far as the host knows already."""
+        return bool(getattr(self.optimizer, "overflow", False))
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This process's parameters under their canonical (Hugging Face) names."""
         return self.model.named_parameters()
@@ -307,6 +316,7 @@ class WholeModelEngine(Engine):
             with self.stopwatch.part("update"):
                 if self.takes_norm and self.deepspeed.is_gradient_accumulation_boundary():
                     self.norm = self.norm_of_gradients()
+                    self.optimizer.found_inf = (~torch.isfinite(self.norm)).float()
                 self.deepspeed.step()
         return self.mean_over_data(total / self.accumulation)
 
@@ -327,6 +337,12 @@ class WholeModelEngine(Engine):
 
     def gradient_norm(self) -> float | Tensor | None:
         return self.norm if self.takes_norm else super().gradient_norm()
+
+    @property
+    def dropped_update(self) -> bool:
+        if self.norm is not None and self.norm.device.type == "cpu":
+            return not math.isfinite(self.norm)
+        return super().dropped_update
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Tensor], count: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -30,16 +31,26 @@ class MetricsFile:
     """`metrics.jsonl`: one line a step, appended to those of the steps before."""
 
     def __init__(self, path: Path) -> None:
-        # Unbuffered: each line is one write, whole or, on a full disk, cut and told.
-        self.file = path.open("a+b", buffering=0)
+        # Unbuffered: each line is one write, whole or, on a full disk, taken back.
+        self.path, self.file = path, path.open("a+b", buffering=0)
         if self.file.tell():
             self.file.seek(-1, os.SEEK_END)
             if self.file.read(1) != b"\n":  # a last line that a crash left without its end
                 self.file.write(b"\n")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one step's record and hand it to the operating system."""
-        self.file.write((json.dumps(as_json(record)) + "\n").encode())
+        """Append one step's record and hand it to the operating system.
+
+        Raises:
+            OSError: nothing of it was written.
+        """
+        if not self.path.exists():
+            raise FileNotFoundError(f"{self.path} is gone")
+        line, before = (json.dumps(as_json(record)) + "\n").encode(), self.file.tell()
+        written = self.file.write(line)
+        if written != len(line):
+            self.file.truncate(before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class TensorBoard:

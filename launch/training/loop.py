@@ -120,11 +120,12 @@ def fit(
         engine, run.folder / "checkpoints", data.paths.tokenizer, run.say
     ) as saver:
 
-        def save(step: int) -> None:
+        def save(step: int, must: bool = False) -> None:
             recorder.flush()
             run.watch.expect(step, "saving", longer=True)
             with recorder.paused():
-                saver.save({**asdict(start.after(step, config)), "data": told})
+                state = {**asdict(start.after(step, config)), "data": told}
+                saver.save(state, must=must)
 
         if start.step == 0 and 0 in config.checkpoint.steps:
             save(0)
@@ -144,15 +145,18 @@ def fit(
             scored = scores_due(config, done, last)
             if scored:
                 # It takes minutes to hours, in which a signal finds the step saved.
-                save(done)
+                save(done, must=True)
                 saver.wait()
                 with recorder.paused(), run.watch.nothing_to_lose(done, "scoring"):
                     recorder.annotate({"scores": score_tasks(run, engine, data, done)})
-            if measured or scored:
+            # The bad news of fp16 are its loss scale's: no reason to look at once.
+            bad = engine.dropped_update and config.train.dtype != "fp16"
+            if measured or scored or bad:
                 recorder.flush()
             leaving = agreement.signal()
-            if not scored and (done == last or leaving or save_due(config, done)):
-                save(done)
+            ending = done == last or leaving > 0
+            if not scored and (ending or save_due(config, done)):
+                save(done, must=ending)
             if leaving:
                 break
     request.nothing_to_lose = True

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -16,10 +18,12 @@ from launch.engine import hardware
 from launch.engine.engine import Engine
 from launch.engine.profiling import peak_memory
 from launch.planning.cost import flops_per_token
+from launch.training.bad_steps import BadSteps
 from launch.training.folder import METRICS
 from launch.training.logs import MetricsFile, TensorBoard
 from launch.training.position import Position
 from launch.training.run import Run
+from launch.training.unfailing import Unfailing
 
 
 class Recorder:
@@ -35,14 +39,17 @@ class Recorder:
         self.peak = hardware.peak_flops(engine.device, config.train.dtype) * run.process.world_size
         self.pending: list[dict[str, Any]] = []
         self.since = time.monotonic()
-        self.board: TensorBoard | None = None
+        self.board: Unfailing[TensorBoard] | None = None
+        self.bad_steps = BadSteps(config, run.say)
         if run.process.is_first:
-            self.file = MetricsFile(run.folder / METRICS)
+            metrics = partial(MetricsFile, run.folder / METRICS)
+            self.file = Unfailing(METRICS, metrics, run.say)
             self.progress = Progress(
                 total=last, initial=start.step, desc="training", unit="steps", delay=0
             )
             if config.logging.tensorboard:
-                self.board = TensorBoard(run.folder / "tensorboard", start.step)
+                board = partial(TensorBoard, run.folder / "tensorboard", start.step)
+                self.board = Unfailing("tensorboard", board, run.say)
 
     def add(self, step: int, loss: Tensor, rate: float) -> None:
         """Remember one step; nothing is fetched from the device."""
@@ -90,10 +97,12 @@ class Recorder:
             record["peak_memory_bytes"] = peak_memory(self.engine.device)
             record["l2e"] = None
         records[-1]["l2e"] = l2e
+        self.bad_steps.count(records)
         self.write(records)
         if self.board is not None:
-            self.board.write_histograms(histograms, records[-1]["step"])
-        self.check(records)
+            step = records[-1]["step"]
+            self.board.write(lambda board: board.write_histograms(histograms, step))
+        self.bad_steps.judge(records)
 
     def add_up_stages(self, records: list[dict[str, Any]]) -> None:
         """L_MS arises in every pipeline stage; the run's is their sum."""
@@ -116,9 +125,9 @@ class Recorder:
         if not self.run.process.is_first:
             return
         for record in records:
-            self.file.write(record)
+            self.file.write(methodcaller("write", record))
             if self.board is not None:
-                self.board.write(record)
+                self.board.write(methodcaller("write", record))
         newest = records[-1]
         shown = {
             "loss": f"{newest['lm_loss']:.4f}",
@@ -131,18 +140,9 @@ class Recorder:
         self.progress.set_postfix(shown, refresh=False)
         self.progress.advance_to(newest["step"])
 
-    def check(self, records: list[dict[str, Any]]) -> None:
-        """Stop at a loss that is no number: every later step would be lost."""
-        for record in records:
-            if not abs(record["lm_loss"]) < float("inf"):
-                raise ValueError(
-                    f"the loss is {record['lm_loss']} at step {record['step']}; resume from the "
-                    "last checkpoint with a lower optimizer.learning_rate or l2e.weight"
-                )
-
     def close(self) -> None:
         """End the progress line."""
         if self.run.process.is_first:
             self.progress.close()
         if self.board is not None:
-            self.board.close()
+            self.board.write(methodcaller("close"))

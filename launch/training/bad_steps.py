@@ -1,0 +1,64 @@
+"""Steps whose loss or gradient is not finite: their update is dropped, and the run decides.
+
+No update is ever made from such a gradient. DeepSpeed's optimizers look at the global norm before
+they update (in bf16 by `check_grad_overflow`, which is on); for plain torch ones the engine does,
+on the device. So every rank drops the same steps, and the weights stay as they were.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from configs import Config
+
+
+class BadSteps:
+    """What `train.on_nonfinite` says of a run's steps. Every rank sees the same numbers."""
+
+    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+        self.policy, self.limit = config.train.on_nonfinite, config.train.nonfinite_limit
+        self.scaled = config.train.dtype == "fp16"
+        self.say = say
+        self.dropped = self.in_a_row = 0
+
+    def is_bad(self, record: dict[str, Any]) -> bool:
+        """Whether a step's numbers are none. fp16's loss scale overflows now and then by design."""
+        norm = record["grad_norm"]
+        bad_norm = norm is not None and not math.isfinite(norm) and not self.scaled
+        return bad_norm or not math.isfinite(record["lm_loss"])
+
+    def count(self, records: list[dict[str, Any]]) -> None:
+        """Note in each record how many steps of this job were dropped up to it."""
+        for record in records:
+            self.dropped += self.is_bad(record)
+            record["dropped_steps"] = self.dropped
+
+    def judge(self, records: list[dict[str, Any]]) -> None:
+        """Go on or stop, after the records are written.
+
+        Raises:
+            ValueError: on every rank, if the run is to stop.
+        """
+        for record in records:
+            if not self.is_bad(record):
+                self.in_a_row = 0
+                continue
+            self.in_a_row += 1
+            found = (
+                f"the loss is {record['lm_loss']} and the gradient's norm {record['grad_norm']} at "
+                f"step {record['step']}; its update was not made"
+            )
+            if self.policy == "stop":
+                raise ValueError(
+                    f"{found}. Resume from the last checkpoint with a lower "
+                    "optimizer.learning_rate or l2e.weight, or with train.on_nonfinite=skip"
+                )
+            if self.in_a_row > self.limit:
+                raise ValueError(
+                    f"{found}, nor were the {self.limit} before it (train.nonfinite_limit). "
+                    "Resume from the last checkpoint with a lower optimizer.learning_rate or "
+                    "l2e.weight"
+                )
+            self.say(f"{found} (train.on_nonfinite=skip; {self.in_a_row} in a row)")

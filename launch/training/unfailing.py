@@ -1,0 +1,49 @@
+"""Logs whose failures never end training."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Sink = TypeVar("Sink")
+TELL_EVERY = 60.0  # seconds between two warnings of one log
+KEPT = 100_000  # entries that wait for a disk that can be written again
+
+
+class Unfailing(Generic[Sink]):
+    """A log file that may be on a full disk, read-only, or gone.
+
+    What could not be written waits in memory and is written, in order, when it can be.
+    """
+
+    def __init__(self, name: str, open_it: Callable[[], Sink], say: Callable[[str], None]) -> None:
+        self.name, self.open_it, self.say = name, open_it, say
+        self.sink: Sink | None = None
+        self.waiting: deque[Callable[[Sink], object]] = deque(maxlen=KEPT)
+        self.told = -TELL_EVERY
+        self.failing = False
+
+    def write(self, action: Callable[[Sink], object]) -> None:
+        """Do `action` to the log, now or as soon as it can be written."""
+        self.waiting.append(action)
+        try:
+            if self.sink is None:
+                self.sink = self.open_it()
+            while self.waiting:
+                self.waiting[0](self.sink)
+                self.waiting.popleft()
+        except Exception as error:  # TensorBoard's writer raises what its thread has met
+            self.sink = None
+            self.failing = True
+            if time.monotonic() - self.told >= TELL_EVERY:
+                self.told = time.monotonic()
+                self.say(
+                    f"{self.name} cannot be written ({error}); training goes on, "
+                    f"{len(self.waiting)} entries wait"
+                )
+            return
+        if self.failing:
+            self.failing, self.told = False, -TELL_EVERY
+            self.say(f"{self.name} is written again; nothing of it is missing")

@@ -1,0 +1,86 @@
+"""Logs on a full disk, in a folder that goes away, and behind a writer that has died."""
+
+import json
+from functools import partial
+from operator import methodcaller
+from pathlib import Path
+
+import pytest
+
+from launch.training import unfailing
+from launch.training.bad_steps import BadSteps
+from launch.training.logs import MetricsFile, TensorBoard
+from launch.training.unfailing import Unfailing
+from tests.distributed.checkpointing import make_config
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_full_disk_is_told_once_and_nothing_is_missing_later(tmp_path: Path) -> None:
+    """/dev/full is a disk without a free byte."""
+    path, said = tmp_path / "metrics.jsonl", []
+    path.symlink_to("/dev/full")
+    log = Unfailing("metrics.jsonl", partial(MetricsFile, path), said.append)
+    for step in (1, 2, 3):
+        log.write(methodcaller("write", {"step": step}))
+    assert len(said) == 1
+    assert "metrics.jsonl cannot be written" in said[0]
+    assert "No space left on device" in said[0]
+    path.unlink()  # somebody made room
+    log.write(methodcaller("write", {"step": 4}))
+    assert steps(path) == [1, 2, 3, 4]
+    assert "nothing of it is missing" in said[1]
+
+
+def test_a_folder_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, said = tmp_path / "run" / "metrics.jsonl", []
+    path.parent.mkdir()
+    log = Unfailing("metrics.jsonl", partial(MetricsFile, path), said.append)
+    log.write(methodcaller("write", {"step": 1}))
+    path.parent.rename(tmp_path / "elsewhere")
+    log.write(methodcaller("write", {"step": 2}))
+    monkeypatch.setattr(unfailing, "TELL_EVERY", 0.0)  # a minute later
+    log.write(methodcaller("write", {"step": 3}))
+    assert len(said) == 2
+    assert "2 entries wait" in said[1]
+    (tmp_path / "elsewhere").rename(path.parent)
+    log.write(methodcaller("write", {"step": 4}))
+    assert steps(path) == [1, 2, 3, 4]
+
+
+def test_tensorboard_whose_folder_cannot_be_made(tmp_path: Path) -> None:
+    folder, said = tmp_path / "tensorboard", []
+    folder.write_text("a file is in the way")
+    board = Unfailing("tensorboard", partial(TensorBoard, folder, 0), said.append)
+    board.write(methodcaller("write", {"step": 1, "loss": 2.0}))
+    assert "tensorboard cannot be written" in said[0]
+    folder.unlink()
+    board.write(methodcaller("write", {"step": 2, "loss": 2.0}))
+    board.write(methodcaller("close"))
+    assert list(folder.glob("events*"))
+
+
+def record(step: int, loss: float = 2.0, norm: float | None = 1.0) -> dict:
+    return {"step": step, "lm_loss": loss, "grad_norm": norm}
+
+
+def test_steps_without_numbers_stop_the_run_or_are_counted() -> None:
+    bad, said = float("nan"), []
+    with pytest.raises(ValueError, match=r"loss is nan .* at step 2; its update was not made"):
+        BadSteps(make_config(), said.append).judge([record(1), record(2, loss=bad)])
+    skipping = make_config(train={"on_nonfinite": "skip", "nonfinite_limit": 2})
+    steps = BadSteps(skipping, said.append)
+    records = [record(1), record(2, norm=float("inf")), record(3, loss=bad), record(4)]
+    steps.count(records)
+    steps.judge(records)
+    assert [one["dropped_steps"] for one in records] == [0, 1, 2, 2]
+    assert len(said) == 2
+    with pytest.raises(ValueError, match="nor were the 2 before it"):
+        steps.judge([record(5, loss=bad), record(6, loss=bad), record(7, loss=bad)])
+    # fp16's loss scale overflows by design; a bad loss is a bad loss.
+    half = BadSteps(make_config(dtype="fp16"), said.append)
+    half.judge([record(1, norm=float("inf"))])
+    with pytest.raises(ValueError, match="loss is inf"):
+        half.judge([record(2, loss=float("inf"))])
