@@ -2,6 +2,7 @@
 
     python launch/plan.py --config configs/410m.json --gpus 8 --gpu h200
     python launch/plan.py --config configs/2.8b.json --gpus 64 --gpu a100 --output plan.json
+    python launch/plan.py job --scheduler slurm --config configs/410m.json --nodes 4
 
 Everything printed is computed from shapes and datasheets in a second; no GPU is needed.
 """
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of launch/
 
 from launch import cli
-from launch.planning import cost, layouts
+from launch.planning import cost, jobs, layouts
 from launch.planning.cost import Layout
 from launch.planning.layouts import Estimate
 from launch.planning.speed import GPU, GPUS, UNCERTAINTY
@@ -30,7 +31,10 @@ SHOWN_ALTERNATIVES = 8
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read the command line and print the plan."""
+    """Read the command line and print the plan, or a job file."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["job"]:
+        return jobs.main(words[1:])
     options = parser().parse_args(arguments)
     import configs  # brings torch, for which --help should not wait
 
