@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data import check as data_check
+from data import check_one_tokenizer
 from l2e import select_layers
 from l2e.problems import Problem
 
@@ -172,16 +173,20 @@ def check_data(config: Config) -> Iterator[Problem]:
         fix = "give the prefix that launch/prepare.py wrote, or builtin"
         yield Problem("data.path", None, "no corpus", fix)
         return
-    if data.path == BUILTIN or any(is_hub(name) for name in (data.path, config.tokenizer.path)):
-        return  # not on this machine yet: checked once it has been fetched
+    if data.path == BUILTIN:
+        return  # prepared at the start
     train = config.train
+    # What is on the hub is checked once it has been fetched, by `launch.training.data.fetch`.
+    tokenizer = None if is_hub(config.tokenizer.path) else config.tokenizer.path
+    sets = {"data.path": data.path, "data.validation_path": data.validation_path}
+    sets = {key: path for key, path in sets.items() if not is_hub(path)}
     held_out = data.validation_fraction if data.validation_path is None else None
     validation_samples = config.evaluate.batches * train.global_batch_size
     for part, path, samples, split in (
         ("path", data.path, train.steps * train.global_batch_size, held_out),
         ("validation_path", data.validation_path, validation_samples, None),
     ):
-        if path is not None:
+        if path is not None and not is_hub(path):
             for found in data_check(
                 path,
                 data.sequence_length,
@@ -189,11 +194,12 @@ def check_data(config: Config) -> Iterator[Problem]:
                 order=data.order if part == "path" else "neox",
                 split=split,
                 validation_samples=validation_samples,
-                tokenizer=config.tokenizer.path,
+                tokenizer=tokenizer,
                 vocab_size=config.model.vocab_size,
             ):
                 key = found.key if "." in found.key else f"data.{part}"
                 yield Problem(key, found.value, found.reason, found.fix)
+    yield from check_one_tokenizer(sets)
 
 
 def is_hub(path: object) -> bool:

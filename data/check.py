@@ -1,7 +1,8 @@
 """What can be known about a run's data before any process group exists."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from l2e.problems import Problem
 # A .bin file up to this size is hashed and scanned whole; of a larger one, this much is scanned.
 LOOK_AT_BYTES = 2**28
 BLOCKS = 64
+MEND_TOKENIZER = "name the tokenizer the corpus was prepared with, or prepare it anew"
 
 
 def check(
@@ -61,10 +63,71 @@ def check(
             for part in ("train",) if split is None else ("train", "validation"):
                 documents = split_documents(len(file), split, part)
                 alone = len(prefixes) == 1  # of a blend each file gives a share only
-                check_enough(file, documents, sequence_length, wanted[part] * alone, order)
+                side = part if split is not None else None
+                check_enough(file, documents, sequence_length, wanted[part] * alone, order, side)
         except Problem as problem:
             problems.append(problem)
     return problems
+
+
+def check_one_tokenizer(sets: Mapping[str, Any], tokenizer: Path | None = None) -> list[Problem]:
+    """All token files of a run hold the ids of one tokenizer, which ends documents by one token.
+
+    `sets` are {"data.path": ..., "data.validation_path": ...} in any form these have, None left
+    out. Files without a manifest can't be held against the others.
+    """
+    problems = []
+    first: tuple[str, dict] | None = None
+    file = load_tokenizer(tokenizer) if tokenizer is not None else None
+    for key, prefix, found in _manifests(sets):
+        first = first or (prefix, found)
+        made_with = found["tokenizer_sha256"]
+        if file is not None and made_with != file.sha256:
+            problems.append(_other_tokenizer(file, prefix, made_with))
+        elif file is None and made_with != first[1]["tokenizer_sha256"]:
+            reason = (
+                f"was prepared with the tokenizer {found['tokenizer_path']} ({made_with[:12]}), "
+                f"but {first[0]} with {first[1]['tokenizer_path']} "
+                f"({first[1]['tokenizer_sha256'][:12]})"
+            )
+            problems.append(Problem(key, prefix, reason, "prepare both with one tokenizer"))
+        elif len({found.get("end_of_text"), first[1].get("end_of_text")} - {None}) > 1:
+            reason = (
+                f"its documents end with token {found.get('end_of_text')}, those of {first[0]} "
+                f"with {first[1].get('end_of_text')}"
+            )
+            fix = "prepare both with the same --end-of-text"
+            problems.append(Problem(key, prefix, reason, fix))
+    return problems
+
+
+def default_tokenizer(path: Any) -> Path | None:
+    """The tokenizer file that token files were prepared with, where its content still is that.
+
+    `path` is `data.path` in any form. Looked for where the manifest says, and beside the files.
+    """
+    for _, prefix, found in _manifests({"data.path": path}):
+        recorded = Path(found["tokenizer_path"])
+        for candidate in (recorded, Path(prefix).parent / recorded.name):
+            if candidate.is_file() and sha256(candidate) == found["tokenizer_sha256"]:
+                return candidate
+    return None
+
+
+def _manifests(sets: Mapping[str, Any]) -> Iterator[tuple[str, str, dict]]:
+    """(key, prefix, manifest) of every token file that has one; what is damaged, `check` tells."""
+    for key, path in sets.items():
+        try:
+            prefixes = [] if path is None else list(blend_shares(path))
+        except Problem:
+            continue
+        for prefix in prefixes:
+            try:
+                found = manifest.read(prefix)
+            except Problem:
+                continue
+            if found is not None:
+                yield key, prefix, found
 
 
 def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int | None) -> list[Problem]:
@@ -106,22 +169,24 @@ def _check_tokenizer(file: TokenFile, tokenizer: Tokenizer) -> None:
     made_with = manifest.recorded(file.prefix, "tokenizer_sha256")
     largest = np.iinfo(file.dtype).max
     if made_with not in (None, tokenizer.sha256):
-        reason = (
-            f"hash {tokenizer.sha256[:12]}, but {file.prefix} was prepared with the tokenizer "
-            f"{made_with[:12]}"
-        )
-    elif made_with is None and tokenizer.vocab_size - 1 > largest:
-        reason = (
+        raise _other_tokenizer(tokenizer, file.prefix, made_with)
+    if made_with is None and tokenizer.vocab_size - 1 > largest:
+        raise Problem(
+            "tokenizer.path",
+            tokenizer.path,
             f"its ids go up to {tokenizer.vocab_size - 1}, but {file.prefix} stores {file.dtype}, "
-            f"up to {largest}, so it holds another tokenizer's"
+            f"up to {largest}, so it holds another tokenizer's",
+            MEND_TOKENIZER,
         )
-    else:
-        return
-    raise Problem(
+
+
+def _other_tokenizer(tokenizer: Tokenizer, prefix: str, made_with: str) -> Problem:
+    return Problem(
         "tokenizer.path",
         tokenizer.path,
-        reason,
-        "name the tokenizer the corpus was prepared with, or prepare it anew",
+        f"hash {tokenizer.sha256[:12]}, but {prefix} was prepared with the tokenizer "
+        f"{made_with[:12]}",
+        MEND_TOKENIZER,
     )
 
 

@@ -12,7 +12,7 @@ import zstandard
 # What the libraries raise for damaged content, beside OSError and EOFError.
 DAMAGE = (zlib.error, lzma.LZMAError, zstandard.ZstdError)
 # Compressed bytes taken at a time: little, because repetitive text grows ten thousandfold.
-CHUNK = 2**14
+CHUNK = 2**12
 LARGEST_WINDOW = 2**31  # bytes; zstd refuses the windows of `--long=28` and more by default
 
 

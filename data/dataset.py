@@ -215,6 +215,7 @@ def open_dataset(
         elif order == "megatron" and blended:
             wanted = max(count, math.ceil(math.ceil(samples * shares[prefix]) * SURPLUS))
         documents = split_documents(len(file), split, part)
+        check_enough(file, documents, sequence_length, wanted, order, part if split else None)
         parts.append(_open_part(file, documents, sequence_length, seed, wanted, order, cache_dir))
     return Blend(parts, list(shares.values()), part_of, within) if blended else parts[0]
 
@@ -289,7 +290,6 @@ def _open_part(
         "sequence_length": length,
         "seed": seed,
     }
-    check_enough(file, documents, length, samples, order)
     if order == PRESHUFFLED:
         return Rows(file, length, documents, identity)
 
@@ -305,8 +305,18 @@ def _open_part(
     return Stream(file, length, count, shuffle, {**identity, "epochs": epochs})
 
 
-def check_enough(file: TokenFile, documents: range, length: int, samples: int, order: str) -> None:
-    """Raises `Problem` where these documents can't give so many samples in this order."""
+def check_enough(
+    file: TokenFile,
+    documents: range,
+    length: int,
+    samples: int,
+    order: str,
+    side: str | None = None,
+) -> None:
+    """Raises `Problem` where these documents can't give so many samples in this order.
+
+    `side` says which side of a split they are, "train" or "validation".
+    """
     if order == PRESHUFFLED:
         return _check_rows(file, documents, length, samples)
     if order not in ORDERS:
@@ -314,12 +324,20 @@ def check_enough(file: TokenFile, documents: range, length: int, samples: int, o
         raise Problem("data.order", order, "no such order", f"choose one of {names}")
     tokens = count_tokens(documents, file.lengths)
     if tokens < length + 1:
+        share, fix = "", "take a longer corpus or a shorter data.sequence_length"
+        if side is not None:
+            name = "training" if side == "train" else "validation"
+            share = f"the {name} side of data.validation_fraction is short: of {len(file)} in all, "
+            fix = (
+                "name other token files in data.validation_path, so that nothing is held out of "
+                "these, or change data.validation_fraction or data.sequence_length"
+            )
         raise Problem(
             "token file",
             Path(file.prefix),
-            f"{tokens} tokens in {len(documents)} documents are fewer than one sample of "
+            f"{share}{tokens} tokens in {len(documents)} documents are fewer than one sample of "
             f"{length} + 1",
-            "take a longer corpus, a shorter data.sequence_length or another split",
+            fix,
         )
 
 

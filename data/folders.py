@@ -18,6 +18,8 @@ COMPANION = re.compile(
     r"|.*\.(md5|sha1|sha256|crc)",
     re.IGNORECASE,
 )
+# What prepare.py writes, maybe into the folder that it reads.
+PREPARED = (".bin", ".idx", ".manifest.json", ".subsets", ".rejects.jsonl", ".tokenizer.model")
 HUB_STORE = {"blobs", "snapshots", "refs"}  # a hub's cache: snapshots are links into blobs
 
 
@@ -44,8 +46,13 @@ def files_of(folder: Path) -> tuple[list[Path], PassedOver]:
         if by_name(path.name)[0] not in ("", TEXT) and not COMPANION.fullmatch(path.name):
             holds_records.update(path.parents)
     files = []
+    prepared = {path.with_suffix("") for path in found if path.suffix == ".idx"}
     for path in found:
-        if COMPANION.fullmatch(path.name) and (path.parent in {folder, *holds_records}):
+        if any(path.with_name(path.name.removesuffix(end)) in prepared for end in PREPARED):
+            pass_over("prepared already", path)
+        elif path.name.endswith(".rejects.jsonl"):
+            pass_over("rejects of a preparation", path)
+        elif COMPANION.fullmatch(path.name) and (path.parent in {folder, *holds_records}):
             pass_over("about the data", path)
         else:
             files.append(path)

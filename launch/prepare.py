@@ -303,21 +303,16 @@ def show(arguments: list[str]) -> None:
     )
     options = parser.parse_args(arguments)
     import configs
-    from data import load_tokenizer, manifest
     from data.show import describe_step
     from launch.training import data
 
     config = configs.load(options.config, options.set)
     folder = cli.run_folder(options)
     paths = data.fetch(config, folder)
-    prepared_with = None
-    if isinstance(paths.training, str):
-        prepared_with = manifest.recorded(paths.training, "tokenizer_path")
-    tokenizer = paths.tokenizer or prepared_with
     samples = config.train.steps * config.train.global_batch_size
     lines = describe_step(
         data.open_training(config, folder, paths, 0, samples),
-        load_tokenizer(tokenizer) if tokenizer else None,
+        load_tokenizer(paths.tokenizer) if paths.tokenizer else None,
         options.step,
         config.train.global_batch_size,
         options.rows,

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from configs import Config
 from configs.checks import BUILTIN, is_hub
-from data import Chain, Samples, batches, hub, open_dataset, refuse_changes
+from data import (
+    Chain,
+    Samples,
+    batches,
+    check_one_tokenizer,
+    default_tokenizer,
+    hub,
+    open_dataset,
+    refuse_changes,
+)
 from data import manifest as corpus_manifest
 from data.files import read_json
 from data.identity import changes
@@ -119,7 +128,12 @@ def fetch(config: Config, folder: Path) -> Paths:
     if is_hub(tokenizer):
         assert tokenizer is not None
         tokenizer = str(hub.fetch_tokenizer(tokenizer))
-    return Paths(path, data.validation_path, Path(tokenizer) if tokenizer else None)
+    file = Path(tokenizer) if tokenizer else default_tokenizer(path)
+    for problem in check_one_tokenizer(
+        {"data.path": path, "data.validation_path": data.validation_path}, file
+    ):
+        raise problem
+    return Paths(path, data.validation_path, file)
 
 
 def prepare_builtin(config: Config, prefix: Path) -> Paths:
