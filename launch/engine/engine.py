@@ -172,6 +172,11 @@ class Engine:
         if self.controller is not None:
             self.controller.measure = on
 
+    def wait(self) -> None:
+        """Until the device has done all that it was asked to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def ms_loss(self) -> Tensor:
         """L_MS of the last step, over the inhibited layers of this process."""
         if self.controller is None:

@@ -53,7 +53,7 @@ def process_group(
     process = joined.process
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(process.local_rank)
+        torch.cuda.set_device(hardware.gpu_of(process.local_rank, torch.cuda.device_count()))
     else:
         hardware.keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:

@@ -45,6 +45,21 @@ def keep_freed_memory() -> None:
             library.mallopt(threshold, LARGEST_INT)
 
 
+def gpu_of(local_rank: int, visible: int) -> int:
+    """Which of the `visible` GPUs a node's process takes; a task may see none but its own.
+
+    Raises ValueError if there are fewer GPUs than processes.
+    """
+    if visible == 1:  # srun --gpus-per-task 1
+        return 0
+    if local_rank >= visible:
+        raise ValueError(
+            f"this is process {local_rank} (from 0) of its node, which shows it {visible} GPUs; "
+            "start as many processes a node as it has GPUs, or give each task one"
+        )
+    return local_rank
+
+
 def describe(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":

@@ -140,8 +140,7 @@ def fit(
             request.nothing_to_lose = False
             recorder.add(done, loss, rate)
             run.watch.expect(done, "looking at the model", longer=True)
-            with recorder.paused():
-                recorder.annotate(look_at_model(run, engine, data, monitor, done, last))
+            look_at_model(recorder, run, engine, data, monitor, done, last)
             scored = scores_due(config, done, last)
             if scored:
                 # It takes minutes to hours, in which a signal finds the step saved.
@@ -179,23 +178,26 @@ def mark_finished(run: Run, step: int) -> None:
 
 
 def look_at_model(
+    recorder: Recorder,
     run: Run,
     engine: Engine,
     data: Corpus,
     monitor: FeatureMonitor | None,
     step: int,
     last: int,
-) -> dict[str, Any]:
-    """What is measured of the model after `step`, if it is its turn."""
+) -> None:
+    """Record what is measured of the model after `step`, if it is its turn."""
     wanted = run.config.evaluate
-    found: dict[str, Any] = {}
     if step in (1, last) or due(wanted.interval, step):
-        found["validation_loss"] = loss = validate(run.config, engine, data)
-        if step == last and wanted.layer_worth:
-            found["layer_worth"] = layer_worth(run.config, engine, data, float(loss))
+        with recorder.paused():
+            loss = validate(run.config, engine, data)
+            recorder.annotate({"validation_loss": loss})
+            if step == last and wanted.layer_worth:
+                worth = layer_worth(run.config, engine, data, float(loss))
+                recorder.annotate({"layer_worth": worth})
     if monitor is not None and (step == last or due(monitor.interval, step)):
-        found |= monitor.measure()
-    return found
+        with recorder.paused():
+            recorder.annotate(monitor.measure())
 
 
 def scores_due(config: Config, step: int, last: int) -> bool:

@@ -67,9 +67,14 @@ class Recorder:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside is not training time."""
+        """Time spent inside is not training time.
+
+        The device is waited for on entering, for steps that are still under way, and on leaving.
+        """
+        self.engine.wait()
         begin = time.monotonic()
         yield
+        self.engine.wait()
         self.since += time.monotonic() - begin
 
     def annotate(self, values: dict[str, Any]) -> None:

@@ -1,0 +1,59 @@
+"""bench/gpu.py end to end on tiny shapes, and what it leaves when a part goes wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from bench import gpu, gpu_parts
+
+ROOT = Path(gpu.__file__).parents[1]
+
+
+def run(tmp_path: Path, *options: str) -> dict:
+    output = tmp_path / "found.json"
+    command = [sys.executable, "bench/gpu.py", "--smoke", "--output", str(output), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(output.read_text())["parts"]
+
+
+def test_smoke(tmp_path):
+    parts = run(tmp_path, "--only", "machine,loss,step,measuring")
+    assert list(parts) == ["loss", "machine", "measuring", "step"]
+    assert all(part["failed"] == [] for part in parts.values()), parts
+    assert parts["step"]["measured_seconds"] > 0
+
+
+def test_a_part_that_hangs_leaves_the_others(tmp_path, monkeypatch):
+    """The worker is a script that writes one part's numbers and never ends the second."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import sys, time, pathlib\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('--worker') + 1])\n"
+        "names = sys.argv[sys.argv.index('--only') + 1].split(',')\n"
+        "for name in names:\n"
+        "    (folder / 'running').write_text(name)\n"
+        "    (folder / f'{name}.json').write_text('{\"failed\": [], \"kept\": 1}')\n"
+        "    time.sleep(1000 if name == 'layer' else 0)\n"
+        "(folder / 'running').write_text('')\n"
+    )
+    output = tmp_path / "found.json"
+    monkeypatch.setattr(gpu, "__file__", str(worker))
+    monkeypatch.setattr(gpu, "PARTS", gpu.PARTS | {"layer": 0.5})
+    only = ["--only", "machine,layer,loss", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["bench/gpu.py", *only])
+    gpu.main()
+    parts = json.loads(output.read_text())["parts"]
+    assert parts["machine"] == {"failed": [], "kept": 1}
+    assert parts["loss"] == {"failed": [], "kept": 1}
+    assert parts["layer"]["kept"] == 1
+    assert "ended with -9 after" in parts["layer"]["failed"][0]
+
+
+def test_every_part_is_one_that_can_be_run():
+    assert {name.partition("_")[0] for name in gpu.PARTS} == set(gpu_parts.PARTS)
+    assert set(gpu.SMOKE_PARTS) <= set(gpu.PARTS)
