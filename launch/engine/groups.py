@@ -53,6 +53,7 @@ def process_group(
     process = joined.process
     cuda = torch.cuda.is_available()
     if cuda:
+        assert process.local_rank is not None, "join has found it"
         torch.cuda.set_device(hardware.gpu_of(process.local_rank, torch.cuda.device_count()))
     else:
         hardware.keep_freed_memory()
