@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data import check as data_check
-from data import check_one_tokenizer
+from data import check_one_tokenizer, check_tokenizer
 from l2e import select_layers
 from l2e.problems import Problem
 
@@ -180,6 +180,9 @@ def check_data(config: Config) -> Iterator[Problem]:
     tokenizer = None if is_hub(config.tokenizer.path) else config.tokenizer.path
     sets = {"data.path": data.path, "data.validation_path": data.validation_path}
     sets = {key: path for key, path in sets.items() if not is_hub(path)}
+    if is_hub(data.path):
+        for found in check_tokenizer(tokenizer, config.model.vocab_size)[1]:
+            yield renamed(found, "tokenizer.path")
     held_out = data.validation_fraction if data.validation_path is None else None
     validation_samples = config.evaluate.batches * train.global_batch_size
     for part, path, samples, split in (
@@ -197,9 +200,14 @@ def check_data(config: Config) -> Iterator[Problem]:
                 tokenizer=tokenizer,
                 vocab_size=config.model.vocab_size,
             ):
-                key = found.key if "." in found.key else f"data.{part}"
-                yield Problem(key, found.value, found.reason, found.fix)
+                yield renamed(found, f"data.{part}")
     yield from check_one_tokenizer(sets)
+
+
+def renamed(found: Problem, key: str) -> Problem:
+    """A problem of a file as one of the configuration's key that named it."""
+    key = "tokenizer.path" if found.key == "tokenizer" else key
+    return Problem(found.key if "." in found.key else key, found.value, found.reason, found.fix)
 
 
 def is_hub(path: object) -> bool:

@@ -1,6 +1,6 @@
 """Corpus -> tokenizer -> index -> dataset: text in, batches in a known order out."""
 
-from data.check import check, check_one_tokenizer, default_tokenizer
+from data.check import check, check_one_tokenizer, check_tokenizer, default_tokenizer
 from data.dataset import ORDER_NAMES, Chain, Samples, open_dataset
 from data.identity import refuse_changes
 from data.loader import batches, prefetch
@@ -15,6 +15,7 @@ __all__ = [
     "batches",
     "check",
     "check_one_tokenizer",
+    "check_tokenizer",
     "default_tokenizer",
     "load_tokenizer",
     "open_dataset",

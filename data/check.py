@@ -39,14 +39,7 @@ def check(
 
     Returns an empty list where nothing is wrong.
     """
-    problems: list[Problem] = []
-    loaded = None
-    if tokenizer is not None:
-        try:
-            loaded = load_tokenizer(tokenizer)
-            problems += _check_vocabulary(loaded, vocab_size)
-        except Problem as problem:
-            problems.append(problem)
+    loaded, problems = check_tokenizer(tokenizer, vocab_size)
     try:
         prefixes = blend_shares(path)
     except Problem as problem:
@@ -68,6 +61,19 @@ def check(
         except Problem as problem:
             problems.append(problem)
     return problems
+
+
+def check_tokenizer(
+    path: str | Path | None, vocab_size: int | None
+) -> tuple[Tokenizer | None, list[Problem]]:
+    """The tokenizer, where it can be read, and what is wrong with it for such a model."""
+    if path is None:
+        return None, []
+    try:
+        loaded = load_tokenizer(path)
+    except Problem as problem:
+        return None, [problem]
+    return loaded, _check_vocabulary(loaded, vocab_size)
 
 
 def check_one_tokenizer(sets: Mapping[str, Any], tokenizer: Path | None = None) -> list[Problem]:

@@ -30,7 +30,9 @@ def prepare(tmp_path, monkeypatch, capsys, tokenizer):  # noqa: F811
     """
 
     def run(*arguments, output: str = "out", file=tokenizer.path) -> SimpleNamespace:
-        named = [] if "--tokenizer" in arguments else ["--tokenizer", file]
+        named = ["--tokenizer", file]
+        if "--tokenizer" in arguments or "join" in arguments:
+            named = []
         command = ["prepare.py", *arguments, *named, "--output", tmp_path / output]
         monkeypatch.setattr("sys.argv", [str(word) for word in command])
         capsys.readouterr()
