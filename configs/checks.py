@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from data import check as data_check
 from data import check_one_tokenizer, check_tokenizer
 from l2e import select_layers
+from l2e.hub import is_hub
 from l2e.problems import Problem
 
 if TYPE_CHECKING:
@@ -208,11 +209,6 @@ def renamed(found: Problem, key: str) -> Problem:
     """A problem of a file as one of the configuration's key that named it."""
     key = "tokenizer.path" if found.key == "tokenizer" else key
     return Problem(found.key if "." in found.key else key, found.value, found.reason, found.fix)
-
-
-def is_hub(path: object) -> bool:
-    """Whether a path names something on the Hugging Face hub."""
-    return isinstance(path, str) and path.startswith("hf:")
 
 
 def divisors(number: int) -> str:

@@ -63,8 +63,8 @@ class Data(Section):
     path: str | list[str] | dict[str, float] | None = key(
         None,
         "prefix of a prepared .bin/.idx pair; a list of prefixes, blended by their tokens; a map "
-        "of prefix to weight; hf:owner/name, token files on the Hugging Face hub; or builtin, "
-        "Python's own standard library, prepared at the start: needs no download",
+        "of prefix to weight; hf:owner/name@revision, token files on the Hugging Face hub; or "
+        "builtin, Python's own standard library, prepared at the start: needs no download",
     )
     validation_path: str | None = key(
         None, "prefix of the validation set; without one, the end of the training set is held out"
@@ -88,8 +88,8 @@ class Tokenizer(Section):
 
     path: str | None = key(
         None,
-        "tokenizer.json (Hugging Face), .model (sentencepiece) or hf:owner/name; default: the "
-        "one the corpus was prepared with",
+        "tokenizer.json (Hugging Face), .model (sentencepiece) or hf:owner/name@revision; default: "
+        "the one the corpus was prepared with",
     )
     vocab_size: int = key(
         4096, "size of the sentencepiece model trained for data.path builtin", "tokens", ge=300

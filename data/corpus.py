@@ -18,10 +18,10 @@ from data.compression import DAMAGE, decompress
 from data.files import hash_spans, sha256
 from data.folders import PassedOver, files_of, without_copies
 from data.formats import ARROW, BYTE_ORDER_MARK, JSON_LINES, PARQUET, TEXT, judge
+from l2e.hub import PREFIX, is_hub, parse
 from l2e.problems import Problem
 
 MAX_DOCUMENT_BYTES = 2**31 - 1  # an index stores a document's length as int32
-HUGGING_FACE = "hf:"
 
 
 class Unit(NamedTuple):
@@ -90,7 +90,7 @@ def look_over(inputs: list[str]) -> Found:
     entries: list[Path | Source] = []
     passed_over: PassedOver = {}
     for name in inputs:
-        if name.startswith(HUGGING_FACE):
+        if is_hub(name):
             entries.append(Source(name, "hf"))
             continue
         for path in _paths(name):
@@ -130,7 +130,7 @@ def _paths(name: str) -> list[Path]:
     if not paths:
         raise ValueError(
             f"input {name!r}: no such file, folder or pattern; "
-            f"a Hugging Face data set is written {HUGGING_FACE}owner/name"
+            f"a Hugging Face data set is written {PREFIX}owner/name"
         )
     for path in map(Path, paths):
         if not path.exists():
@@ -307,12 +307,15 @@ def _cell(value) -> object:
 
 
 def _hugging_face_rows(source: Source, fields: Fields) -> Contents:
-    """Rows of `hf:owner/name[:configuration]`, streamed, of the split `train`."""
+    """Rows of `hf:owner/name[@revision][:configuration]`, streamed, of the split `train`."""
     import datasets
 
-    name, _, configuration = source.name.removeprefix(HUGGING_FACE).partition(":")
+    name, _, configuration = source.name.removeprefix(PREFIX).partition(":")
+    name, revision = parse(name)
     try:
-        rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
+        rows = datasets.load_dataset(
+            name, configuration or None, split="train", streaming=True, revision=revision
+        )
     except Exception as error:  # network, authentication, unknown name: the library has many
         raise ValueError(f"input {source.name}: cannot be opened ({error})") from error
     try:

@@ -1,18 +1,19 @@
-"""What a configuration names as `hf:owner/name`: files on the Hugging Face hub."""
+"""What a configuration names as `hf:owner/name@revision`: files on the Hugging Face hub."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-PREFIX = "hf:"
+from l2e.hub import parse
 
 
 def fetch_tokenizer(path: str) -> Path:
     """The local copy of a repository's tokenizer.json."""
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(path.removeprefix(PREFIX), "tokenizer.json"))
+    name, revision = parse(path)
+    return Path(hf_hub_download(name, "tokenizer.json", revision=revision))
 
 
 def fetch_tokens(path: str, folder: Path) -> str:
@@ -23,12 +24,11 @@ def fetch_tokens(path: str, folder: Path) -> str:
     """
     from huggingface_hub import snapshot_download
 
-    local = Path(
-        snapshot_download(
-            path.removeprefix(PREFIX), repo_type="dataset", allow_patterns=["*.bin", "*.idx"]
-        )
-    )
-    return join_parts(local, folder / path.removeprefix(PREFIX).replace("/", "--"))
+    name, revision = parse(path)
+    patterns = ["*.bin", "*.idx"]
+    local = snapshot_download(name, revision=revision, repo_type="dataset", allow_patterns=patterns)
+    kept = name if revision is None else f"{name}@{revision}"
+    return join_parts(Path(local), folder / kept.replace("/", "--"))
 
 
 def join_parts(source: Path, prefix: Path) -> str:

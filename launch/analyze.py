@@ -51,7 +51,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         )
         verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="results")
         if name not in ("neuromfa", "trajectory"):
-            verb.add_argument("--model", required=True, help="folder, checkpoint or id[@revision]")
+            verb.add_argument(
+                "--model", required=True, help="folder, checkpoint or owner/name@revision"
+            )
         if name not in ("neuromfa",):
             _add_activation_options(verb, name)
         if name in ("neuromfa", "trajectory", "report"):
@@ -124,7 +126,7 @@ def _add_checkpoint_options(verb: argparse.ArgumentParser, name: str) -> None:
         nargs="+",
         required=name != "report",
         metavar="DIR",
-        help="folders or id@revision; steps are read from names such as step1000",
+        help="folders or owner/name@revision; steps are read from names such as step1000",
     )
     verb.add_argument("--networks", type=int, default=10, help="sampled networks (default: 10)")
     verb.add_argument("--sample", type=int, default=64, help="nodes a set, s (default: 64)")

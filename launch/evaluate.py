@@ -77,7 +77,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="most tokens of one forward pass (default: 2048 on a CPU, 32768 on a GPU)",
     )
-    add("--revision", default="main", help="of a hub id, e.g. step13000 (default main)")
     return result
 
 

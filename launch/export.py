@@ -1,7 +1,7 @@
 """Take a checkpoint to Hugging Face's form, from it, or to another layout.
 
     python launch/export.py to-hf --checkpoint runs/demo --output demo_hf
-    python launch/export.py from-hf --model EleutherAI/pythia-70m --revision step13000 \\
+    python launch/export.py from-hf --model EleutherAI/pythia-70m@step13000 \\
         --output pythia-70m
     python launch/pretrain.py --config configs/70m.json --resume pythia-70m
     python launch/export.py reshard --checkpoint runs/demo --tensor 2 --pipeline 1 --output demo_tp2
@@ -44,7 +44,7 @@ def from_hf(options: argparse.Namespace) -> None:
     from launch.checkpoint.huggingface import from_huggingface
     from launch.checkpoint.stored import StoredCheckpoint
 
-    from_huggingface(options.model, options.output, options.revision)
+    from_huggingface(options.model, options.output)
     config = StoredCheckpoint(options.output).model_config
     print(
         f"{options.output}: {config.num_parameters:,} parameters from {options.model}. Train on "
@@ -85,9 +85,11 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("from-hf", help="make a checkpoint to resume from")
     verb.set_defaults(verb=from_hf)
     verb.add_argument(
-        "--model", required=True, metavar="DIR_OR_ID", help="folder or hub id of a GPT-NeoX model"
+        "--model",
+        required=True,
+        metavar="DIR_OR_ID",
+        help="folder of a GPT-NeoX model, or owner/name@revision on the hub",
     )
-    verb.add_argument("--revision", default="main", help="of a hub id, e.g. step13000")
 
     verb = verbs.add_parser("reshard", help="copy a checkpoint for another layout")
     verb.set_defaults(verb=reshard)

@@ -30,6 +30,7 @@ from data.prepare import Preparation, prepare
 from data.records import Record, parse
 from data.shares import Share
 from data.tokenizer import load_tokenizer, train_sentencepiece
+from l2e.hub import is_hub
 from launch import cli
 
 SHOWN_NAMES = 3  # of the files of a kind
@@ -127,9 +128,9 @@ def _names(files: list[str]) -> str:
 
 def _tokenizer_file(name: str | None) -> Path | None:
     """The named file, fetched from the Hugging Face hub where that is meant."""
-    if name is None or not name.startswith(hub.PREFIX):
-        return None if name is None else Path(name)
-    return hub.fetch_tokenizer(name)
+    if name is None:
+        return None
+    return hub.fetch_tokenizer(name) if is_hub(name) else Path(name)
 
 
 def _check(options: argparse.Namespace) -> None:

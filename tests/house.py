@@ -23,7 +23,8 @@ BELOW = {
 }
 LOWER = {"l2e", "l2e.analysis", "model", "data", "configs"}
 LEVELS = [
-    {"launch.planning", "launch.cli"},
+    {"launch.cli"},
+    {"launch.planning"},
     {"launch.engine"},
     {"launch.checkpoint"},
     {"launch.evaluation", "launch.comparison"},

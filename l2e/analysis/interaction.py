@@ -14,6 +14,7 @@ import numpy as np
 
 from l2e.analysis.multifractal import kept_counts
 from l2e.analysis.weights import Weights, fetch_model
+from l2e.hub import parse
 
 Layout = Literal["per_head", "flat"]
 
@@ -59,12 +60,13 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str) -> Checkpoint:
-    """A folder in Hugging Face form, or `id@revision`. Raises ValueError if it can't be read."""
+    """A folder in Hugging Face form, or `owner/name@revision`.
+
+    Raises ValueError if it can't be read.
+    """
     from transformers import AutoConfig
 
-    from l2e.analysis.networks import split_revision
-
-    path, revision = split_revision(source)
+    path, revision = parse(source)
     if not Path(path).is_dir():
         try:
             path = str(fetch_model(path, revision))

@@ -2,11 +2,12 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+from l2e.hub import parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,13 +102,13 @@ class Network:
 def open_network(
     source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Network:
-    """Load a folder or a Hugging Face id, `id@revision` for one of its revisions.
+    """Load a folder or a Hugging Face id, `owner/name@revision` for one of its revisions.
 
     Raises ValueError if there is no such model or tokenizer, or its family is not known.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path, revision = split_revision(source)
+    path, revision = parse(source)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
@@ -119,14 +120,6 @@ def open_network(
         ) from error
     torch.nn.Module.to(model, device)
     return Network(model, tokenizer, source)
-
-
-def split_revision(source: str) -> tuple[str, str | None]:
-    """("id", "revision") of `id@revision`; an existing folder has no revision."""
-    if Path(source).exists() or "@" not in source:
-        return source, None
-    path, revision = source.rsplit("@", 1)
-    return path, revision
 
 
 def parse_neuron(text: str) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from data.files import sha256
 from data.tokenizer import load_tokenizer
 from l2e.analysis.weights import fetch_model
+from l2e.hub import parse
 from launch.checkpoint import folders
 from launch.checkpoint.folders import FileRecord
 from launch.checkpoint.stored import (
@@ -125,13 +126,13 @@ def load_exported(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def from_huggingface(source: str, output: Path, revision: str = "main") -> dict[str, Any]:
+def from_huggingface(source: str, output: Path) -> dict[str, Any]:
     """A checkpoint at step 0 from a model in Hugging Face's form; any layout can resume from it.
 
     Raises:
         ValueError: not a GPT-NeoX model, a missing file or tensor, or `output` exists.
     """
-    folder = local_folder(source, revision)
+    folder = local_folder(source)
     config = read_config(folder)
     weights = HuggingFaceWeights(folder, config)
     temporary = new_folder(output)
@@ -140,7 +141,7 @@ def from_huggingface(source: str, output: Path, revision: str = "main") -> dict[
         state = {
             "step": 0,
             "tokens": 0,
-            "source": f"{source} ({revision})" if not Path(source).is_dir() else source,
+            "source": source,
             "optimizer": {"type": None, "moments": [], "steps": 0},
             "loss_scaler": {},
         }
@@ -157,14 +158,17 @@ def from_huggingface(source: str, output: Path, revision: str = "main") -> dict[
     return state
 
 
-def local_folder(source: str, revision: str) -> Path:
+def local_folder(source: str) -> Path:
     """A folder as it is; a hub id's files, fetched."""
     if Path(source).is_dir():
         return Path(source)
-    if Path(source).exists() or source.count("/") != 1:
-        raise ValueError(f"--model {source}: neither a folder nor a hub id (owner/name)")
+    name = parse(source)
+    if Path(source).exists() or name.repository.count("/") != 1:
+        raise ValueError(
+            f"--model {source}: neither a folder nor a hub id (owner/name or owner/name@revision)"
+        )
     try:
-        return fetch_model(source, revision)
+        return fetch_model(*name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--model {source}: cannot be fetched from the hub ({reason})") from None

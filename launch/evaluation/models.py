@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from data.tokenizer import load_tokenizer
+from l2e.hub import parse
 from launch.checkpoint.stored import TOKENIZER_FILES, StoredCheckpoint
 from launch.evaluation.harness import Scored
 from model.gpt_neox import GPTNeoX
@@ -43,21 +44,20 @@ def from_model(model: GPTNeoX, tokenizer_file: Path, device: torch.device) -> Sc
     )
 
 
-def from_huggingface(
-    source: str | Path, dtype: torch.dtype, device: torch.device, revision: str = "main"
-) -> Scored:
-    """A GPT-NeoX model and its tokenizer in Hugging Face form, from a folder or a hub id.
+def from_huggingface(source: str | Path, dtype: torch.dtype, device: torch.device) -> Scored:
+    """A GPT-NeoX model and its tokenizer: a folder in Hugging Face form, or owner/name@revision.
 
     Raises:
         ValueError: not such a model, another kind of model, or no tokenizer.
     """
     from transformers import GPTNeoXForCausalLM  # seconds that our own checkpoints don't need
 
-    config = huggingface_config(source, revision)
-    tokenizer = load_tokenizer(huggingface_tokenizer(source, revision))
+    config = huggingface_config(source)
+    tokenizer = load_tokenizer(huggingface_tokenizer(source))
     transformers.utils.logging.disable_progress_bar()
+    name, revision = parse(source)
     model = GPTNeoXForCausalLM.from_pretrained(
-        source, config=config, dtype=dtype, revision=revision
+        name, config=config, dtype=dtype, revision=revision or "main"
     )
     nn.Module.to(model, device).eval()
     return Scored(
@@ -70,10 +70,11 @@ def from_huggingface(
     )
 
 
-def huggingface_config(source: str | Path, revision: str = "main") -> transformers.GPTNeoXConfig:
+def huggingface_config(source: str | Path) -> transformers.GPTNeoXConfig:
     """config.json of a GPT-NeoX model in Hugging Face form."""
+    name, revision = parse(source)
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{source}: neither one of our checkpoints (manifest.json) nor a model in Hugging "
@@ -87,11 +88,12 @@ def huggingface_config(source: str | Path, revision: str = "main") -> transforme
     return config
 
 
-def huggingface_tokenizer(source: str | Path, revision: str = "main") -> Path:
+def huggingface_tokenizer(source: str | Path) -> Path:
     """The tokenizer's file, fetched if `source` is a hub id."""
+    repository, revision = parse(source)
     for name in TOKENIZER_FILES:
         found = cached_file(
-            source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+            repository, name, revision=revision, _raise_exceptions_for_missing_entries=False
         )
         if found:
             return Path(found)

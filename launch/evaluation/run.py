@@ -72,7 +72,7 @@ def load(source: str, options: argparse.Namespace) -> Scored:
     dtype, device = TORCH_DTYPES[options.dtype], torch.device(options.device)
     if (Path(source) / folders.MANIFEST).is_file():
         return models.from_checkpoint(open_checkpoint(source), dtype, device)
-    return models.from_huggingface(source, dtype, device, options.revision)
+    return models.from_huggingface(source, dtype, device)
 
 
 def score(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from configs import Config
-from configs.checks import BUILTIN, is_hub
+from configs.checks import BUILTIN
 from l2e import L2EConfig, select_layers
+from l2e.hub import is_hub
 from launch.planning import cost
 from launch.planning.layouts import layout_of
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs import Config
-from configs.checks import BUILTIN, is_hub
+from configs.checks import BUILTIN
 from data import (
     Chain,
     Samples,
@@ -25,6 +25,7 @@ from data import (
 from data import manifest as corpus_manifest
 from data.files import read_json
 from data.identity import changes
+from l2e.hub import is_hub
 from launch.checkpoint.stored import StoredCheckpoint
 from launch.training.position import Position
 

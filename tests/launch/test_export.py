@@ -86,7 +86,7 @@ def test_a_hub_id_is_fetched_in_any_revision(folders, tmp_path, revision):
     safe.unlink()
     output = tmp_path / "checkpoint"
     done = python(
-        "launch/export.py", "from-hf", "--model", "someone/pythia", "--revision", revision,
+        "launch/export.py", "from-hf", "--model", f"someone/pythia@{revision}",
         "--output", output, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -96,7 +96,7 @@ def test_a_hub_id_is_fetched_in_any_revision(folders, tmp_path, revision):
         torch.equal(stored.read(name), expected.read(name)) for name in expected.tensors["model"]
     )
     assert stored.tokenizer is not None
-    assert f"someone/pythia ({revision})" in stored.state["source"]
+    assert f"someone/pythia@{revision}" in stored.state["source"]
 
 
 def test_large_models_are_written_in_shards(folders, tmp_path, monkeypatch):
