@@ -6,7 +6,9 @@
 
 Reads `metrics.jsonl`, `results/*.json` and, for --equal, the newest checkpoint both have. Writes
 comparison.json and PNG figures. With --arms N the first N runs are seeds of one arm, the others of
-the second, in the same order: differences are then also paired over seeds.
+the second, in the same order: differences are then paired over seeds, with an interval. Two runs
+alone are one seed, whatever their steps do: their losses get none. `experiment.py` runs and
+compares whole families of arms.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Two or more runs side by side: paired differences with bootstrap intervals, or none at all."""
+"""Two or more runs side by side: how far they differ, and what of it can be concluded."""
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from launch.checkpoint import folders
+from launch.comparison import statistics
 
-RESAMPLES = 2000
 # Steps at the end whose mean stands for a run's loss.
 LAST_STEPS = 100
 # What of a step must agree between equal runs, in the order of telling.
@@ -128,15 +128,19 @@ def last_value(values: dict[int, float]) -> float | None:
 
 
 def difference(one: Run, other: Run) -> dict[str, Any]:
-    """`other` minus `one`, with 95 % intervals from paired resampling over steps or items."""
+    """`other` minus `one`. A single pair says nothing of other seeds: its losses get no interval.
+
+    The scores' intervals speak of these two models, on other items of the same kind.
+    """
     found: dict[str, Any] = {"from": str(one.folder), "to": str(other.folder)}
     for key in ("lm_loss", "validation_loss"):
-        pairs = paired(one.series(key), other.series(key))[-LAST_STEPS:]
-        found[key] = interval(pairs[:, 1] - pairs[:, 0]) if len(pairs) else None
+        pairs = paired(one.series(key), other.series(key))
+        pairs = pairs[-LAST_STEPS:] if key == "lm_loss" else pairs[-1:]
+        found[key] = {"mean": float((pairs[:, 1] - pairs[:, 0]).mean())} if len(pairs) else None
     found["scores"] = {
-        name: interval(np.subtract(other.scores[name]["items"], score["items"]))
-        for name, score in one.scores.items()
-        if name in other.scores and other.scores[name]["hash"] == score["hash"]
+        name: statistics.over_items(items)
+        for name in one.scores
+        if (items := paired_items(one, other, name)) is not None
     }
     return found
 
@@ -146,33 +150,28 @@ def paired(one: dict[int, float], other: dict[int, float]) -> np.ndarray:
     return np.array([(one[step], other[step]) for step in one if step in other]).reshape(-1, 2)
 
 
-def interval(differences: Any) -> dict[str, float]:
-    """Mean of paired differences, its standard error and 95 % bootstrap interval."""
-    values = np.asarray(differences, dtype=float)
-    generator = np.random.default_rng(0)
-    means = np.array([generator.choice(values, len(values)).mean() for _ in range(RESAMPLES)])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {
-        "mean": float(values.mean()),
-        "error": float(means.std(ddof=1)),
-        "low": float(low),
-        "high": float(high),
-        "count": len(values),
-    }
+def paired_items(one: Run, other: Run, name: str) -> np.ndarray | None:
+    """[items]: a task's differences where both runs were asked the same items."""
+    if name not in other.scores or other.scores[name]["hash"] != one.scores[name]["hash"]:
+        return None
+    return np.subtract(other.scores[name]["items"], one.scores[name]["items"])
 
 
 def over_seeds(pairs: list[tuple[Run, Run]]) -> dict[str, Any]:
-    """The second arm minus the first, resampled over pairs of runs: what another seed would do."""
+    """The second arm minus the first over pairs of runs: what other seeds would say.
+
+    Losses by the paired t-interval; scores by resampling seeds and items together.
+    """
     found: dict[str, Any] = {}
     for key in ("lm_loss", "validation_loss"):
-        ends = [(summary(one)[key], summary(other)[key]) for one, other in pairs]
-        if all(None not in end for end in ends):
-            found[key] = interval([after - before for before, after in ends])
-    shared = set.intersection(*({*run.scores} for pair in pairs for run in pair))
-    for name in sorted(shared):
-        found[name] = interval(
-            [other.scores[name]["score"] - one.scores[name]["score"] for one, other in pairs]
-        )
+        ends = [difference(one, other)[key] for one, other in pairs]
+        if all(end is not None for end in ends):
+            found[key] = asdict(statistics.over_seeds([end["mean"] for end in ends]))
+    for name in sorted(set.intersection(*({*run.scores} for pair in pairs for run in pair))):
+        tables = [paired_items(one, other, name) for one, other in pairs]
+        known = [table for table in tables if table is not None]
+        if len(known) == len(pairs) and len({len(table) for table in known}) == 1:
+            found[name] = statistics.over_seeds_and_items(np.stack(known))
     return found
 
 
@@ -193,12 +192,13 @@ def table(report: dict[str, Any]) -> str:
             error = f" ± {100 * score['error']:.1f}" if score["error"] is not None else ""
             lines.append(f"  {name:<18} {100 * score['score']:.1f}{error} %")
     for change in report["differences"]:
-        lines.append(f"{change['to']} minus {change['from']}, 95 % interval")
+        lines.append(f"{change['to']} minus {change['from']}")
         for key in ("lm_loss", "validation_loss"):
             if change[key]:
-                lines.append(f"  {key:<18} {in_words(change[key])} over steps")
+                lines.append(f"  {key:<18} {change[key]['mean']:+.4f} (one seed, no interval)")
         lines += [
-            f"  {name:<18} {in_words(value, 100)} points over {value['count']} items"
+            f"  {name:<18} {in_words(value, 100)} points; of these two models, on other items "
+            f"than these {value['count']}"
             for name, value in change["scores"].items()
         ]
     if report["over_seeds"]:
@@ -208,9 +208,8 @@ def table(report: dict[str, Any]) -> str:
 
 
 def in_words(value: dict[str, float], scale: float = 1) -> str:
-    told = "" if value["low"] <= 0 <= value["high"] else " *"
     mean, low, high = (scale * value[key] for key in ("mean", "low", "high"))
-    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]{told}"
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 # --- equality ----------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Difference:
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}], {self.seeds} seeds"
 
 
-def over_seeds(values: Sequence[float]) -> Difference:
+def over_seeds(values: Sequence[float] | np.ndarray) -> Difference:
     """The paired differences of one comparison, one a seed.
 
     Raises:
@@ -131,7 +131,7 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def over_items(differences: Sequence[float]) -> dict[str, float]:
+def over_items(differences: Sequence[float] | np.ndarray) -> dict[str, float]:
     """Two models' scores, item by item: what *other items* would say of *these two* models.
 
     Mean, its standard error and the 95 % t-interval. It says nothing of other seeds.
