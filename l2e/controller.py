@@ -253,7 +253,7 @@ class Controller:
             kept |= {
                 "mean_ms": mean_ms,
                 "max_ms": total["largest"].max(),
-                "kurtosis": total["kurtosis"].nanmedian(),
+                "kurtosis": statistics.median(total["kurtosis"]),
                 "mlp_to_residual": (total["output_square"] / total["residual_square"]).sqrt()[0],
             }
 

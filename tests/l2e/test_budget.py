@@ -1,0 +1,132 @@
+"""What a step on a GPU does with tensors as large as the activations, counted without a GPU.
+
+The kernels are replaced by notes of what they were given: on a GPU each is one launch and one pass.
+Beside them no operation may touch a tensor that large, and none may make the host wait.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from l2e import Controller, L2EConfig, L2ELayer, backends, inhibition, kernels
+
+pytest.importorskip("triton")
+from l2e import triton_kernels
+
+ROWS, NEURONS = 4096, 32
+# They allocate, or look at the same memory in another way.
+FREE = (
+    "empty",
+    "view",
+    "reshape",
+    "detach",
+    "alias",
+    "slice",
+    "select",
+    "split",
+    "as_strided",
+    "t",
+)
+WAITS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "nanmedian",
+    "median",
+    "unique",
+    "equal",
+)
+
+
+class Counter(TorchDispatchMode):
+    """Names of operations that touch a large tensor, that make a GPU's host wait, and of all."""
+
+    def __init__(self, large: int) -> None:
+        super().__init__()
+        self.large, self.passes, self.waits, self.all = large, [], [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        if name not in FREE and not name.startswith(("empty", "new_empty", "_unsafe_view")):
+            self.all.append(name)
+            if any(x.numel() >= self.large for x in tensors):
+                self.passes.append(name)
+        by_mask = name in ("index", "index_put_") and any(x.dtype == torch.bool for x in tensors)
+        if name.removesuffix("_") in WAITS or by_mask:
+            self.waits.append(name)
+        return result
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[str]:
+    """The kernels that would have been launched; Triton is chosen as on a GPU."""
+    found: list[str] = []
+
+    def note(launch, kernel, *tensors, **constants):
+        found.append(kernel.__name__)
+        for tensor in tensors:  # something finite where a kernel would have written
+            if tensor.dim() and len(tensor) == launch.programs:
+                tensor.zero_()
+
+    monkeypatch.setattr(triton_kernels._Launch, "__call__", note)
+    chosen = backends.choose(L2EConfig(kernels="plain"), torch.device("cpu"), torch.float32)
+    fused = replace(
+        chosen,
+        forward=triton_kernels.forward,
+        backward=triton_kernels.backward,
+        measure=triton_kernels.measure,
+    )
+    monkeypatch.setattr(backends, "choose", lambda *_, **__: fused)
+    monkeypatch.setitem(kernels.SLICE_ENTRIES, "cpu", kernels.SLICE_ENTRIES["cuda"])
+    return found
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"scale_invariant": True}, {"method": "deactivate"}, {"method": "none"}],
+    ids=["regularize", "scale_invariant", "deactivate", "none"],
+)
+def test_a_step_is_one_pass_each_way_and_waits_for_nothing(launches, measured, keys):
+    config = L2EConfig(late_start_step=2, **keys)
+    layer = L2ELayer(NEURONS, config, name="0", inhibited_layers=1).train()
+    controller = Controller([layer], config)
+    pre, bias = torch.randn(ROWS, NEURONS), torch.randn(NEURONS)
+    handle = layer.handle
+
+    def step(counter: TorchDispatchMode) -> None:
+        with counter:
+            out, _, mask = inhibition.inhibit._init_fn(pre, bias, None, handle, False)
+            inhibition.inhibit_backward._init_fn(out, None, pre, bias, None, mask, handle)
+            controller.step()
+
+    for _ in range(4):  # past its start
+        step(Counter(ROWS * NEURONS))
+    assert layer.state.selecting
+    launches.clear()
+    controller.measure = measured
+    counter = Counter(ROWS * NEURONS)
+    step(counter)
+    assert launches == ["_forward", *(["_measure"] if measured else []), "_backward"]
+    assert counter.passes == []
+    # The layer's handle is a number on the host, read once a call.
+    assert counter.waits == ["_local_scalar_dense"] * 2
+
+
+def test_the_plain_kernels_do_not_pass(monkeypatch):
+    """The counter sees what it is to forbid."""
+    config = L2EConfig(late_start_step=2, kernels="plain")
+    layer = L2ELayer(NEURONS, config, name="0", inhibited_layers=1).train()
+    monkeypatch.setitem(kernels.SLICE_ENTRIES, "cpu", kernels.SLICE_ENTRIES["cuda"])
+    pre = torch.randn(ROWS, NEURONS)
+    with Counter(ROWS * NEURONS) as counter:
+        inhibition.inhibit._init_fn(pre, None, None, layer.handle, False)
+        pre[pre > 3]
+    assert len(counter.passes) > 5
+    assert "index" in counter.waits
