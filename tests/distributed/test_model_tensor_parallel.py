@@ -86,3 +86,41 @@ def assert_same(result: dict, reference: dict) -> None:
     for path in ("gradients through logits", "gradients through loss"):
         for name, gradient in reference[path].items():
             assert_close(result[path][name], gradient, f"{path}, {name}")
+
+
+def triton_loss_of_shards() -> dict[str, torch.Tensor]:
+    """The cross-entropy through Triton's softmax, interpreted, and its gradients of this rank."""
+    from model import loss, triton_loss
+
+    loss._fused_softmax = lambda *_: triton_loss.softmax
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    hidden, weight, labels = loss_inputs()
+    hidden.requires_grad_()
+    shard = weight.chunk(ranks)[rank].clone().requires_grad_()
+    value = loss.cross_entropy(hidden, shard, labels, VOCABULARY, dist.group.WORLD)
+    value.backward()
+    dist.all_reduce(hidden.grad)  # each rank has its share
+    return {"loss": value.detach(), "hidden": hidden.grad, "weight": shard.grad}
+
+
+VOCABULARY = 100  # of 128 rows: half of the last of two shards' is padding
+
+
+def loss_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator) for n in (20, 128))
+    return hidden, weight, torch.randint(VOCABULARY, (20,), generator=generator)
+
+
+def test_tritons_softmax_over_shards_of_the_vocabulary_equals_float64(tmp_path):
+    pytest.importorskip("triton")
+    hidden, weight, labels = loss_inputs()
+    hidden, weight = (t.double().requires_grad_() for t in (hidden, weight))
+    exact = torch.nn.functional.cross_entropy((hidden @ weight.T)[:, :VOCABULARY], labels)
+    exact.backward()
+    found = run_on_processes(triton_loss_of_shards, 2, tmp_path)
+    for rank, result in enumerate(found):
+        wanted = {"loss": exact, "hidden": hidden.grad, "weight": weight.grad.chunk(2)[rank]}
+        for name, value in wanted.items():
+            error = (result[name] - value).norm() / value.norm()
+            assert error < 1e-6, (rank, name, error)

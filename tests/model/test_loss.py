@@ -123,3 +123,45 @@ def test_without_gradients_none_are_computed():
         loss = cross_entropy(hidden, weight, labels, VOCAB, dist.group.WORLD)
     assert counter.get_total_flops() == 2 * TOKENS * HIDDEN * ROWS  # the logits alone
     assert loss.item() == pytest.approx(reference(hidden, weight, labels)[0].item(), rel=1e-6)
+
+
+def test_on_a_gpu_logits_are_touched_by_products_and_the_two_kernels_alone(monkeypatch):
+    """6 bytes a logit beside the matrix products: one read for the sums, one read and one write."""
+    triton_loss = pytest.importorskip("model.triton_loss")
+    launched = []
+
+    class Noted:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda logits, *_, **__: launched.append((self.name, grid, logits.shape))
+
+    for name in ("_normaliser", "_gradient"):
+        monkeypatch.setattr(triton_loss, name, Noted(name))
+    monkeypatch.setattr(loss_module, "_fused_softmax", lambda *_: triton_loss.softmax)
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 2 * ROWS * 25)
+    with Touched(25 * ROWS) as touched:
+        ours(*sample(dtype=torch.bfloat16))
+    assert set(touched.names) <= {"mm"}
+    names = [name for name, *_ in launched]
+    assert names == ["_normaliser", "_gradient"] * 2
+    assert {(grid, shape) for _, grid, shape in launched} == {((25,), (25, ROWS))}
+
+
+class Touched(TorchDispatchMode):
+    """Names of the operations that compute on [25, ROWS] logits or larger, within `with`."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.entries, self.names = entries, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        tensors = [x for x in (*args, result) if isinstance(x, torch.Tensor)]
+        # Not the weight and its gradient, which have HIDDEN columns.
+        logits = [x for x in tensors if x.numel() >= self.entries and ROWS in x.shape[-1:]]
+        if logits and name not in ("t", "slice", "view", "empty", "new_empty", "detach"):
+            self.names.append(name)
+        return result
