@@ -181,6 +181,18 @@ def test_preparing_again_does_nothing(what, monkeypatch, capsys):
     assert "already prepared" in capsys.readouterr().out
 
 
+def test_what_was_prepared_before_ends_were_part_of_a_job_is_known(what, monkeypatch, capsys):
+    """Manifests of the first versions have the end of text beside the job, and count less."""
+    written = prepare(what)
+    for key in ("wording", "passed_over", "end_of_text_token"):
+        del written[key]
+    del written["job"]["end_of_text"]
+    Path(f"{what.output}.manifest.json").write_text(json.dumps(written))
+    monkeypatch.setattr(preparing, "_tokenize", None)
+    assert prepare(what) == written
+    assert "already prepared" in capsys.readouterr().out
+
+
 def test_another_jobs_output_is_not_touched(what, tmp_path):
     prepare(what)
     before = contents(what)
