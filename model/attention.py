@@ -1,5 +1,9 @@
 """Causal self-attention with rotary positions."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -7,6 +11,39 @@ from model.config import ModelConfig
 from model.init import initializer
 from model.linears import ColumnLinear, RowLinear, tensor_parallel_size
 from model.rotary import rotary_tables, rotate
+
+
+class Past:
+    """Keys and values of the tokens so far, [batch, heads, tokens, head_dim] each."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values, the new ones last."""
+        if self.keys is not None and self.values is not None:
+            keys = torch.cat([self.keys, keys], 2)
+            values = torch.cat([self.values, values], 2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+@contextmanager
+def remembering(model: nn.Module) -> Iterator[None]:
+    """Inside, each call goes on after the tokens of the calls before it, one token at a time."""
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    for layer in layers:
+        layer.past = Past()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.past = None
 
 
 class Attention(nn.Module):
@@ -22,6 +59,7 @@ class Attention(nn.Module):
     def __init__(self, name: str, config: ModelConfig, *, seed: int, sequence_parallel: bool):
         super().__init__()
         hidden = config.hidden_size
+        self.past: Past | None = None  # of a text that is being generated: see `remembering`
         self.head_dim = config.head_dim
         self.heads = config.num_attention_heads // tensor_parallel_size()
         self.query_key_value = ColumnLinear(
@@ -47,9 +85,15 @@ class Attention(nn.Module):
         qkv = self.query_key_value(x)
         sequence, batch, _ = qkv.shape
         qkv = qkv.view(sequence, batch, self.heads, 3, self.head_dim)
-        qk = rotate(qkv[:, :, :, :2], self.cos[:sequence], self.sin[:sequence])
+        start = 0 if self.past is None else self.past.length
+        assert start == 0 or sequence == 1, "after the first call, one token at a time"
+        positions = slice(start, start + sequence)
+        qk = rotate(qkv[:, :, :, :2], self.cos[positions], self.sin[positions])
         q, k = (part.permute(1, 2, 0, 3) for part in qk.unbind(3))  # [batch, heads, sequence, dim]
         v = qkv[:, :, :, 2].permute(1, 2, 0, 3)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if self.past is not None:
+            k, v = self.past.extend(k, v)
+        # A single token after others sees them all.
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)
         mixed = mixed.permute(2, 0, 1, 3).reshape(sequence, batch, self.heads * self.head_dim)
         return self.dense(mixed)

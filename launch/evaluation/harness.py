@@ -6,7 +6,9 @@ the context: at Pythia-70M's shape the output embedding is almost half of all wo
 """
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,12 +36,14 @@ class Scored:
     """A model as the harness needs it.
 
     `hidden` maps tokens [batch, positions] to states [batch, positions, hidden]; `head` maps
-    states [rows, hidden] to logits [rows, vocabulary]. `maximum_length` is in tokens,
-    `end_of_document` is the token id that separates documents.
+    states [rows, hidden] to logits [rows, vocabulary]. Inside `remembering()` a call of `hidden`
+    goes on after the tokens of the calls before it, from the second on by one token each.
+    `maximum_length` is in tokens, `end_of_document` is the token id that separates documents.
     """
 
     hidden: Callable[[Tensor], Tensor]
     head: Callable[[Tensor], Tensor]
+    remembering: Callable[[], AbstractContextManager[None]]
     tokenizer: Tokenizer
     maximum_length: int
     end_of_document: int
@@ -70,6 +74,10 @@ class HarnessModel(TemplateLM):
         self.batch_tokens = batch_tokens
         self.group = group
         self._device = model.device
+        self._requests: list[Any] = []
+        # Items of each task whose prompt lost its beginning, and whose answer was given less room.
+        self.cut: dict[str, set[int]] = defaultdict(set)
+        self.shortened: dict[str, set[int]] = defaultdict(set)
         # Among those that share the work; the harness has a `rank` of its own, always 0.
         self.group_rank = dist.get_rank(group) if group else 0
         self.group_size = dist.get_world_size(group) if group else 1
@@ -83,10 +91,22 @@ class HarnessModel(TemplateLM):
     ) -> list[int]:
         return self.model.tokenizer.encode(string)
 
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self._requests = requests  # which the harness does not hand on with their tokens
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
+        for request, (context, continuation) in zip(self._requests, pairs, strict=True):
+            if not continuation:
+                raise ValueError(
+                    f"task {request.task_name}, item {request.doc_id}: an answer without a single "
+                    "token, which would be the likeliest of all; mend the item"
+                )
+            if len(context) + len(continuation) > self.model.maximum_length + 1:
+                self.cut[request.task_name].add(request.doc_id)
         scores = self.score(pairs, quiet=disable_tqdm)
         return [(score.log_likelihood, score.greedy) for score in scores]
 
@@ -177,30 +197,51 @@ class HarnessModel(TemplateLM):
 
     @torch.no_grad()
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations up to a stop string. Each new token costs a whole forward pass."""
+        """Greedy continuations up to a stop string; a token costs one position's forward pass.
+
+        A prompt that leaves less room than the task asks for gets a shorter answer.
+
+        Raises:
+            ValueError: a prompt leaves no room at all; nothing has been generated then.
+        """
+        prompts, limits = [], []
+        for request in requests:
+            context, settings = request.args
+            prompt = self.tok_encode(context) or [self.eot_token_id]
+            wanted = settings.get("max_gen_toks", 256)
+            limit = min(wanted, self.model.maximum_length - len(prompt))
+            if limit < 1:
+                raise ValueError(
+                    f"task {request.task_name}, item {request.doc_id}: its prompt of {len(prompt)} "
+                    f"tokens leaves no room for an answer in the model's "
+                    f"{self.model.maximum_length} positions; leave the task out, or ask for fewer "
+                    "--shots"
+                )
+            if limit < wanted:
+                self.shortened[request.task_name].add(request.doc_id)
+            prompts.append(prompt)
+            limits.append(limit)
         answers = [""] * len(requests)
         mine = range(self.group_rank, len(requests), self.group_size)
         for index in self._progress(mine, "generating", disable_tqdm):
-            context, settings = requests[index].args
-            limit = settings.get("max_gen_toks", 256)
-            stops = handle_stop_sequences(settings.get("until"), eos=None)
-            answers[index] = self._generate(self.tok_encode(context), limit, stops)
+            stops = handle_stop_sequences(requests[index].args[1].get("until"), eos=None)
+            answers[index] = self._generate(prompts[index], limits[index], stops)
         everyone = self._exchange(answers)
         return [everyone[index % self.group_size][index] for index in range(len(requests))]
 
-    def _generate(self, context: list[int], limit: int, stops: list[str]) -> str:
-        context = context or [self.eot_token_id]
-        limit = min(limit, self.model.maximum_length - 1)
-        context = context[-(self.model.maximum_length - limit) :]
+    def _generate(self, prompt: list[int], limit: int, stops: list[str]) -> str:
         generated: list[int] = []
-        while len(generated) < limit:
-            tokens = torch.tensor([context + generated], device=self.model.device)
-            token = int(self.model.head(self.model.hidden(tokens)[0, -1:]).argmax())
-            if token == self.eot_token_id:
-                break
-            generated.append(token)
-            if any(stop in self.model.tokenizer.decode(generated) for stop in stops):
-                break
+        unread = prompt
+        with self.model.remembering():
+            while len(generated) < limit:
+                tokens = torch.tensor([unread], device=self.model.device)
+                token = int(self.model.head(self.model.hidden(tokens)[0, -1:]).argmax())
+                if token == self.eot_token_id:
+                    break
+                generated.append(token)
+                unread = [token]
+                if any(stop in self.model.tokenizer.decode(generated) for stop in stops):
+                    break
         text = self.model.tokenizer.decode(generated)
         return postprocess_generated_text(text, stop=stops, think_end_token=None)
 

@@ -1,5 +1,7 @@
 """Models on disk, ready to be scored: Hugging Face folders and our own checkpoints."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from data.tokenizer import load_tokenizer
 from l2e.hub import parse
 from launch.checkpoint.stored import TOKENIZER_FILES, StoredCheckpoint
 from launch.evaluation.harness import Scored
+from model.attention import remembering
 from model.gpt_neox import GPTNeoX
 
 
@@ -37,6 +40,7 @@ def from_model(model: GPTNeoX, tokenizer_file: Path, device: torch.device) -> Sc
         # Our residual stream has the sequence first: [positions, batch, hidden].
         hidden=lambda tokens: model.gpt_neox(tokens).transpose(0, 1),
         head=lambda states: model.embed_out(states[:, None])[0],
+        remembering=lambda: remembering(model),
         tokenizer=tokenizer,
         maximum_length=model.config.max_position_embeddings,
         end_of_document=tokenizer.eod,
@@ -60,9 +64,24 @@ def from_huggingface(source: str | Path, dtype: torch.dtype, device: torch.devic
         name, config=config, dtype=dtype, revision=revision or "main"
     )
     nn.Module.to(model, device).eval()
+    cache: list[transformers.DynamicCache] = []  # one while a text is generated
+
+    def hidden(tokens: torch.Tensor) -> torch.Tensor:
+        past = {"past_key_values": cache[-1]} if cache else {}
+        return model.gpt_neox(tokens, use_cache=bool(cache), **past).last_hidden_state
+
+    @contextmanager
+    def remembering() -> Iterator[None]:
+        cache.append(transformers.DynamicCache())
+        try:
+            yield
+        finally:
+            cache.clear()
+
     return Scored(
-        hidden=lambda tokens: model.gpt_neox(tokens, use_cache=False).last_hidden_state,
+        hidden=hidden,
         head=model.get_output_embeddings(),
+        remembering=remembering,
         tokenizer=tokenizer,
         maximum_length=config.max_position_embeddings,
         end_of_document=tokenizer.eod,

@@ -26,7 +26,9 @@ def evaluate(
     """Scores of `model` on the selected tasks, `shots` examples before each item.
 
     Returns {"results": {task: {metric: value, metric_stderr: value}}, "versions", "shots",
-    "chance": {task: accuracy of guessing}, "items": per-item scores, "groups", "skipped"}.
+    "chance": {task: accuracy of guessing}, "items": per-item scores, "groups", "skipped", "cut":
+    {task: items whose prompt was too long for the model and lost its beginning}, "shortened":
+    {task: items whose answer had less room than the task gives it}}.
     Python's, NumPy's and torch's random states stay as they were.
     """
     for task in selection.tasks["tasks"].values():
@@ -34,9 +36,14 @@ def evaluate(
         if task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=shots)
         task.set_fewshot_seed(FEWSHOT_SEED)
+    model.cut.clear()
+    model.shortened.clear()
     with harness_apart():
         raw = lm_eval.evaluate(model, selection.tasks, limit=limit, bootstrap_iters=BOOTSTRAP)
-    return report(raw, selection, limit)
+    return report(raw, selection, limit) | {
+        "cut": {task: len(items) for task, items in model.cut.items()},
+        "shortened": {task: len(items) for task, items in model.shortened.items()},
+    }
 
 
 def report(raw: dict[str, Any], selection: Selection, limit: int | None) -> dict[str, Any]:
@@ -144,7 +151,13 @@ def table(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    return "\n".join([*lines, *(f"left out: {reason}" for reason in report["skipped"].values())])
+    lines += [f"left out: {reason}" for reason in report["skipped"].values()]
+    for key, what in (("cut", "the prompt lost its beginning"), ("shortened", "answers cut short")):
+        lines += [
+            f"too long for the model, {what}: {task}, {count} of {report['items'][task]['count']}"
+            for task, count in report.get(key, {}).items()
+        ]
+    return "\n".join(lines)
 
 
 def with_error(metric: str, value: float | None, error: float | None) -> str:

@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import re
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -84,6 +85,17 @@ SPLIT_FILE = re.compile(
 BIG_BENCH_FILE = re.compile(r"bigbench(_.*)?\.jsonl(\.gz)?$")
 
 
+# What a field of a record can hold; null is no kind of its own.
+KINDS = {
+    str: "text",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+
 @dataclass
 class Selection:
     """Tasks ready for the harness, and which of a suite's tasks have no local data and why."""
@@ -106,7 +118,7 @@ def select(names: Iterable[str], data: Path | None = None) -> Selection:
 
 
 def _select(names: Iterable[str], data: Path | None = None) -> Selection:
-    named = list(dict.fromkeys(names))
+    named = list(dict.fromkeys(filter(None, map(str.strip, names))))
     manager = task_manager(tuple(named))
     chosen: list[str | Task | Group] = []
     skipped: dict[str, str] = {}
@@ -245,26 +257,51 @@ class LocalData:
         return [item for file in files for item in read_items(file) if item.get(key) == value]
 
 
+class Item(dict[str, Any]):
+    """A record, and the file and line it is from."""
+
+    place: str
+
+
 @cache
-def read_items(file: Path) -> list[dict[str, Any]]:
-    """All records of a JSON-lines file, which must all have the same fields."""
-    items: list[dict[str, Any]] = []
+def read_items(file: Path) -> list[Item]:
+    """All records of a JSON-lines file, which must have the same fields, each of one kind."""
+    items: list[Item] = []
     opener = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                item = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
-            if items and (missing := items[0].keys() - item.keys()):
-                raise ValueError(
-                    f"{file}, line {number}: field {sorted(missing)[0]!r} is missing; the first "
-                    f"record has {', '.join(items[0])}"
-                )
-            items.append(item)
+    try:
+        with opener(file, "rt", encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                place = f"{file}, line {number}"
+                items.append(read_item(line, place, items[0] if items else None))
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        place = f"{file}, after line {len(items)}"
+        raise ValueError(f"{place}: cannot be read ({error}); copy the file anew") from None
     if not items:
         raise ValueError(f"{file}: holds no records")
     return items
+
+
+def read_item(line: str, place: str, first: Item | None) -> Item:
+    """The record of a line, with the fields of the file's first one."""
+    try:
+        item = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not JSON ({error})") from None
+    if not isinstance(item, dict):
+        raise ValueError(f"{place}: {KINDS.get(type(item), 'null')}, not a record in {{ }}")
+    for name, value in (first or {}).items():
+        if name not in item:
+            raise ValueError(
+                f"{place}: field {name!r} is missing; the first record has {', '.join(first or [])}"
+            )
+        kinds = [KINDS.get(type(one)) for one in (value, item[name])]
+        if None not in kinds and kinds[0] != kinds[1]:
+            raise ValueError(
+                f"{place}: field {name!r} is {kinds[1]}, and {kinds[0]} in the first record"
+            )
+    read = Item(item)
+    read.place = place
+    return read
 
 
 def build_local(name: str, manager: TaskManager, data: LocalData) -> Task | Group | list[Any]:
@@ -298,7 +335,9 @@ def local_task(config: dict[str, Any], data: LocalData) -> Task:
     for role in ("training_split", "validation_split", "fewshot_split"):
         if config.get(role) not in splits:
             config[role] = None
-    check_fields(name, config, data.folder, splits[evaluated][0])
+    used = check_fields(name, config, data.folder, splits[evaluated][0])
+    for item in splits[evaluated]:
+        check_item(item, used)
     config |= {"custom_dataset": in_memory(splits), "dataset_path": "json", "dataset_name": None}
     return ConfigurableTask(config={key: value for key, value in config.items() if key != "tag"})
 
@@ -307,8 +346,38 @@ def in_memory(splits: dict[str, list[dict]]) -> Callable[..., dict[str, datasets
     return lambda **_: {split: datasets.Dataset.from_list(items) for split, items in splits.items()}
 
 
-def check_fields(name: str, config: dict[str, Any], folder: Path, record: dict[str, Any]) -> None:
-    """Every field that the task's prompt, choices and target use is in the records."""
+def check_item(item: Item, used: set[str]) -> None:
+    """No field that a task uses is null, and no list of choices is empty or has an empty one."""
+    for name in used & item.keys():
+        value = item[name]
+        lists = [part for part in (value, *parts(value)) if isinstance(part, list)]
+        if value is None or any(None in parts(part) for part in (value, *lists)):
+            raise ValueError(f"{item.place}: field {name!r} holds null; mend or leave out the item")
+        if any(not part or "" in part for part in lists):
+            raise ValueError(
+                f"{item.place}: field {name!r} is an empty list or has an empty text in it; mend "
+                "or leave out the item"
+            )
+
+
+def parts(value: Any) -> list[Any]:
+    """What a list or an object holds."""
+    return (
+        list(value.values())
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list)
+        else []
+    )
+
+
+def check_fields(
+    name: str, config: dict[str, Any], folder: Path, record: dict[str, Any]
+) -> set[str]:
+    """Every field that the task's prompt, choices and target use is in the records.
+
+    Returns these fields; all of them where the task makes its own fields of the official ones.
+    """
     official = record
     if config.get("process_docs") is not None:  # the task makes its own fields of the official ones
         try:
@@ -325,11 +394,14 @@ def check_fields(name: str, config: dict[str, Any], folder: Path, record: dict[s
             used |= fields_read(template, record)
         elif isinstance(template, str) and "{{" in template:
             used |= meta.find_undeclared_variables(Environment().parse(template))
+        elif isinstance(template, str) and template in record:
+            used.add(template)
     if missing := used - record.keys():
         raise ValueError(
             f"{folder}: the records of task {name!r} have no field {sorted(missing)[0]!r}; they "
             f"have {', '.join(record)}. Take the file in the task's official form"
         )
+    return set(official) if config.get("process_docs") is not None else used
 
 
 def fields_read(template: Callable[[dict[str, Any]], Any], record: dict[str, Any]) -> set[str]:

@@ -1,5 +1,6 @@
 """Scores equal an independent computation and the harness's own; the verb as a user runs it."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -7,9 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GPTNeoXForCausalLM
 
 from launch.evaluation import models, scores, tasks
 from launch.evaluation.harness import HarnessModel, batches_by_length
@@ -91,8 +94,6 @@ def test_batches_waste_little_and_lose_nothing():
 
 def test_text_too_long_for_a_batch_is_rolled(model):
     """Perplexity of a whole text: every token once, each window's context as long as it can be."""
-    from types import SimpleNamespace
-
     text = "abc " * 200  # 800 tokens, 512 positions
     (total,) = HarnessModel(model).loglikelihood_rolling([SimpleNamespace(args=(text,))])
     ids = model.tokenizer.encode(text)
@@ -103,10 +104,8 @@ def test_text_too_long_for_a_batch_is_rolled(model):
 
 
 def test_generation_is_greedy_and_stops(model):
-    from types import SimpleNamespace
-
     def generate(settings: dict) -> str:
-        request = SimpleNamespace(args=("once upon", settings))
+        request = SimpleNamespace(args=("once upon", settings), task_name="t", doc_id=0)
         return HarnessModel(model).generate_until([request])[0]
 
     tokens = model.tokenizer.encode("once upon")
@@ -119,6 +118,110 @@ def test_generation_is_greedy_and_stops(model):
     assert generate({"max_gen_toks": 6, "until": ["@@@"]}) == text
     stop = text[2]
     assert generate({"max_gen_toks": 6, "until": [stop]}) == text.split(stop)[0]
+
+
+def test_generation_reads_each_token_once(model, model_folder):
+    """128 tokens, the same as transformers' own greedy search, for a tenth of the work and less."""
+    read = []
+
+    def hidden(tokens):
+        read.append(tokens.shape[1])
+        return model.hidden(tokens)
+
+    prompt = model.tokenizer.encode("once upon a time")
+    watched = dataclasses.replace(model, hidden=hidden, end_of_document=-1)
+    text = HarnessModel(watched)._generate(prompt, 128, ["@@@"])
+    assert sum(read) == len(prompt) + 127
+    assert sum(len(prompt) + i for i in range(128)) > 10 * sum(read)
+    theirs = GPTNeoXForCausalLM.from_pretrained(model_folder)
+    theirs.generation_config.eos_token_id = None
+    with torch.no_grad():
+        ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=128, do_sample=False)
+    assert text == model.tokenizer.decode(ids[0, len(prompt) :].tolist())
+
+
+def test_a_long_prompt_shortens_the_answer_and_is_never_cut(model):
+    def asked(length: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            args=("a" * length, {"max_gen_toks": 100, "until": ["@@@"]}), task_name="t", doc_id=7
+        )
+
+    harness = HarnessModel(dataclasses.replace(model, maximum_length=64, end_of_document=-1))
+    (answer,) = harness.generate_until([asked(60)])
+    with torch.no_grad():
+        states = model.hidden(torch.tensor([model.tokenizer.encode("a" * 60)]))
+    first = model.tokenizer.decode([model.head(states[0, -1:]).argmax().item()])
+    assert answer.startswith(first)
+    assert harness.shortened == {"t": {7}}
+    with pytest.raises(ValueError, match="task t, item 7: its prompt of 64 tokens leaves no room"):
+        harness.generate_until([asked(5), asked(64)])
+
+
+def test_cut_prompts_are_counted_by_task_and_shown(model, task_data):
+    """An independent count: question and answer of each item against the positions."""
+    selection = tasks.select(["sciq"], task_data)
+    whole = scores.evaluate(HarnessModel(model), selection)
+    assert whole["cut"] == {}
+    task = selection.tasks["tasks"]["sciq"]
+    longest = [
+        max(len(f"{task.doc_to_text(doc)} {choice}") for choice in task.doc_to_choice(doc))
+        for doc in task.eval_docs
+    ]
+    limit = sorted(longest)[len(longest) // 2]
+    expected = sum(length > limit + 1 for length in longest)
+    assert 0 < expected < len(longest)
+    short = dataclasses.replace(model, maximum_length=limit)
+    report = scores.evaluate(HarnessModel(short), tasks.select([" sciq "], task_data))
+    assert report["cut"] == {"sciq": expected}
+    assert f"the prompt lost its beginning: sciq, {expected} of 12" in scores.table(report)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"question": None}, "line 5: field 'question' holds null"),
+        ({"question": 5}, "line 5: field 'question' is a number, and text in the first record"),
+        ({"correct_answer": ["a"]}, "line 5: field 'correct_answer' is a list"),
+        (["a"], "line 5: a list, not a record"),
+        (None, "line 5: null, not a record"),
+    ],
+)
+def test_wrong_records_name_file_and_line(tmp_path, change, told):
+    path = write_sciq(tmp_path)
+    lines = path.read_text().splitlines()
+    record = json.loads(lines[4]) | change if isinstance(change, dict) else change
+    lines[4] = json.dumps(record)
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"sciq_test\.jsonl, " + told):
+        tasks.select(["sciq"], tmp_path)
+
+
+@pytest.mark.parametrize("choices", [[], ["a", "", "c", "d"], ["a", None, "c", "d"]])
+def test_choices_that_are_none_name_file_and_line(tmp_path, choices):
+    rows = [
+        {"id": str(i), "question": "q", "answerKey": "A",
+         "choices": {"text": ["a", "b", "c", "d"], "label": ["A", "B", "C", "D"]}}
+        for i in range(3)
+    ]  # fmt: skip
+    rows[1]["choices"]["text"] = choices
+    path = tmp_path / "arc_easy_test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"arc_easy_test\.jsonl, line 2: field 'choices'"):
+        tasks.select(["arc_easy"], tmp_path)
+
+
+def test_an_answer_without_a_token_is_refused(model):
+    request = SimpleNamespace(args=("a question", ""), task_name="t", doc_id=3)
+    with pytest.raises(ValueError, match="task t, item 3: an answer without a single token"):
+        HarnessModel(model).loglikelihood([request], disable_tqdm=True)
+
+
+def test_a_cut_gz_names_the_file(tmp_path):
+    data = gzip.compress(write_sciq(tmp_path).read_bytes())
+    (tmp_path / "sciq_test.jsonl").unlink()
+    (tmp_path / "sciq_test.jsonl.gz").write_bytes(data[:-20])
+    with pytest.raises(ValueError, match=r"sciq_test\.jsonl\.gz, after line \d+: cannot be read"):
+        tasks.select(["sciq"], tmp_path)
 
 
 def test_report_has_scores_chance_items_and_versions(model, task_data):
