@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test lint bench docs
+.PHONY: venv demo test lint fuzz bench docs
 
 venv: .venv/installed
 
@@ -23,6 +23,9 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m tests.house
 	$(BIN)/mypy l2e model data configs launch bench
+
+fuzz: venv
+	$(BIN)/python -m tests.configs.fuzz
 
 bench: venv
 	$(BIN)/python bench/run.py

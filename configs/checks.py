@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.deepspeed_keys import KNOWN, check_keys
 from data import check as data_check
-from data import check_one_tokenizer, check_tokenizer
+from data import check_one_tokenizer, check_tokenizer, manifest
+from data.index import bin_path
 from l2e import select_layers
 from l2e.hub import is_hub
 from l2e.problems import Problem
@@ -24,18 +28,48 @@ FILLED_IN = {
     "optimizer": "optimizer.type",
     "scheduler": "schedule.type",
     "bf16": "train.dtype",
+    "bfloat16": "train.dtype",
+    "amp": "train.dtype",
+    "torch_autocast": "train.dtype",
+    "activation_checkpointing": "parallel.activation_checkpointing",
+    "elasticity": "train.global_batch_size",
+    "steps_per_print": "logging.interval",
 }
+OPEN_TO_ALL = 0o002  # of a folder's mode
 
 
 def cross_check(config: Config, processes: int | None = None) -> Iterator[Problem]:
     """Every broken rule of `config` for a run of `processes` ranks."""
     yield from check_model(config)
-    yield from check_deepspeed(config)
+    broken = list(check_deepspeed(config))
+    yield from broken
+    if broken:  # the other rules are held against what would be without it
+        config = config.model_copy(update={"deepspeed": {}})
+    yield from check_stage(config)
     yield from check_tasks(config)
     yield from check_monitor(config)
     yield from check_layout(config, processes or config.parallel.processes or 1)
     yield from check_compile(config)
     yield from check_data(config)
+    yield from check_cache(config)
+
+
+def warnings(config: Config) -> Iterator[str]:
+    """What can be meant so, and seldom is."""
+    train, schedule = config.train, config.schedule
+    if schedule.warmup_steps > train.steps:
+        yield (
+            f"schedule.warmup_steps = {schedule.warmup_steps}: longer than the run of "
+            f"{train.steps} steps, which never reaches optimizer.learning_rate"
+        )
+    if outside := [step for step in config.checkpoint.steps if step > train.steps]:
+        yield f"checkpoint.steps: {outside} are past the run's last step, {train.steps}"
+    if train.stop_after is not None and train.stop_after > train.steps:
+        yield f"train.stop_after = {train.stop_after}: past the run's last step, {train.steps}"
+    if config.data.cache_dir is not None:
+        place = nearest_folder(Path(config.data.cache_dir))
+        if place.stat().st_uid not in (os.getuid(), 0):
+            yield f"data.cache_dir = {config.data.cache_dir!r}: {place} is another user's folder"
 
 
 def check_compile(config: Config) -> Iterator[Problem]:
@@ -88,21 +122,23 @@ def check_model(config: Config) -> Iterator[Problem]:
 
 
 def check_deepspeed(config: Config) -> Iterator[Problem]:
-    """ZeRO stages that DeepSpeed refuses, or gets wrong without a word."""
-    name = "deepspeed.zero_optimization.stage"
+    """Keys that DeepSpeed would pass over, or that say otherwise than our own sections."""
+    given = dict(config.deepspeed)
     for filled, source in FILLED_IN.items():
-        if filled in config.deepspeed:
-            value = config.deepspeed[filled]
+        if filled in given:
+            value = given.pop(filled)
             yield Problem(f"deepspeed.{filled}", value, "filled in by the trainer", f"set {source}")
-    zero = config.deepspeed.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        fix = 'write {"stage": 1}'
-        yield Problem("deepspeed.zero_optimization", zero, "not a section", fix)
-        return
-    stage = zero.get("stage", 1)
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        yield Problem(name, stage, "no ZeRO stage", "choose 0, 1, 2 or 3")
-        return
+    yield from check_keys(given, KNOWN)
+    half = given.get("fp16")
+    enabled = half.get("enabled", True) if isinstance(half, dict) else None
+    if isinstance(enabled, bool) and enabled != (config.train.dtype == "fp16"):
+        reason = f"train.dtype is {config.train.dtype}"
+        yield Problem("deepspeed.fp16", half, reason, "set train.dtype alone, or leave it out")
+
+
+def check_stage(config: Config) -> Iterator[Problem]:
+    """ZeRO stages that DeepSpeed refuses, or gets wrong without a word."""
+    name, stage = "deepspeed.zero_optimization.stage", config.zero_stage
     if config.parallel.pipeline > 1 and stage != 1:
         reason = (
             "pipeline parallelism works with ZeRO-1 alone (DeepSpeed refuses 2 and 3; at 0 its "
@@ -124,7 +160,7 @@ def check_tasks(config: Config) -> Iterator[Problem]:
     reason = None
     if config.parallel.pipeline > 1 or config.parallel.sequence:
         reason = "scores during training need whole layers: no pipeline or sequence parallelism"
-    elif config.deepspeed.get("zero_optimization", {}).get("stage", 1) == 3:
+    elif config.zero_stage == 3:
         reason = "scores during training need whole parameters: ZeRO-2 or lower"
     if reason:
         fix = "set it to [] and score the checkpoints by launch/evaluate.py --steps all"
@@ -176,6 +212,11 @@ def check_data(config: Config) -> Iterator[Problem]:
         return
     if data.path == BUILTIN:
         return  # prepared at the start
+    if data.validation_path is not None and is_part(data.validation_path, data.path):
+        reason = "is the training data, on which a loss says nothing of what was learned"
+        fix = "hold out data, or leave it out for data.validation_fraction of the training set"
+        yield Problem("data.validation_path", data.validation_path, reason, fix)
+        return
     train = config.train
     # What is on the hub is checked once it has been fetched, by `launch.training.data.fetch`.
     tokenizer = None if is_hub(config.tokenizer.path) else config.tokenizer.path
@@ -211,6 +252,44 @@ def renamed(found: Problem, key: str) -> Problem:
     return Problem(found.key if "." in found.key else key, found.value, found.reason, found.fix)
 
 
+def is_part(path: str, of: str | list[str] | dict[str, float]) -> bool:
+    """Whether token files are among others: the same file, under whatever name, or a copy."""
+
+    def same(other: str) -> bool:
+        mine, theirs = bin_path(path), bin_path(other)
+        if mine.is_file() and theirs.is_file() and mine.samefile(theirs):
+            return True
+        known = manifest.recorded(path, "bin_sha256")
+        copied = known is not None and known == manifest.recorded(other, "bin_sha256")
+        return copied or mine.absolute() == theirs.absolute()
+
+    try:
+        return any(map(same, [of] if isinstance(of, str) else of))
+    except Problem:
+        return False  # a damaged manifest, which is told by itself
+
+
+def check_cache(config: Config) -> Iterator[Problem]:
+    """Maps that other users could write would decide what a run reads."""
+    folder = config.data.cache_dir
+    if folder is None:
+        return
+    place = nearest_folder(Path(folder))
+    if place.stat().st_mode & OPEN_TO_ALL:
+        fix = "make a folder of your own in it first, and name that"
+        yield Problem("data.cache_dir", folder, f"{place} can be written by every user", fix)
+    elif not place.is_dir() or not os.access(place, os.W_OK):
+        fix = "name a folder of your own"
+        yield Problem("data.cache_dir", folder, f"{place} cannot be written to", fix)
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path itself or the nearest one above it that exists, links followed."""
+    path = path.absolute()
+    return next(parent for parent in (path, *path.parents) if os.path.exists(parent)).resolve()
+
+
 def divisors(number: int) -> str:
     """The divisors of `number`, as a list to choose from."""
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return ", ".join(map(str, sorted({*low, *(number // n for n in low)})))

@@ -6,6 +6,7 @@ import copy
 import difflib
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from configs.checks import cross_check
+from configs.checks import cross_check, warnings
 from configs.schema import Config
 from l2e.config import L2EConfig
 from l2e.problems import ConfigError, Problem
@@ -26,6 +27,12 @@ MOVED = {
     "l2e.monitor": "monitor.features",
     "l2e.monitor_interval": "monitor.interval",
 }
+# From here on whole numbers are too large for sizes and counts (torch's and NumPy's are 32 bits).
+LARGEST = 2**31
+# Characters of a part of a path, with room for an ending such as .manifest.json.
+LONGEST_NAME = 230
+# Keys whose numbers are bounded otherwise: by the schema, or by nothing, as a blend's weights.
+WITHOUT_BOUNDS = {"train.seed", "data.path", "deepspeed"}
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), processes: int | None = None) -> Config:
@@ -40,27 +47,43 @@ def load(path: str | Path, overrides: Sequence[str] = (), processes: int | None 
     config, problems = validate(raw)
     problems += moved
     mistaken = {problem.key for problem in problems}
-    problems += [p for p in cross_check(config, processes) if p.key not in mistaken]
+    try:
+        problems += [p for p in cross_check(config, processes) if p.key not in mistaken]
+    except OSError as error:  # of a folder that may not be looked into, for example
+        reason = f"cannot be read ({error.strerror})"
+        problems.append(Problem(str(error.filename), None, reason, "name another file"))
     if problems:
         raise ConfigError(str(path), problems)
+    for line in warnings(config):
+        logging.getLogger("configs").warning("%s", line)
     return config
 
 
 def read(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; a ConfigError where there is none."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=once)
     except FileNotFoundError:
         known = sorted(str(p) for p in Path(__file__).parent.glob("*.json"))
         fix = f"give an existing file, for example one of {', '.join(known)}"
         raise ConfigError(str(path), [Problem("--config", path, "no such file", fix)]) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         problem = Problem("--config", path, f"not readable as JSON ({error})", "mend the file")
         raise ConfigError(str(path), [problem]) from None
     if not isinstance(raw, dict):
         problem = Problem("--config", raw, "not a JSON object", "write sections in { }")
         raise ConfigError(str(path), [problem])
     return raw
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are there once each; else the last would win in silence."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return content
 
 
 def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -73,7 +96,7 @@ def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
             raise ConfigError("command line", [problem])
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             value = text
         *sections, leaf = name.split(".")
         place = raw
@@ -120,18 +143,27 @@ def validate(raw: dict[str, Any]) -> tuple[Config, list[Problem]]:
     held against all the others and everything is reported in one go.
     """
     raw = copy.deepcopy(raw)
-    problems: dict[str, Problem] = {}
+    problems = {problem.key: problem for problem in unusable(raw)}
+    filled = False
     while True:
         try:
             return Config.model_validate(raw), list(problems.values())
         except ValidationError as report:
+            before = copy.deepcopy(raw)
             for error in report.errors():
-                for problem in mistakes(error, raw):
+                found = list(mistakes(error, before, raw))
+                if filled and error["loc"][0] == "model":
+                    continue  # what does not fit the shape that was filled in is no mistake
+                for problem in found:
                     problems.setdefault(problem.key, problem)
             if "model" in report_sections(report):
                 # Only the model has keys without a default; any shape lets the rest be checked.
                 given = raw.get("model")
-                raw["model"] = {"preset": "14m"} | (given if isinstance(given, dict) else {})
+                kept = given if isinstance(given, dict) else {}
+                raw["model"] = {**kept, "preset": kept.get("preset") or "14m"}
+                filled = True
+            if raw == before:  # our own bug, which would loop
+                raise AssertionError(f"nothing to take out for {report}") from report
 
 
 def report_sections(report: ValidationError) -> set[Any]:
@@ -139,23 +171,74 @@ def report_sections(report: ValidationError) -> set[Any]:
     return {error["loc"][0] for error in report.errors()}
 
 
-def remove(raw: dict[str, Any], location: Sequence[Any]) -> list[str]:
-    """Take the value at `location` out of `raw`; its path, without the schema's union branches."""
+def unusable(raw: dict[str, Any]) -> Iterator[Problem]:
+    """Values that no key can use, whatever its type; they are taken out of `raw`."""
+    for section, content in list(raw.items()):
+        if not isinstance(content, dict):
+            continue
+        for key, value in list(content.items()):
+            name = f"{section}.{key}"
+            limit = math.inf if {section, name} & WITHOUT_BOUNDS else LARGEST
+            reasons = (out_of_bounds(inner, limit) for inner in values(value))
+            if reason := next(filter(None, reasons), None):
+                del content[key]
+                yield Problem(name, value, reason, "give a valid value")
+
+
+def values(value: Any) -> Iterator[Any]:
+    """All numbers and texts inside a value."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield name
+            yield from values(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from values(inner)
+    else:
+        yield value
+
+
+def out_of_bounds(value: Any, limit: float) -> str | None:
+    """Why no key can have this number or text; None where one can."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a finite number"
+    if isinstance(value, int) and abs(value) >= limit:
+        return f"out of bounds: whole numbers go up to {LARGEST - 1}"
+    if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        return "holds a character that no name or text can have"
+    if isinstance(value, str) and any(len(part) > LONGEST_NAME for part in value.split("/")):
+        return "longer than a file's name can be"
+    return None
+
+
+def inside(location: Sequence[Any], raw: dict[str, Any]) -> list[str]:
+    """The part of a schema error's place that is in the file: without branches of unions."""
     path: list[str] = []
     place: Any = raw
     for part in location:
         if not isinstance(place, dict) or part not in place:
             break
         path.append(str(part))
-        parent, place = place, place[part]
-    assert path, f"the schema refuses {location}, which is not in the file"
-    del parent[path[-1]]
+        place = place[part]
     return path
 
 
-def mistakes(error: ErrorDetails, raw: dict[str, Any]) -> Iterator[Problem]:
-    """A schema error in the words of a user; what is mistaken is taken out of `raw`."""
+def remove(path: Sequence[str], raw: dict[str, Any]) -> None:
+    """Take the value at `path` out of `raw`, if it is still there."""
+    place: Any = raw
+    for part in path[:-1]:
+        place = place.get(part, {})
+    place.pop(path[-1], None)
+
+
+def mistakes(error: ErrorDetails, given: dict[str, Any], raw: dict[str, Any]) -> Iterator[Problem]:
+    """A schema error in the words of a user; what is mistaken is taken out of `raw`.
+
+    given: the configuration that the schema has seen, of which `raw` is a copy.
+    """
     cause = error.get("ctx", {}).get("error")
+    location = error["loc"]
+    path = inside(location, given)
     if isinstance(cause, ConfigError):  # the method's section, which checks itself
         section = raw[cause.source]
         wrong = [problem.key for problem in cause.problems if problem.key in section]
@@ -164,11 +247,22 @@ def mistakes(error: ErrorDetails, raw: dict[str, Any]) -> Iterator[Problem]:
         for problem in cause.problems:
             name = f"{cause.source}.{problem.key}"
             yield Problem(name, problem.value, problem.reason, problem.fix or suggest(name))
-    elif error["type"] == "missing":
-        name = ".".join(map(str, error["loc"]))
-        yield explain(name, error)
-    else:
-        yield explain(".".join(remove(raw, error["loc"])), error)
+        return
+    missing = error["type"] == "missing" and len(path) == len(location) - 1
+    if missing and location[0] == "model":
+        if (
+            path == ["model"]
+            and "preset" in given["model"]
+            and given["model"]["preset"] is not None
+        ):
+            return  # a wrong preset is told, not what it would have filled in
+        fix = "give it, or start from a size with model.preset, for example 70m"
+        yield Problem(".".join(map(str, location)), None, "missing", fix)
+        return
+    remove(path, raw)
+    # A key of the schema by its own name, also where it comes from a preset or holds a list.
+    name = ".".join(map(str, location[:2]))
+    yield explain(name if name in {key.name for key in keys()} else ".".join(path), error)
 
 
 def explain(name: str, error: ErrorDetails) -> Problem:
@@ -176,12 +270,14 @@ def explain(name: str, error: ErrorDetails) -> Problem:
     value = error["input"]
     if error["type"] == "extra_forbidden":
         return Problem(name, value, "unknown key", suggest(name))
-    if error["type"] == "missing":
-        fix = "give it, or start from a size with model.preset, for example 70m"
-        return Problem(name, None, "missing", fix)
-    known = {key.name: f" ({key.help})" for key in keys()}
+    known = {key.name: key for key in keys()}
     reason = error["msg"][0].lower() + error["msg"][1:]
-    meaning = known.get(name, "")
+    meaning = ""
+    if name in known:
+        meaning = f" ({known[name].help})"
+        branch = len(error["loc"]) > 2 and "|" in known[name].type  # of a union
+        if branch or error["type"] == "missing":
+            reason = f"expected {known[name].type}"
     return Problem(name, value, reason, f"give a valid value{meaning}")
 
 

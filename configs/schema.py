@@ -19,7 +19,7 @@ from model.config import ModelConfig
 class Section(BaseModel):
     """One section of the file; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def key(default: Any, help: str, unit: str = "", **bounds: Any) -> Any:
@@ -96,14 +96,17 @@ class Tokenizer(Section):
     )
 
 
+Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
+
+
 class Optimizer(Section):
     """The update rule. Biases and LayerNorms are never decayed."""
 
     type: Literal["adamw", "sgd"] = key("adamw", "adamw as Pythia's, or plain sgd (parity tests)")
-    learning_rate: float = key(1e-3, "peak learning rate", ge=0)
-    betas: tuple[float, float] = key((0.9, 0.95), "AdamW's decay of its moments", strict=False)
+    learning_rate: float = key(1e-3, "peak learning rate", ge=0, le=1000)
+    betas: tuple[Beta, Beta] = key((0.9, 0.95), "AdamW's decay of its moments", strict=False)
     eps: float = key(1e-8, "AdamW's epsilon", gt=0)
-    weight_decay: float = key(0.1, "decoupled weight decay", ge=0)
+    weight_decay: float = key(0.1, "decoupled weight decay", ge=0, le=1000)
     gradient_clipping: float = key(1.0, "largest global gradient norm; 0 clips nothing", ge=0)
 
 
@@ -151,7 +154,7 @@ class Train(Section):
     """The run itself."""
 
     steps: int = key(143000, "optimizer steps of the run", "steps", ge=1)
-    seed: int = key(1234, "seed of the initial weights and of the data order", ge=0)
+    seed: int = key(1234, "seed of the initial weights and of the data order", ge=0, lt=2**32)
     global_batch_size: int = key(1024, "sequences an optimizer step", "sequences", ge=1)
     micro_batch_size: int = key(
         1, "sequences a process runs at once; the rest is accumulated", "sequences", ge=1
@@ -183,7 +186,7 @@ class Checkpoint(Section):
     )
     keep_last: int = key(3, "newest checkpoints that are kept; 0 keeps all", "checkpoints", ge=0)
     keep_every: int = key(0, "steps whose multiples are kept for good; 0: none", "steps", ge=0)
-    steps: list[int] = key(
+    steps: list[Annotated[int, Field(ge=0)]] = key(
         [], "further steps that are written and kept for good; 0 is the untrained model", "steps"
     )
     give_up: int = key(

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -338,6 +339,19 @@ def check_enough(
             f"{share}{tokens} tokens in {len(documents)} documents are fewer than one sample of "
             f"{length} + 1",
             fix,
+        )
+    visits = count_epochs(tokens, length, samples) * len(documents)
+    size, memory = (
+        12 * visits + 8 * samples,
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
+    if size > memory:
+        raise Problem(
+            "token file",
+            Path(file.prefix),
+            f"to shuffle {samples:,} samples takes {size / 2**30:,.0f} GiB, and this machine has "
+            f"{memory / 2**30:,.0f}",
+            "take fewer train.steps, a smaller train.global_batch_size or fewer evaluate.batches",
         )
 
 

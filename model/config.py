@@ -31,6 +31,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+Preset = Literal["14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b"]
+
 # Vocabulary rows on one tensor-parallel rank come in multiples of this (GPT-NeoX's rule).
 VOCABULARY_MULTIPLE = 128
 
@@ -38,32 +40,39 @@ VOCABULARY_MULTIPLE = 128
 class ModelConfig(BaseModel):
     """One GPT-NeoX model. `preset` fills in a Pythia size; every key given beside it wins."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    preset: str | None = Field(
+    preset: Preset | None = Field(
         None, description=f"Pythia size to start from: {', '.join(PRESETS)}; other keys override it"
     )
-    num_layers: int = Field(ge=1, description="Number of transformer blocks")
-    hidden_size: int = Field(ge=1, description="Width of the residual stream, in channels")
+    num_layers: int = Field(ge=1, le=10_000, description="Number of transformer blocks")
+    hidden_size: int = Field(
+        ge=1, le=2**20, description="Width of the residual stream, in channels"
+    )
     num_attention_heads: int = Field(ge=1, description="Attention heads; must divide hidden_size")
     intermediate_size: int = Field(
-        0, ge=0, description="Neurons of each MLP; 0 means 4 x hidden_size"
+        0, ge=0, le=2**22, description="Neurons of each MLP; 0 means 4 x hidden_size"
     )
     vocab_size: int = Field(
-        50304, ge=2, description="Rows of the embeddings, in tokens; layouts pad further by masking"
+        50304,
+        ge=2,
+        le=2**24,
+        description="Rows of the embeddings, in tokens; layouts pad further by masking",
     )
-    max_position_embeddings: int = Field(2048, ge=1, description="Longest sequence, in tokens")
+    max_position_embeddings: int = Field(
+        2048, ge=1, le=2**24, description="Longest sequence, in tokens"
+    )
     rotary_percent: float = Field(
         0.25, gt=0, le=1, description="Share of each head's channels that rotary positions turn"
     )
-    rotary_base: float = Field(10000.0, gt=0, description="Base of the rotary frequencies")
+    rotary_base: float = Field(10000.0, gt=0, le=1e12, description="Base of the rotary frequencies")
     parallel_residual: bool = Field(
         True, description="x + attention(ln1 x) + mlp(ln2 x) if true, one after the other if false"
     )
     activation: Literal["gelu", "gelu_tanh"] = Field(
         "gelu", description="MLP non-linearity: gelu (erf form) or gelu_tanh (tanh approximation)"
     )
-    layer_norm_epsilon: float = Field(1e-5, gt=0, description="Added to LayerNorm's variance")
+    layer_norm_epsilon: float = Field(1e-5, gt=0, le=1, description="Added to LayerNorm's variance")
     initialization: Literal["pythia", "normal"] = Field(
         "pythia",
         description="pythia: std sqrt(2/(5*hidden)), outputs 2/(layers*sqrt(hidden)); "
@@ -77,9 +86,8 @@ class ModelConfig(BaseModel):
         if not isinstance(given, dict) or given.get("preset") is None:
             return given
         preset = given["preset"]
-        if preset not in PRESETS:
-            raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
-        return PRESETS[preset] | given
+        known = isinstance(preset, str) and preset in PRESETS
+        return PRESETS[preset] | given if known else given
 
     @field_validator("num_attention_heads")
     @classmethod

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 
 import configs
+from bench.random_tokens import write_random_tokens
+from configs.deepspeed_keys import KNOWN
 from configs.loading import keys
 
 SMALL = {
     "model": {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512},
     "data": {"path": "builtin", "sequence_length": 128},
+    "schedule": {"warmup_steps": 2},
     "train": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2},
 }
 SHIPPED = sorted(Path(configs.__file__).parent.glob("*.json"))
@@ -61,7 +64,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "key", "told"),
     [
-        ({"model": {"preset": "71m"}}, "model", "70m"),
+        ({"model": {"preset": "71m"}}, "model.preset", "70m"),
         ({"model": {"num_layers": 4}}, "model.hidden_size", "missing"),
         ({"model": SMALL["model"] | {"num_attention_heads": 5}}, "model.num_attention_heads", "64"),
         ({"l2e": {"inhibit_fraction": 2}}, "l2e.inhibit_fraction", "less than 1"),
@@ -75,12 +78,165 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ({"data": {"path": "nowhere/corpus", "sequence_length": 128}}, "data.path", "nowhere"),
         ({"deepspeed": {"zero_optimization": 2}}, "deepspeed.zero_optimization", "section"),
         ({"nonsense": {}}, "nonsense", "unknown key"),
+        ({"model": {"preset": ["70m"]}}, "model.preset", "'70m'"),
+        ({"model": {"preset": {}}}, "model.preset", "'70m'"),
+        ({"model": SMALL["model"] | {"num_layers": True}}, "model.num_layers", "integer"),
+        ({"model": SMALL["model"] | {"hidden_size": "64"}}, "model.hidden_size", "integer"),
+        ({"model": SMALL["model"] | {"hidden_size": 2**31}}, "model.hidden_size", "bounds"),
+        ({"model": 5}, "model", "5"),
+        ({"optimizer": {"betas": [0.9]}}, "optimizer.betas", "tuple["),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer.betas", "less than 1"),
+        ({"optimizer": {"betas": [0.9, 0.9, 0.9]}}, "optimizer.betas", "3"),
+        ({"optimizer": {"betas": [0.9, "0.9"]}}, "optimizer.betas", "number"),
+        ({"optimizer": {"betas": {"a": 1}}}, "optimizer.betas", "tuple"),
+        ({"optimizer": {"learning_rate": float("inf")}}, "optimizer.learning_rate", "finite"),
+        ({"optimizer": {"eps": float("nan")}}, "optimizer.eps", "finite"),
+        ({"l2e": {"weight": float("inf")}}, "l2e.weight", "finite"),
+        ({"l2e": {"topk": 2**40}}, "l2e.topk", "bounds"),
+        ({"data": {"path": 5}}, "data.path", "str | list[str]"),
+        ({"data": {"path": ["a", 5]}}, "data.path", "str | list[str]"),
+        ({"data": {"path": {"a": "x"}}}, "data.path", "str | list[str]"),
+        ({"data": {"path": "a\0b"}}, "data.path", "character"),
+        ({"data": {"path": ["\ud800"]}}, "data.path", "character"),
+        ({"data": {"path": "x" * 300}}, "data.path", "longer than a file's name"),
+        ({"tokenizer": {"path": "a/" + "x" * 300}}, "tokenizer.path", "longer than a file's name"),
+        ({"data": {"path": {"nowhere": 3 * 10**11}}}, "data.path", "nowhere"),
+        ({"checkpoint": {"steps": [-1]}}, "checkpoint.steps", "greater than or equal to 0"),
+        ({"checkpoint": {"steps": 5}}, "checkpoint.steps", "list"),
+        ({"train": SMALL["train"] | {"seed": 2**32}}, "train.seed", "4294967296"),
+        ({"train": SMALL["train"] | {"steps": 2**31}}, "train.steps", "bounds"),
+        ({"deepspeed": {"zero_optimisation": {}}}, "deepspeed.zero_optimisation", "zero_optimiz"),
+        ({"deepspeed": {"fp16": {"enabled": True}}}, "deepspeed.fp16", "train.dtype is bf16"),
+        ({"deepspeed": {"fp16": {}}}, "deepspeed.fp16", "train.dtype is bf16"),
+        ({"deepspeed": {"amp": {"enabled": True}}}, "deepspeed.amp", "set train.dtype"),
+        (
+            {"deepspeed": {"zero_optimization": {"stagee": 2}}},
+            "deepspeed.zero_optimization.stagee",
+            "did you mean deepspeed.zero_optimization.stage?",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": "two"}}},
+            "deepspeed.zero_optimization.stage",
+            "from 0 to 3",
+        ),
+        ({"deepspeed": {"wall_clock_breakdown": "yes"}}, "deepspeed.wall_clock_breakdown", "true"),
+        ({"deepspeed": []}, "deepspeed", "dict"),
     ],
 )
 def test_each_mistake_names_its_key(tmp_path: Path, change: dict, key: str, told: str) -> None:
     found = mistakes(tmp_path, SMALL | change)
     assert key in found, found
     assert told in found[key]
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"optimizer": {"betas": [0.9]}}, "optimizer.betas"),
+        ({"data": {"path": 5, "sequence_length": 128}}, "data.path"),
+        ({"l2e": {"layers": "foo"}}, "l2e.layers"),
+        ({"model": {"preset": []}}, "model.preset"),
+        ({"deepspeed": {"zero_optimization": {"stage": []}}}, "deepspeed.zero_optimization.stage"),
+    ],
+)
+def test_no_other_key_is_blamed(tmp_path: Path, change: dict, key: str) -> None:
+    assert list(mistakes(tmp_path, SMALL | change)) == [key]
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SMALL)[:-1] + ', "train": {"steps": 5}}')
+    with pytest.raises(configs.ConfigError, match="'train' is there twice"):
+        configs.load(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"train": {"steps": ' + "9" * 5000 + "}}"])
+def test_what_json_itself_cannot_hold(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(configs.ConfigError):
+        configs.load(path)
+    with pytest.raises(configs.ConfigError, match=r"train\.steps"):
+        configs.load(write(tmp_path, SMALL), [f"train.steps={text}"])
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SMALL), encoding="utf-8-sig")
+    assert configs.load(path).train.steps == 10
+
+
+def test_what_is_seldom_meant_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    change = {
+        "schedule": {"warmup_steps": 11},
+        "checkpoint": {"steps": [0, 10, 12]},
+        "train": SMALL["train"] | {"stop_after": 20},
+    }
+    configs.load(write(tmp_path, SMALL | change))
+    told = [record.getMessage() for record in caplog.records]
+    assert [line.split(" ")[0].rstrip(":") for line in told] == [
+        "schedule.warmup_steps",
+        "checkpoint.steps",
+        "train.stop_after",
+    ]
+    assert "[12]" in told[1]
+
+
+def test_validation_on_training_data_is_refused(tmp_path: Path) -> None:
+    prefix = write_random_tokens(tmp_path / "tokens", 2**12, vocab_size=256)
+    other = write_random_tokens(tmp_path / "other", 2**12, vocab_size=256)
+    (tmp_path / "link.bin").symlink_to(f"{prefix}.bin")
+    (tmp_path / "link.idx").symlink_to(f"{prefix}.idx")
+    common = {"sequence_length": 16}
+    for path, validation in (
+        (str(prefix), str(prefix)),
+        (str(prefix), str(tmp_path / "link")),
+        ([str(other), str(prefix)], str(prefix)),
+        ({str(prefix): 1.0, str(other): 2.0}, f"{tmp_path}/../{tmp_path.name}/tokens"),
+    ):
+        data = common | {"path": path, "validation_path": validation}
+        found = mistakes(tmp_path, SMALL | {"data": data})
+        assert "is the training data" in found["data.validation_path"]
+    data = common | {"path": str(prefix), "validation_path": str(other)}
+    configs.load(write(tmp_path, SMALL | {"data": data}))
+
+
+def test_a_cache_that_others_can_write_is_refused(tmp_path: Path) -> None:
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    own.mkdir()
+    shared.mkdir()
+    shared.chmod(0o1777)
+    (tmp_path / "link").symlink_to(shared)
+    (shared / "mine").mkdir(mode=0o700)
+    for folder in (shared, shared / "new" / "deeper", tmp_path / "link"):
+        data = SMALL["data"] | {"cache_dir": str(folder)}
+        found = mistakes(tmp_path, SMALL | {"data": data})
+        assert "can be written by every user" in found["data.cache_dir"]
+    for folder in (own, own / "new", shared / "mine" / "new"):
+        configs.load(write(tmp_path, SMALL | {"data": SMALL["data"] | {"cache_dir": str(folder)}}))
+
+
+def test_more_samples_than_memory_can_order_are_refused(tmp_path: Path) -> None:
+    prefix = write_random_tokens(tmp_path / "tokens", 2**12, vocab_size=256)
+    train = SMALL["train"] | {"steps": 2**31 - 1, "global_batch_size": 2**20}
+    data = {"path": str(prefix), "sequence_length": 16}
+    found = mistakes(tmp_path, SMALL | {"data": data, "train": train})
+    assert "GiB" in found["data.path"]
+
+
+def test_the_passed_on_keys_are_deepspeeds() -> None:
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.precision_config import DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    words = [getattr(constants, name) for name in dir(constants) if name.isupper()]
+    for section, fields in (
+        ("zero_optimization", DeepSpeedZeroConfig.model_fields),
+        ("fp16", DeepSpeedFP16Config.model_fields),
+    ):
+        assert set(KNOWN[section]) <= {field.alias or name for name, field in fields.items()}
+    outside = {"zero_optimization", "timers", "comms_logger", "flops_profiler"}
+    assert [key for key in KNOWN if key not in words] == sorted(outside, key=list(KNOWN).index)
 
 
 def test_mistakes_of_the_methods_section_are_told_beside_all_others(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_keys_given_beside_a_preset_win():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"preset": "71m"}, "choose one of 14m, 31m, 70m"),
+        ({"preset": "71m"}, "'14m', '31m', '70m'"),
         ({"preset": "70m", "num_attention_heads": 7}, "7 heads do not divide hidden_size 512"),
         ({"preset": "70m", "rotary_percent": 3 / 64}, "turns 3 of them"),
         ({"preset": "70m", "hidden_dims": 3}, "hidden_dims"),
