@@ -206,13 +206,19 @@ class MissingFile(ValueError):
     """The folder of local data lacks a task's evaluation items."""
 
 
+class Item(dict[str, Any]):
+    """A record, and the file and line it is from."""
+
+    place: str
+
+
 @dataclass(frozen=True)
 class LocalData:
     """A folder of `TASK_SPLIT.jsonl` or `.jsonl.gz` files in the official field names."""
 
     folder: Path
 
-    def splits(self, task: str) -> dict[str, list[dict[str, Any]]]:
+    def splits(self, task: str) -> dict[str, list[Item]]:
         """{split: items} of one task.
 
         MMLU subjects share `mmlu_SPLIT` and are told apart by `subject`; BIG-bench tasks share
@@ -253,14 +259,8 @@ class LocalData:
         return list(self.folder.iterdir())
 
     @staticmethod
-    def _where(key: str, value: str, files: list[Path]) -> list[dict[str, Any]]:
+    def _where(key: str, value: str, files: list[Path]) -> list[Item]:
         return [item for file in files for item in read_items(file) if item.get(key) == value]
-
-
-class Item(dict[str, Any]):
-    """A record, and the file and line it is from."""
-
-    place: str
 
 
 @cache
@@ -342,7 +342,7 @@ def local_task(config: dict[str, Any], data: LocalData) -> Task:
     return ConfigurableTask(config={key: value for key, value in config.items() if key != "tag"})
 
 
-def in_memory(splits: dict[str, list[dict]]) -> Callable[..., dict[str, datasets.Dataset]]:
+def in_memory(splits: dict[str, list[Item]]) -> Callable[..., dict[str, datasets.Dataset]]:
     return lambda **_: {split: datasets.Dataset.from_list(items) for split, items in splits.items()}
 
 

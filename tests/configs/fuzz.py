@@ -24,7 +24,7 @@ from typing import Any
 import configs
 from bench.random_tokens import write_random_tokens
 from configs.schema import Config
-from launch.planning.dry_run import plan_lines
+from launch.planning.summary import summary
 
 SECONDS = 20  # more for one configuration is a hang
 TINY = {
@@ -92,7 +92,7 @@ def verdict(path: Path) -> tuple[str, Config | None]:
     signal.alarm(SECONDS)
     try:
         config = configs.load(path)
-        plan_lines(config)
+        summary(config, config.parallel.processes or 1)
         return "plan", config
     except configs.ConfigError as report:
         return "report" if str(report) else "traceback", None
