@@ -165,3 +165,19 @@ class Touched(TorchDispatchMode):
         if logits and name not in ("t", "slice", "view", "empty", "new_empty", "detach"):
             self.names.append(name)
         return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_check_before_triton_is_used_works_where_gradients_are_off(dtype):
+    """As inside the autograd function that asks; a softmax that is off is found there too."""
+    triton_loss = pytest.importorskip("model.triton_loss")
+
+    def sloppy(logits, *arguments):
+        losses = triton_loss.softmax(logits, *arguments)
+        logits *= 1.1
+        return losses
+
+    with torch.no_grad():
+        assert loss_module.disagreement(triton_loss.softmax, torch.device("cpu"), dtype) is None
+        found = loss_module.disagreement(sloppy, torch.device("cpu"), dtype)
+    assert "differs from float64" in found
