@@ -48,6 +48,9 @@ WIDE_MARKS = {
 }
 TABLE_ENDINGS = {".csv": "CSV", ".tsv": "TSV", ".tab": "TSV", ".psv": "PSV"}
 TABLE_SEPARATORS = {",": "CSV", "\t": "TSV", ";": "CSV with semicolons", "|": "PSV"}
+# Names that say what text it is, whatever it looks like.
+MARKUP_ENDINGS = (".md", ".markdown", ".rst", ".tex", ".html", ".htm", ".xml")
+WORD = re.compile(r"[^\W\d]\w*")
 COLUMN_NAME = re.compile(r"[^\W\d][\w .()/#-]{0,63}(?<! )")
 TO_PARQUET = (
     'python -c "from pyarrow import csv, parquet; '
@@ -101,6 +104,8 @@ def judge(path: Path) -> Kind:
     found = _table_format(head)
     if format_ == JSON_LINES:
         _refuse_unlike(path, head, found)
+    if not format_ and ending in MARKUP_ENDINGS:
+        format_ = TEXT
     format_ = format_ or found or _text_format(path, head)
     if compression and format_ in (PARQUET, ARROW):
         reason = f"is a table compressed as a whole by {compression}"
@@ -210,7 +215,7 @@ def _refuse_table(path: Path, kind: str) -> None:
         "input",
         path,
         f"is a table ({kind}); read are JSON lines, Parquet, Arrow and text",
-        f"convert it: {TO_PARQUET.format(name=path.name)}",
+        f"convert it: {TO_PARQUET.format(name=path.name)} (what is prose after all is named .md)",
     )
 
 
@@ -279,6 +284,10 @@ def _table_of(lines: list[str]) -> str | None:
         if not (all(map(COLUMN_NAME.fullmatch, names)) and len(set(header)) == len(header) > 1):
             continue
         whole = rows[:-1] or rows  # the last one may be cut
-        if whole and all(len(row) == len(header) for row in whole):
+        if not whole or any(len(row) != len(header) for row in whole):
+            continue
+        # Without tabs, single words beside one another may be anything.
+        cells = [cell for row in whole for cell in row]
+        if separator == "\t" or not all(map(WORD.fullmatch, cells)):
             return name
     return None

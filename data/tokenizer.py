@@ -123,7 +123,10 @@ class Tokenizer(ABC):
             reason, fix = f"has no token {self._end_of_text!r}", "name one that it has"
         elif names:
             reason = f"has {len(names)} tokens that may end a document: {', '.join(names)}"
-            fix = "choose one with --end-of-text"
+            fix = (
+                "choose one with prepare.py --end-of-text, or as eos_token in a "
+                "tokenizer_config.json beside the file"
+            )
         else:
             reason = f"has no end-of-text token, looked for {', '.join(END_OF_TEXT)}"
             fix = "documents could not be told apart: name one with --end-of-text, or take another"

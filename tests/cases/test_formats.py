@@ -69,6 +69,7 @@ def test_tables_without_an_ending_are_tables(tmp_path) -> None:
         "\ufeffa mark, then prose\n",
         "<p>a paragraph</p>\n",
         "word",
+        "apple,pear\nplum,fig\n",
     ],
 )
 @pytest.mark.parametrize("name", ["x.txt", "noending", "x.py"])
@@ -76,6 +77,14 @@ def test_prose_and_code_stay_text(tmp_path, text, name) -> None:
     (tmp_path / name).write_text(text)
     assert judge(tmp_path / name) == ("text", "")
     assert texts(tmp_path / name) == [text.removeprefix("\ufeff")]
+
+
+def test_what_looks_like_a_table_can_be_named_as_prose(tmp_path) -> None:
+    (tmp_path / "verse.txt").write_text("one;two things\nthree;four more\n")
+    with pytest.raises(ValueError, match=r"what is prose after all is named \.md"):
+        find_sources([str(tmp_path / "verse.txt")])
+    (tmp_path / "verse.txt").rename(tmp_path / "verse.md")
+    assert texts(tmp_path / "verse.md") == ["one;two things\nthree;four more\n"]
 
 
 def test_templates_are_text_by_their_own_names(tmp_path) -> None:
