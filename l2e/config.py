@@ -4,6 +4,7 @@ Help, unit and bounds stand in each field's metadata, so that a configuration sc
 can be generated from it and the texts live in one place.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
 from types import UnionType
@@ -144,7 +145,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and math.isfinite(value)
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 

@@ -125,32 +125,35 @@ class ModuleHook(OwnHook):
             return None
         if not self.forward_pass.observes(module, self.name):
             return None
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch.is_inference_mode_enabled():  # the layer's state outlives this pass
+            with torch.inference_mode(False), torch.no_grad():
+                return self._apply(output)
+        return self._apply(output)
+
+    def _apply(self, output: Any) -> Any:
         path, z = outputs.find(output, self.output, self.name)
         if z.is_meta:
             return None
         self._check(z)
-        moved, counted = z.movedim(self.neuron_dim, -1), self.forward_pass.counted
-        if counted is not None and counted.dim() == z.dim():
-            counted = counted.movedim(self.neuron_dim, -1)
+        counted = self.forward_pass.counted
         if self.layer.config.method == "none":
-            logs = inhibition.observe(moved.detach(), counted, self.layer.handle)
-            self._keep(logs, moved, counted)
+            logs = inhibition.observe(z.detach(), counted, self.layer.handle, self.neuron_dim)
+            self._keep(logs, z, counted)
             return None
-        inhibited, logs, _ = self.layer.operate(moved, None, counted)
+        inhibited, logs, _ = self.layer.operate(z, None, counted, self.neuron_dim)
         if self.forward_pass.collects:
-            self._keep(logs, moved, counted)
-        return outputs.replace(output, path, inhibited.movedim(-1, self.neuron_dim))
+            self._keep(logs, z, counted)
+        return outputs.replace(output, path, inhibited)
 
-    def _keep(self, logs: Tensor, moved: Tensor, counted: Tensor | None) -> None:
+    def _keep(self, logs: Tensor, z: Tensor, counted: Tensor | None) -> None:
         if not torch.is_grad_enabled():
             return
         if not torch.compiler.is_compiling() and inhibition.in_backward():
             return  # the pass is recomputed
-        entries: Tensor | int = moved.numel()
-        if counted is not None:
-            if counted.dim() == moved.dim():
-                counted = counted.squeeze(-1)
-            entries = (counted != 0).expand(moved.shape[:-1]).sum() * moved.shape[-1]
+        entries: Tensor | int = z.numel()
+        if counted is not None:  # each stands for so many samples
+            entries = (counted != 0).sum() * (z.numel() // counted.numel())
         self.terms.append((logs, entries))
 
     def _check(self, z: Tensor) -> None:

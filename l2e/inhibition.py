@@ -35,7 +35,12 @@ def in_backward() -> bool:
 
 @torch.library.custom_op("l2e::inhibit", mutates_args=())
 def inhibit(
-    pre: Tensor, bias: Tensor | None, counted: Tensor | None, handle: Tensor, keep_mask: bool
+    pre: Tensor,
+    bias: Tensor | None,
+    counted: Tensor | None,
+    handle: Tensor,
+    keep_mask: bool,
+    neuron_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Apply a layer in training mode.
 
@@ -46,16 +51,18 @@ def inhibit(
             last, or with 1 there; the others pass as they are. None: all count.
         handle: of the layer's state, whose sums this call adds to.
         keep_mask: whether the layer selects by a mask: by top k, or at random.
+        neuron_dim: the dimension of `pre` (and of a `counted` of as many) that is its last above.
 
     Returns:
         The inhibited activations [..., units], laid out as `pre` is; the sum over selected entries
         of log (z - mean)^2 as a float32 scalar (of log of the MS if scale-invariant), whose
-        gradient reaches `pre`; and the mask of what was selected (empty where the backward pass
-        computes it again).
+        gradient reaches `pre`; and the mask of what was selected, flat (empty where the backward
+        pass computes it again).
     """
     state = _states[int(handle)]
+    pre = pre.movedim(neuron_dim, -1)
     all_rows = _as_rows(pre, state)
-    kept = None if counted is None else _kept(counted, pre, state)
+    kept = None if counted is None else _kept(counted, pre, neuron_dim, state)
     rows = all_rows if kept is None else all_rows[kept]
     # Rows of one sequence: its positions, unless a row holds them all.
     sequence = pre.shape[-2] // state.positions if pre.dim() > 2 and kept is None else 1
@@ -64,21 +71,23 @@ def inhibit(
         out = _among(all_rows, kept, out, state)
         if keep_mask:
             mask = torch.zeros_like(all_rows, dtype=torch.bool).index_copy_(0, kept, mask)
-    return _laid_out(out, pre), loss, mask.view(pre.shape if keep_mask else 0)
+    # .data: no view, so that what follows may work in place on it.
+    return _laid_out(out, pre).movedim(-1, neuron_dim).data, loss, mask.flatten()
 
 
 @torch.library.custom_op("l2e::observe", mutates_args=())
-def observe(pre: Tensor, counted: Tensor | None, handle: Tensor) -> Tensor:
+def observe(pre: Tensor, counted: Tensor | None, handle: Tensor, neuron_dim: int) -> Tensor:
     """Add to a layer's sums what `inhibit` would, and change nothing; its loss is returned."""
     state = _states[int(handle)]
+    pre = pre.movedim(neuron_dim, -1)
     rows = _as_rows(pre, state)
     if counted is not None:
-        rows = rows[_kept(counted, pre, state)]
+        rows = rows[_kept(counted, pre, neuron_dim, state)]
     return _forward(state, rows, None, 1)[1]
 
 
 @observe.register_fake
-def _(pre: Tensor, counted: Tensor | None, handle: Tensor) -> Tensor:
+def _(pre: Tensor, counted: Tensor | None, handle: Tensor, neuron_dim: int) -> Tensor:
     return torch.empty((), device=pre.device)
 
 
@@ -105,10 +114,15 @@ def _forward(
 
 @inhibit.register_fake
 def _(
-    pre: Tensor, bias: Tensor | None, counted: Tensor | None, handle: Tensor, keep_mask: bool
+    pre: Tensor,
+    bias: Tensor | None,
+    counted: Tensor | None,
+    handle: Tensor,
+    keep_mask: bool,
+    neuron_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = torch.empty((), device=pre.device)
-    mask = torch.empty(pre.shape if keep_mask else 0, dtype=torch.bool, device=pre.device)
+    mask = torch.empty(pre.numel() if keep_mask else 0, dtype=torch.bool, device=pre.device)
     return torch.empty_like(pre), loss, mask
 
 
@@ -121,15 +135,17 @@ def inhibit_backward(
     counted: Tensor | None,
     mask: Tensor,
     handle: Tensor,
+    neuron_dim: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients to `pre` and to the bias ([0] if there is none).
 
     Without a gradient to the loss, L_MS injects its own.
     """
     state = _states[int(handle)]
+    pre = pre.movedim(neuron_dim, -1)
     all_rows = _as_rows(pre, state)
-    all_grads = grad.reshape(all_rows.shape)
-    kept = None if counted is None else _kept(counted, pre, state)
+    all_grads = grad.movedim(neuron_dim, -1).reshape(all_rows.shape)
+    kept = None if counted is None else _kept(counted, pre, neuron_dim, state)
     if kept is None:
         out, bias_grad = _gradients(state, all_grads, all_rows, loss_grad, bias, mask)
     else:
@@ -140,7 +156,7 @@ def inhibit_backward(
         bias_grad = pre.new_empty(0)
     else:  # of every position's neurons, which share it
         bias_grad = bias_grad.view(state.positions, -1).sum(0)
-    return _laid_out(out, pre), bias_grad
+    return _laid_out(out, pre).movedim(-1, neuron_dim), bias_grad
 
 
 def _gradients(
@@ -174,12 +190,13 @@ def _(
     counted: Tensor | None,
     mask: Tensor,
     handle: Tensor,
+    neuron_dim: int,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(pre), pre.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    pre, bias, counted, handle, _ = inputs
+    pre, bias, counted, handle, _, ctx.neuron_dim = inputs
     ctx.save_for_backward(pre, bias, counted, output[2], handle)
     ctx.set_materialize_grads(False)
 
@@ -188,8 +205,10 @@ def _backward(ctx, grad, loss_grad, _):
     pre, bias, counted, mask, handle = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(pre)
-    to_pre, to_bias = inhibit_backward(grad, loss_grad, pre, bias, counted, mask, handle)
-    return to_pre, None if bias is None else to_bias, None, None, None
+    to_pre, to_bias = inhibit_backward(
+        grad, loss_grad, pre, bias, counted, mask, handle, ctx.neuron_dim
+    )
+    return to_pre, None if bias is None else to_bias, None, None, None, None
 
 
 def _no_second_derivatives(ctx, *grads):
@@ -264,7 +283,7 @@ def _among(rows: Tensor, kept: Tensor, part: Tensor, state: LayerState) -> Tenso
     return all_rows.index_copy_(0, kept, part)
 
 
-def _kept(counted: Tensor, pre: Tensor, state: LayerState) -> Tensor:
+def _kept(counted: Tensor, pre: Tensor, neuron_dim: int, state: LayerState) -> Tensor:
     """The rows of `_as_rows` that count, by number.
 
     Raises:
@@ -272,8 +291,8 @@ def _kept(counted: Tensor, pre: Tensor, state: LayerState) -> Tensor:
     """
     shape = pre.shape[:-1]
     found = f"l2e layer {state.name}: a mask of shape {list(counted.shape)}"
-    if counted.dim() == pre.dim() and counted.shape[-1] == 1:
-        counted = counted.squeeze(-1)
+    if counted.dim() == pre.dim() and counted.shape[neuron_dim] == 1:
+        counted = counted.squeeze(neuron_dim)
     fits = counted.dim() == len(shape) and all(
         n in (1, m) for n, m in zip(counted.shape, shape, strict=True)
     )

@@ -74,11 +74,15 @@ class L2ELayer(nn.Module):
         return out if self.config.site == "post" else kernels.activate(out, self.activation)
 
     def operate(
-        self, pre: Tensor, bias: Tensor | None = None, counted: Tensor | None = None
+        self,
+        pre: Tensor,
+        bias: Tensor | None = None,
+        counted: Tensor | None = None,
+        neuron_dim: int = -1,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`inhibition.inhibit` with this layer's state."""
         keep_mask = self.config.selection != "threshold"
-        return inhibition.inhibit(pre, bias, counted, self.handle, keep_mask)
+        return inhibition.inhibit(pre, bias, counted, self.handle, keep_mask, neuron_dim)
 
     def observe_output(self, mlp_output: Tensor, residual: Tensor) -> None:
         """Compare the MLP's output with the residual stream it is added to (measured steps)."""
