@@ -1,0 +1,159 @@
+"""DDP with accumulation, uneven inputs and layers that one rank alone calls; FSDP2."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import l2e
+from tests.distributed.processes import run_on_processes
+from tests.l2e.loops.twin import CONFIG, Twin, batches, network
+
+
+def loss_of(model, x):
+    return model(x).square().mean()
+
+
+def accumulated(kind):
+    """Two micro-batches a step on each rank; attached before there is a process group's wrapper."""
+    model = network()
+    handle = l2e.attach(model, "1", CONFIG)
+    if kind == "fsdp":
+        run = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    else:
+        run = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(run.parameters(), lr=0.05)
+    for x in batches(6, rows=64):
+        parts = x.chunk(4)[2 * dist.get_rank() :][:2]
+        optimizer.zero_grad()
+        for number, part in enumerate(parts):
+            if kind == "fsdp":
+                run.set_requires_gradient_sync(number == 1)
+                ((loss_of(run, part) + handle.loss()) / 2).backward()
+            else:
+                run.require_backward_grad_sync = number == 1
+                ((loss_of(run, part) + handle.loss()) / 2).backward()
+        optimizer.step()
+        handle.step()
+    parameters = [p.full_tensor() if kind == "fsdp" else p for p in model.parameters()]
+    return [p.detach() for p in parameters], handle.state_dict(), handle.metrics()
+
+
+class Branches(nn.Module):
+    """The second branch is called where it is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(4, 8)
+
+    def forward(self, x, second):
+        return self.a(x) + self.b(x) if second else self.a(x)
+
+
+def branches():
+    """The second branch is called on rank 1 alone, and not at first; returns collectives too."""
+    model = Branches().train()
+    handle = l2e.attach(model, "?", CONFIG)
+    counted = []
+    reduce = dist.all_reduce
+
+    def counting(*args, **kwargs):
+        counted[-1] += 1
+        return reduce(*args, **kwargs)
+
+    dist.all_reduce = counting
+    for step, x in enumerate(batches(8)):
+        counted.append(0)
+        second = dist.get_rank() == 1 and step >= 2
+        mine = 10_000 + x.chunk(2)[dist.get_rank()]
+        (model(mine, second).mean() + handle.loss()).backward()
+        handle.step()
+    dist.all_reduce = reduce
+    return handle.state_dict(), counted
+
+
+def uneven():
+    """Rank 1 has two batches more than rank 0."""
+    model = network()
+    handle = l2e.attach(model, "1", CONFIG)
+    run = DistributedDataParallel(model)
+    with Join([run, handle]):
+        for x in batches(4 + 2 * dist.get_rank(), seed=dist.get_rank()):
+            (loss_of(run, x) + handle.loss()).backward()
+            handle.step()
+    return handle.state_dict()
+
+
+def everything():
+    return {
+        "ddp": accumulated("ddp"),
+        "fsdp": accumulated("fsdp"),
+        "branches": branches(),
+        "uneven": uneven(),
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_on_processes(everything, 2, tmp_path_factory.mktemp("loops"))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_of_two_micro_batches_are_the_reference(ranks, kind):
+    twin = Twin(network(), ["1"])
+    optimizer = torch.optim.SGD(twin.model.parameters(), lr=0.05)
+    for x in batches(6, rows=64):
+        optimizer.zero_grad()
+        (loss_of(twin.model, x) + twin.pull()).backward()
+        optimizer.step()
+        share = twin.step()["1"]
+    reference = twin.references["1"]
+    for parameters, state, metrics in (rank[kind] for rank in ranks):
+        np.testing.assert_allclose(state["1.mean"], reference.mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state["1.var"], reference.var, rtol=1e-4)
+        assert float(state["1.tau"]) == pytest.approx(reference.tau, rel=1e-4)
+        assert metrics["1"]["selected_fraction"] == pytest.approx(share, rel=1e-5)
+        for mine, theirs in zip(parameters, twin.model.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs.detach(), rtol=2e-4, atol=2e-5)
+
+
+def test_a_layer_that_one_rank_calls_is_everyones(ranks):
+    (state, counted), (other, _) = (rank["branches"] for rank in ranks)
+    assert all(torch.equal(state[name], other[name]) for name in state)
+    assert counted == [1] * 8
+    torch.manual_seed(0)
+    twin = Twin(Branches().train(), ["a", "b"])
+    for step, x in enumerate(batches(8)):
+        for rank, part in enumerate((10_000 + x).chunk(2)):
+            twin.model(part, rank == 1 and step >= 2)
+        twin.pull()
+        twin.step()
+    for name, reference in twin.references.items():
+        assert float(state[f"{name}.samples"]) == reference.m
+        # The reference's own input is what a float32 linear layer gave: 1e-3 of a step of 10,000.
+        np.testing.assert_allclose(state[f"{name}.var"], reference.var, rtol=1e-3)
+        assert float(state[f"{name}.tau"]) == pytest.approx(reference.tau, rel=0.05)
+
+
+def test_ranks_out_of_inputs_step_along(ranks):
+    state, other = (rank["uneven"] for rank in ranks)
+    assert all(torch.equal(state[name], other[name]) for name in state)
+    assert int(state["step"]) == 6
+    twin = Twin(network(), ["1"])
+    data = [batches(4 + 2 * rank, seed=rank) for rank in range(2)]
+    for step in range(6):
+        for own in data:
+            if step < len(own):
+                twin.model(own[step])
+        twin.pull()
+        twin.step()
+    reference = twin.references["1"]
+    assert float(state["1.samples"]) == reference.m
+    np.testing.assert_allclose(state["1.mean"], reference.mean, rtol=1e-4, atol=1e-5)
+    assert float(state["1.tau"]) == pytest.approx(reference.tau, rel=1e-4)
