@@ -126,7 +126,9 @@ class ModuleHook(OwnHook):
         if not self.forward_pass.observes(module, self.name):
             return None
         compiling = torch.compiler.is_compiling()
-        if not compiling and torch.is_inference_mode_enabled():  # the layer's state outlives this pass
+        if (
+            not compiling and torch.is_inference_mode_enabled()
+        ):  # the layer's state outlives this pass
             with torch.inference_mode(False), torch.no_grad():
                 return self._apply(output)
         return self._apply(output)

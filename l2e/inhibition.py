@@ -56,8 +56,8 @@ def inhibit(
     Returns:
         The inhibited activations [..., units], laid out as `pre` is; the sum over selected entries
         of log (z - mean)^2 as a float32 scalar (of log of the MS if scale-invariant), whose
-        gradient reaches `pre`; and the mask of what was selected, flat (empty where the backward
-        pass computes it again).
+        gradient reaches `pre`; and the mask of what was selected (empty where the backward pass
+        computes it again).
     """
     state = _states[int(handle)]
     pre = pre.movedim(neuron_dim, -1)
@@ -71,8 +71,9 @@ def inhibit(
         out = _among(all_rows, kept, out, state)
         if keep_mask:
             mask = torch.zeros_like(all_rows, dtype=torch.bool).index_copy_(0, kept, mask)
+    mask = mask.view(pre.shape).movedim(-1, neuron_dim).contiguous() if keep_mask else mask.view(0)
     # .data: no view, so that what follows may work in place on it.
-    return _laid_out(out, pre).movedim(-1, neuron_dim).data, loss, mask.flatten()
+    return _laid_out(out, pre).movedim(-1, neuron_dim).data, loss, mask.data
 
 
 @torch.library.custom_op("l2e::observe", mutates_args=())
@@ -122,7 +123,7 @@ def _(
     neuron_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = torch.empty((), device=pre.device)
-    mask = torch.empty(pre.numel() if keep_mask else 0, dtype=torch.bool, device=pre.device)
+    mask = torch.empty(pre.shape if keep_mask else 0, dtype=torch.bool, device=pre.device)
     return torch.empty_like(pre), loss, mask
 
 
@@ -145,11 +146,13 @@ def inhibit_backward(
     pre = pre.movedim(neuron_dim, -1)
     all_rows = _as_rows(pre, state)
     all_grads = grad.movedim(neuron_dim, -1).reshape(all_rows.shape)
+    if mask.numel():
+        mask = mask.movedim(neuron_dim, -1).reshape(all_rows.shape)
     kept = None if counted is None else _kept(counted, pre, neuron_dim, state)
     if kept is None:
         out, bias_grad = _gradients(state, all_grads, all_rows, loss_grad, bias, mask)
     else:
-        mask = mask.view(all_rows.shape)[kept] if mask.numel() else mask
+        mask = mask[kept] if mask.numel() else mask
         out, bias_grad = _gradients(state, all_grads[kept], all_rows[kept], loss_grad, bias, mask)
         out = _among(all_grads, kept, out, state)
     if bias_grad is None:
@@ -174,7 +177,7 @@ def _gradients(
         )
     threshold = None
     if state.selecting:
-        threshold = mask.view(rows.shape) if mask.numel() else state.threshold
+        threshold = mask if mask.numel() else state.threshold
     injected = state.phase.gradient_scale * state.loss_factor(len(rows))
     loss_gradient = injected if loss_grad is None else loss_grad
     arguments = state.kernel_arguments(threshold, None, bias)
