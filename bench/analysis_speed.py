@@ -22,15 +22,15 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from l2e.analysis.ablated_runs import Settings as AblationSettings
-from l2e.analysis.ablation import analyze_ablation
+from l2e.analysis.ablation import AblationOptions, analyze_ablation
 from l2e.analysis.features import make_features
-from l2e.analysis.interaction import draw_samples, node_counts, open_checkpoint, sampled_network
+from l2e.analysis.interaction import draw_samples, node_counts, open_weights, sampled_network
 from l2e.analysis.monitor import Hook, Monitor
 from l2e.analysis.multifractal import MIN_KEPT, MOMENTS, spectrum
 from l2e.analysis.networks import Network
-from l2e.analysis.neuromfa import Settings, analyze_neuromfa
+from l2e.analysis.neuromfa import NeuroMFAOptions, analyze_neuromfa
 from l2e.analysis.results import provenance
+from l2e.analysis.series import read_series
 from launch.engine.hardware import keep_freed_memory
 
 SERIES = 27
@@ -100,7 +100,7 @@ def triple_loop(counts: np.ndarray) -> list[float]:
 
 def neuromfa_speed(model: GPTNeoXForCausalLM, folder: Path) -> dict:
     model.save_pretrained(folder / "step0")
-    checkpoint = open_checkpoint(str(folder / "step0"))
+    [checkpoint] = map(open_weights, read_series([str(folder / "step0")]))
     samples = draw_samples(checkpoint.architecture, 64, 0)
     counts = node_counts(sampled_network(checkpoint, samples, "per_head"), 150)
 
@@ -116,8 +116,9 @@ def neuromfa_speed(model: GPTNeoXForCausalLM, folder: Path) -> dict:
     difference = np.abs(np.array(slow_tau) - spectrum(counts).tau).max()
     for step in range(1, SERIES):
         (folder / f"step{step}").symlink_to(folder / "step0")
-    series = [open_checkpoint(str(folder / f"step{step}")) for step in range(SERIES)]
-    wall, cpu = timed(lambda: analyze_neuromfa(series, Settings(), progress=False))
+    names = [str(folder / f"step{step}") for step in range(SERIES)]
+    series = [open_weights(checkpoint) for checkpoint in read_series(names)]
+    wall, cpu = timed(lambda: analyze_neuromfa(series, NeuroMFAOptions(), progress=False))
     return {
         "seconds_per_network": float(fast),
         "triple_loop_seconds": slow,
@@ -135,10 +136,9 @@ def ablation_speed(model: GPTNeoXForCausalLM) -> dict:
     features = make_features("x", texts, [f"f{i % FEATURES}" for i in range(PASSAGES)])
     chosen = [(i % 6, 7 * i) for i in range(NEURONS)]
     result: dict = {}
+    options = AblationOptions(random=RANDOM)
     wall, cpu = timed(
-        lambda: result.update(
-            analyze_ablation(network, features, chosen, RANDOM, AblationSettings(), progress=False)
-        )
+        lambda: result.update(analyze_ablation(network, features, chosen, options, progress=False))
     )
     return {
         "neurons": NEURONS,

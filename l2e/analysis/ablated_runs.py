@@ -7,10 +7,12 @@ keeps the blocks' outputs; each neuron then costs the blocks after its own and t
 To first order: one backward pass tells dL/dz of all neurons, and so dL/dz (z' - z).
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,52 +23,31 @@ from l2e.analysis.features import FeatureSet
 from l2e.analysis.networks import Network
 from l2e.progress import Progress
 
-How = Literal["mean", "zero", "resample"]
+if TYPE_CHECKING:
+    from l2e.analysis.ablation import AblationOptions
+
 SEED = 42
 TOKENS_PER_BATCH = 4096
 # Rows of logits at a time: they stay in a processor's cache, and its memory is used again.
 LOGIT_ROWS = {"cpu": 128, "cuda": 4096}
-LEAST_EXACT = 2  # passages of a feature, for a standard error
-
-
-@dataclass(frozen=True)
-class Settings:
-    """how: what replaces the activation: its mean over the data set, 0, or its value at a random
-    other token. max_tokens: where passages are cut. scored: how many random next-token predictions
-    of a passage enter the loss (None: all). precision: bfloat16 runs the matrix products in it,
-    faster where the processor knows it, and leaves the residual stream in float32. exact: passages
-    of each feature on which the neurons are really ablated, the others entering to first order
-    (None: all, or as many as EXACT_FLOPS allows)."""
-
-    how: How = "mean"
-    max_tokens: int = 128
-    scored: int | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
-    exact: int | None = None
-
-    def __post_init__(self):
-        if self.exact is not None and self.exact < LEAST_EXACT:
-            raise ValueError(
-                f"{self.exact} exact passages of each feature have no standard error; "
-                f"take at least {LEAST_EXACT}, or all"
-            )
 
 
 class Passages:
     """A feature set's passages of at least two tokens, and their batches of like length.
 
-    counts: predictions that enter each one's loss, [passages]; member: 0 or 1, [features,
-    passages].
+    max_tokens: where they are cut. scored: how many random next-token predictions of each enter its
+    loss (None: all). counts: predictions that enter each one's loss, [passages]; member: 0 or 1,
+    [features, passages].
     """
 
-    def __init__(self, network: Network, features: FeatureSet, settings: Settings):
-        tokens = tokenize(network, features.texts, settings.max_tokens)
+    def __init__(self, network: Network, features: FeatureSet, max_tokens: int, scored: int | None):
+        tokens = tokenize(network, features.texts, max_tokens)
         usable = np.array([row for row, ids in enumerate(tokens) if len(ids) > 1])
         self.features = features.subset(usable)
         self.tokens = [tokens[row] for row in usable]
         self.lengths = np.array([len(ids) for ids in self.tokens])
-        self.counts = np.minimum(self.lengths - 1, settings.scored or self.lengths)
-        self.scored_each = settings.scored
+        self.counts = np.minimum(self.lengths - 1, scored or self.lengths)
+        self.scored_each = scored
         self.member = (self.features.labels == np.arange(len(features.names))[:, None]).astype(
             float
         )
@@ -81,7 +62,7 @@ class Passages:
         of_each = (np.flatnonzero(row) for row in self.member)
         return np.sort(np.concatenate([random.permutation(rows)[:per_feature] for rows in of_each]))
 
-    def batches(self, rows: np.ndarray, tokens_per_batch: int) -> Iterator["Batch"]:
+    def batches(self, rows: np.ndarray, tokens_per_batch: int) -> Iterator[Batch]:
         for places in length_batches(self.lengths[rows], tokens_per_batch):
             chosen = rows[places]
             ids, mask = pad([self.tokens[row] for row in chosen], self.device)
@@ -122,8 +103,8 @@ def ablate(
     data: Passages,
     rows: np.ndarray,
     neurons: list[tuple[int, int]],
-    pools: list["Pool"],
-    settings: Settings,
+    pools: list[Pool],
+    options: AblationOptions,
     progress: bool,
 ) -> np.ndarray:
     """Losses of the passages `rows`, float64 [1 + neurons, rows]: as they are, then ablated."""
@@ -135,13 +116,13 @@ def ablate(
         unit_scale=True,
         progress=progress,
     )
-    with torch.no_grad(), _precision(network, settings), bar:
+    with torch.no_grad(), _precision(network, options), bar:
         for batch in data.batches(rows, TOKENS_PER_BATCH):
             run = _Pass(network, batch, {layer for layer, _ in neurons})
             losses[0, batch.places] = batch.by_passage(run.losses(run.final))
             bar.update(len(batch.rows))
             for index, (layer, neuron) in enumerate(neurons):
-                value = pools[index].substitute(settings.how, batch)
+                value = pools[index].substitute(options.how, batch)
                 hidden = run.without(layer, neuron, value)
                 losses[1 + index, batch.places] = batch.by_passage(run.losses(hidden))
                 bar.update(len(batch.rows))
@@ -152,8 +133,8 @@ def first_order(
     network: Network,
     data: Passages,
     neurons: list[tuple[int, int]],
-    pools: list["Pool"],
-    settings: Settings,
+    pools: list[Pool],
+    options: AblationOptions,
     progress: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Losses of all passages [passages], and their rise without each neuron [neurons, passages] as
@@ -162,7 +143,7 @@ def first_order(
     layers = sorted({layer for layer, _ in neurons})
     everything = np.arange(len(data))
     bar = Progress(total=len(data), desc="gradients", unit="passages", progress=progress)
-    with _precision(network, settings), bar:
+    with _precision(network, options), bar:
         for batch in data.batches(everything, TOKENS_PER_BATCH):
             z: dict[int, torch.Tensor] = {}
             with watch(network, lambda layer, _, post, z=z: z.update({layer: post})):
@@ -175,7 +156,7 @@ def first_order(
             slope = dict(zip(layers, gradients, strict=True))
             base[batch.rows] = batch.by_passage(losses)
             for index, (layer, neuron) in enumerate(neurons):
-                change = pools[index].substitute(settings.how, batch) - z[layer][..., neuron]
+                change = pools[index].substitute(options.how, batch) - z[layer][..., neuron]
                 product = (slope[layer][..., neuron] * change).detach() * batch.mask
                 rise[index, batch.rows] = product.double().sum(dim=1).cpu().numpy()
             bar.update(len(batch.rows))
@@ -284,7 +265,7 @@ class Pool:
 
     values: torch.Tensor
 
-    def substitute(self, how: How, batch: Batch) -> torch.Tensor:
+    def substitute(self, how: str, batch: Batch) -> torch.Tensor:
         """What the neuron's activation is replaced by: a scalar, or [batch, positions]."""
         if how == "zero":
             return self.values.new_zeros(())
@@ -294,14 +275,14 @@ class Pool:
 
 
 def activations_of(
-    network: Network, data: Passages, neurons: list[tuple[int, int]], settings: Settings
+    network: Network, data: Passages, neurons: list[tuple[int, int]], options: AblationOptions
 ) -> list[Pool]:
     """The activations of the given neurons over the whole data set."""
-    if settings.how == "zero":
+    if options.how == "zero":
         return [Pool(torch.zeros(1, device=network.device))] * len(neurons)
     wanted = {layer: [n for other, n in neurons if other == layer] for layer, _ in neurons}
     found: dict[tuple[int, int], list[torch.Tensor]] = {neuron: [] for neuron in neurons}
-    with torch.no_grad(), _precision(network, settings):
+    with torch.no_grad(), _precision(network, options):
         for batch in data.batches(np.arange(len(data)), TOKENS_PER_BATCH):
 
             def hook(layer: int, _, post: torch.Tensor, mask=batch.mask) -> None:
@@ -330,7 +311,7 @@ def _hidden(output) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _precision(network: Network, settings: Settings):
-    if settings.precision == "bfloat16":
+def _precision(network: Network, options: AblationOptions):
+    if options.precision == "bfloat16":
         return torch.autocast(network.device.type, dtype=torch.bfloat16)
     return nullcontext()

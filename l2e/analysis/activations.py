@@ -19,18 +19,15 @@ import numpy as np
 import torch
 
 from l2e.analysis.features import FeatureSet, distinct
+from l2e.analysis.kinds import KINDS
 from l2e.analysis.networks import Network
 from l2e.progress import Progress
-
-# What can be kept of a passage: the activation after (post) or before (pre) the non-linearity,
-# its maximum or its mean over the passage's valid tokens.
-KINDS = ("post_max", "post_mean", "pre_max", "pre_mean")
 
 CHARACTERS_A_TOKEN = 32  # of a text, read at first; few tokens are longer
 
 
 @dataclass(frozen=True)
-class Settings:
+class Collection:
     """How activations are collected.
 
     kinds: which of KINDS to keep. skip: first tokens of each passage that don't count (sparse
@@ -77,7 +74,7 @@ class Activations:
 def collect(
     network: Network,
     features: FeatureSet,
-    settings: Settings,
+    settings: Collection,
     cache: Path,
     devices: list[str] | None = None,
     progress: bool = True,
@@ -265,7 +262,7 @@ def _replicas(network: Network, devices: list[str] | None) -> list[Network]:
     ]
 
 
-def _key(network: Network, tokens: list[list[int]], settings: Settings) -> str:
+def _key(network: Network, tokens: list[list[int]], settings: Collection) -> str:
     """A hash of everything the numbers depend on: weights, token ids, settings."""
     state = hashlib.blake2b(digest_size=8)
     for name, tensor in network.model.state_dict().items():

@@ -5,22 +5,28 @@ take one step on the batch, feed it again, and compare each of those activations
 value z*: the decrease ratio is 1 - phi(z*) / phi(z), the total update ratio |z* / z - 1|.
 """
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from l2e.analysis.activations import first_tokens
-from l2e.analysis.features import FeatureSet
-from l2e.analysis.networks import Network
-from l2e.attachment import Handle
-from l2e.config import L2EConfig, LayerChoice, select_layers
+from l2e.analysis.analysis import Analysis, Options, option
+from l2e.analysis.figures import Panel, Panels
+from l2e.analysis.tables import Table
+from l2e.config import L2EConfig, select_layers
 from l2e.progress import Progress
-from l2e.sharding import Sharding
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import Tensor, nn
+
+    from l2e.analysis.features import FeatureSet
+    from l2e.analysis.networks import Network
+    from l2e.analysis.subject import Subject
+    from l2e.attachment import Handle
 
 ARMS: dict[str, dict[str, Any]] = {
     "original": {"method": "none"},
@@ -31,44 +37,69 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Settings:
-    """layers: the inhibited blocks. topk: activations selected a token. learning_rate: of the one
-    step of plain SGD. batches: how many are measured, each from the same weights, after as many
-    again have given the statistics. max_tokens, rows: a batch's size."""
-
-    layers: LayerChoice | list[int] = "mid2"
-    topk: int = 10
-    learning_rate: float = 0.01
-    batches: int = 8
-    max_tokens: int = 128
-    rows: int = 8
+class DecreaseOptions(Options):
+    layers: str = option(
+        "mid2", "inhibited blocks: mid2, mid_third, top_bottom, all, or numbers such as 2,3"
+    )
+    topk: int = option(10, "selected of each token", least=1)
+    learning_rate: float = option(0.01, "of the one step of plain SGD", least=0)
+    batches: int = option(
+        8, "measured, each from the same weights, after as many again for the statistics", least=1
+    )
 
     @property
     def config(self) -> L2EConfig:
-        """Statistics of earlier batches, and the k largest scales of each token."""
+        """Statistics of earlier batches, and the k largest scales of each token.
+
+        Raises ValueError for `layers` that are no choice of blocks.
+        """
+        layers: Any = self.layers
+        if layers[:1].isdigit():
+            if not all(number.strip().isdigit() for number in layers.split(",")):
+                raise ValueError(f"layers {layers}: write block numbers as in 2,3")
+            layers = [int(number) for number in layers.split(",")]
         return L2EConfig(
             method="none",
             selection="topk",
             topk=self.topk,
-            layers=self.layers,
+            layers=layers,
             late_start_step=self.batches,
             forget_step=self.batches,
         )
 
 
-def analyze_decrease(
-    network: Network, features: FeatureSet, settings: Settings, progress: bool = True
-) -> dict:
-    """The decrease verb's result: for each arm both ratios' mean and standard error, in percent.
+def measure(subject: Subject, options: DecreaseOptions) -> dict:
+    network = subject.network
+    tokens = min(subject.options.max_tokens, network.max_positions)
+    found = analyze_decrease(network, subject.features, options, max_tokens=tokens)
+    return {"model": network.name} | found
 
-    The model's weights are left as they were. Raises ValueError if the texts are too short.
+
+def analyze_decrease(
+    network: Network,
+    features: FeatureSet,
+    options: DecreaseOptions,
+    max_tokens: int = 128,
+    rows: int = 8,
+    progress: bool = True,
+) -> dict:
+    """The decrease analysis's numbers: for each arm both ratios' mean and standard error, in
+    percent. A batch is `rows` x `max_tokens`.
+
+    The model's weights are left as they were. Raises ValueError if the texts are too short, or a
+    layer has fewer neurons than are to be selected.
     """
-    batches = _batches(network, features, settings)
-    modules = _activations(network, settings)
+    import torch
+
+    if options.topk > network.neurons:
+        raise ValueError(f"topk {options.topk}: a layer has {network.neurons} neurons")
+    config = options.config
+    modules = _activations(network, config)
+    batches = _batches(network, features, 2 * options.batches, rows, max_tokens)
     start = copy.deepcopy(network.model.state_dict())
-    statistics = _statistics(network, modules, batches[: settings.batches], settings)
+    statistics = _statistics(network, modules, batches[: options.batches], config)
     ratios: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
-    measured = batches[settings.batches :]
+    measured = batches[options.batches :]
     total = len(measured) * len(ARMS)
     bar = Progress(total=total, desc="decrease", unit="steps", progress=progress)
     try:
@@ -76,52 +107,60 @@ def analyze_decrease(
             for batch in measured:
                 before = _observe(network, modules, batch)
                 for arm, keys in ARMS.items():
-                    config = replace(settings.config, **keys)
-                    _step(network, modules, batch, config, statistics, settings.learning_rate)
+                    method = replace(config, **keys)
+                    _step(network, modules, batch, method, statistics, options.learning_rate)
                     after = _observe(network, modules, batch)
                     network.model.load_state_dict(start)
-                    ratios[arm].append(_ratios(before, after, statistics, config))
+                    ratios[arm].append(_ratios(before, after, statistics, method))
                     bar.update()
     finally:
         network.model.load_state_dict(start)
     return {
         "layers": list(modules),
-        "topk": settings.topk,
-        "learning_rate": settings.learning_rate,
+        "topk": options.topk,
+        "learning_rate": options.learning_rate,
         "batches": len(measured),
-        "tokens_per_batch": settings.rows * settings.max_tokens,
+        "tokens_per_batch": rows * max_tokens,
         "arms": {arm: _summary(torch.tensor(pairs)) for arm, pairs in ratios.items()},
     }
 
 
-def _batches(network: Network, features: FeatureSet, settings: Settings) -> list[Tensor]:
-    """Passages joined and cut into token batches [rows, max_tokens], without padding."""
-    size = settings.rows * settings.max_tokens
-    wanted = 2 * settings.batches
+def _batches(
+    network: Network, features: FeatureSet, count: int, rows: int, max_tokens: int
+) -> list[Tensor]:
+    """Passages joined and cut into `count` batches [rows, max_tokens], without padding."""
+    import torch
+
+    from l2e.analysis.activations import first_tokens
+
+    size = rows * max_tokens
 
     def encode(texts: list[str]) -> list[list[int]]:
         return network.tokenizer(texts)["input_ids"]
 
-    passages = first_tokens(encode, features.texts, size * wanted)
+    passages = first_tokens(encode, features.texts, size * count)
     tokens = [token for ids in passages for token in ids]
-    if len(tokens) < size * wanted:
+    if len(tokens) < size * count:
         raise ValueError(
-            f"{features.name}: {len(tokens)} tokens, but {wanted} batches of {settings.rows} x "
-            f"{settings.max_tokens} need {size * wanted}; ask for fewer batches or give more text"
+            f"{features.name}: {len(tokens)} tokens, but {count} batches of {rows} x "
+            f"{max_tokens} need {size * count}; ask for fewer batches or give more text"
         )
-    joined = torch.tensor(tokens[: size * wanted], device=network.device)
-    return list(joined.view(wanted, settings.rows, settings.max_tokens))
+    joined = torch.tensor(tokens[: size * count], device=network.device)
+    return list(joined.view(count, rows, max_tokens))
 
 
-def _activations(network: Network, settings: Settings) -> dict[str, nn.Module]:
+def _activations(network: Network, config: L2EConfig) -> dict[str, nn.Module]:
     """The inhibited blocks' non-linearities by block number."""
-    chosen = select_layers(settings.layers, len(network.layers))
+    chosen = select_layers(config.layers, len(network.layers))
     return {str(number): network.layers[number].activation for number in chosen}
 
 
 @contextmanager
 def _attached(modules: dict[str, nn.Module], config: L2EConfig) -> Iterator[Handle]:
     """The method at work on these modules alone: dropout elsewhere stays off."""
+    from l2e.attachment import Handle
+    from l2e.sharding import Sharding
+
     handle = Handle(modules, config, observe_no_grad=True, sharding=Sharding())
     for module in modules.values():
         module.train()
@@ -134,9 +173,11 @@ def _attached(modules: dict[str, nn.Module], config: L2EConfig) -> Iterator[Hand
 
 
 def _statistics(
-    network: Network, modules: dict[str, nn.Module], batches: list[Tensor], settings: Settings
+    network: Network, modules: dict[str, nn.Module], batches: list[Tensor], config: L2EConfig
 ) -> dict[str, Tensor]:
-    with _attached(modules, settings.config) as handle, torch.no_grad():
+    import torch
+
+    with _attached(modules, config) as handle, torch.no_grad():
         for batch in batches:
             network.model(batch)
             handle.step()
@@ -145,6 +186,8 @@ def _statistics(
 
 def _observe(network: Network, modules: dict[str, nn.Module], batch: Tensor) -> dict[str, Tensor]:
     """Each module's activations on the batch, [tokens, neurons]."""
+    import torch
+
     found: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_hook(
@@ -168,6 +211,9 @@ def _step(
     learning_rate: float,
 ) -> None:
     """One step of SGD on the batch's language-model loss, inhibited as the arm says."""
+    import torch
+    from torch import nn
+
     with _attached(modules, config) as handle:
         handle.load_state_dict(statistics)
         logits = network.model(batch).logits[:, :-1].flatten(0, 1)
@@ -187,6 +233,8 @@ def _ratios(
     config: L2EConfig,
 ) -> tuple[float, float]:
     """Both ratios' mean over the selected activations of all layers."""
+    import torch
+
     decrease, update = [], []
     for name, z in before.items():
         mean, var = (statistics[f"{name}.{key}"].to(z) for key in ("mean", "var"))
@@ -209,3 +257,54 @@ def _summary(pairs: Tensor) -> dict[str, float]:
         "total_update_ratio_percent": float(mean[1]),
         "total_update_ratio_error": float(error[1]),
     }
+
+
+def panels(result: dict) -> Panels:
+    """Decrease ratio of each method, with two standard errors over batches."""
+    arms = result["arms"]
+
+    def bars(axes: Axes) -> None:
+        means = [arm["decrease_ratio_percent"] for arm in arms.values()]
+        errors = [2 * arm["decrease_ratio_error"] for arm in arms.values()]
+        axes.bar(list(arms), means, yerr=errors, capsize=5, width=0.6)
+        axes.axhline(0, color="black", linewidth=1)
+        axes.set_ylabel("mean decrease of MS after one step (%)")
+
+    return Panels([Panel("decrease", bars)])
+
+
+def notes(result: dict) -> list[str]:
+    return [
+        f"One step of SGD (rate {result['learning_rate']:g}) on {result['batches']} batches of "
+        f"{result['tokens_per_batch']:,} tokens, each from the same weights, and the batch again: "
+        f"how much the {result['topk']} most monosemantic activations of a token in layers "
+        f"{', '.join(result['layers'])} lost of their MS, and how much they changed. MEmeL's order "
+        "is naive b below original below reversed."
+    ]
+
+
+def tables(result: dict) -> list[Table]:
+    head = ["step", "decrease of MS (%)", "± batches", "change of activation (%)", "± batches"]
+    keys = ["decrease_ratio_percent", "decrease_ratio_error"]
+    keys += ["total_update_ratio_percent", "total_update_ratio_error"]
+    rows = [[name, *(arm[key] for key in keys)] for name, arm in result["arms"].items()]
+    return [Table(head, rows)]
+
+
+def points(result: dict) -> list[dict[str, float | None]]:
+    arms = result["arms"].items()
+    return [{f"decrease of MS (%), {name}": arm["decrease_ratio_percent"] for name, arm in arms}]
+
+
+ANALYSIS = Analysis(
+    name="decrease",
+    title="Decrease ratio",
+    help="what one step of SGD does to the most monosemantic activations, by method",
+    on=("model", "features"),
+    options=DecreaseOptions,
+    measure=measure,
+    panels=panels,
+    notes=notes,
+    tables=tables,
+    points=points,
+)

@@ -6,7 +6,7 @@ import io
 import json
 import zlib
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,12 +53,11 @@ class FeatureSet:
                 f"{self.name}: no usable passage of feature {gone} is left. Remove the feature "
                 "or skip fewer tokens (--skip)"
             )
-        return FeatureSet(
-            self.name,
-            [self.texts[row] for row in rows],
-            self.labels[rows],
-            self.names,
-            distinct(self.text_of[rows].tolist()),
+        return replace(
+            self,
+            texts=[self.texts[row] for row in rows],
+            labels=self.labels[rows],
+            text_of=distinct(self.text_of[rows].tolist()),
         )
 
     def digest(self) -> str:
@@ -95,6 +94,28 @@ def read_features(path: str | Path) -> FeatureSet:
     name = path.name.split(".")[0] or path.name
     found = make_features(name, texts, features)
     _tell_copies(path, found)
+    return found
+
+
+def read_feature_files(paths: list[str]) -> list[FeatureSet]:
+    """Several files, each under a name of its own: of two with the same, the second is NAME-2.
+
+    Raises ValueError for a file that is named twice, and as `read_features` does.
+    """
+    found: list[FeatureSet] = []
+    names: set[str] = set()
+    for place, path in enumerate(paths):
+        if any(Path(path).resolve() == Path(other).resolve() for other in paths[:place]):
+            raise ValueError(f"feature file {path} is named twice")
+        features = read_features(path)
+        name, number = features.name, 1
+        while name.casefold() in names:  # some file systems take A and a for one
+            number += 1
+            name = f"{features.name}-{number}"
+        if number > 1:
+            print(f"{path}: called {name}, for another file is {features.name}")
+        names.add(name.casefold())
+        found.append(replace(features, name=name))
     return found
 
 

@@ -4,16 +4,40 @@ FKR(k) = #{(i, j): phi(z_j[i]) >= tau_k and x[i] not in l*_j} / #{(i, j): phi(z_
 over passages i and the neurons j of one layer, tau_k being the layer's k-th largest share.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from l2e.analysis.activations import Activations
+from l2e.analysis.analysis import Analysis, Options
+from l2e.analysis.figures import Panel, Panels
+from l2e.analysis.kinds import kind_option
 from l2e.analysis.scale import NEURONS_AT_ONCE, layer_scale, passage_scale
+from l2e.analysis.tables import Table, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from l2e.analysis.activations import Activations
+    from l2e.analysis.subject import Subject
 
 SHARES: tuple[float, ...] = (
     *(0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015),
     *(0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2),
 )
 LAYER_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class FKROptions(Options):
+    kind: str = kind_option("post_max")
+
+
+def measure(subject: Subject, options: FKROptions) -> dict:
+    activations = subject.activations(options.kind)
+    return subject.about(options.kind) | analyze_fkr(activations, options.kind)
 
 
 def killed(
@@ -49,7 +73,7 @@ def killed(
 
 
 def analyze_fkr(activations: Activations, kind: str, shares: tuple[float, ...] = SHARES) -> dict:
-    """The fkr verb's result: the curve over k, pooled over layers, and each layer at k = 2 %.
+    """The fkr analysis's numbers: the curve over k, pooled over layers, and each layer at k = 2 %.
 
     Raises ValueError if no neuron's activation varies.
     """
@@ -83,3 +107,74 @@ def analyze_fkr(activations: Activations, kind: str, shares: tuple[float, ...] =
 
 def _curve(shares: tuple[float, ...], reached: np.ndarray, false: np.ndarray) -> list[dict]:
     return [{"k": k, "fkr": float(f / r)} for k, r, f in zip(shares, reached, false, strict=True)]
+
+
+def panels(result: dict) -> Panels:
+    """FKR over k with the least marked, and by layer at k = 2 %."""
+
+    def curve(axes: Axes) -> None:
+        k = [100 * point["k"] for point in result["curve"]]
+        axes.plot(k, [100 * point["fkr"] for point in result["curve"]], "o-", label="all layers")
+        least = result["least"]
+        axes.plot(
+            100 * least["k"],
+            100 * least["fkr"],
+            "*",
+            color="tab:red",
+            markersize=18,
+            label=f"least: {100 * least['fkr']:.1f} % at k = {100 * least['k']:g} %",
+        )
+        axes.axhline(
+            100 * result["at_random"],
+            color="grey",
+            linestyle=":",
+            label=f"killing at random: {100 * result['at_random']:.1f} %",
+        )
+        axes.set_xscale("log")
+        ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("inhibition level k (%)")
+        axes.set_ylabel("False Killing Rate (%)")
+        axes.legend()
+
+    def layers(axes: Axes) -> None:
+        rows = [row for row in result["layers"] if row["fkr"] is not None]
+        axes.bar([row["layer"] for row in rows], [100 * row["fkr"] for row in rows], 0.6)
+        axes.set_xticks([row["layer"] for row in rows])
+        axes.set_xlabel("layer")
+        axes.set_ylabel("False Killing Rate at k = 2 % (%)")
+
+    return Panels([Panel("fkr_curve", curve), Panel("fkr_layers", layers)])
+
+
+def notes(result: dict) -> list[str]:
+    least = result["least"]
+    return [
+        f"Least FKR {percent(least['fkr'])} at k = {percent(least['k'])}; killing at random "
+        f"would give {percent(result['at_random'])}."
+    ]
+
+
+def tables(result: dict) -> list[Table]:
+    rows = [[percent(point["k"]), percent(point["fkr"])] for point in result["curve"]]
+    return [Table(["k", "FKR"], rows)]
+
+
+def points(result: dict) -> list[dict[str, float | None]]:
+    at = next(point["fkr"] for point in result["curve"] if point["k"] == LAYER_SHARE)
+    return [{"FKR at k = 2 %": at, "k of least FKR": result["least"]["k"]}]
+
+
+ANALYSIS = Analysis(
+    name="fkr",
+    title="False Killing Rate",
+    help="False Killing Rate over the inhibition level k and by layer",
+    on=("model", "features", "activations"),
+    options=FKROptions,
+    measure=measure,
+    panels=panels,
+    notes=notes,
+    tables=tables,
+    points=points,
+)

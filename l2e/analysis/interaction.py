@@ -5,18 +5,16 @@ channels; attention channels to attention output; attention output to MLP hidden
 next block's input. Embeddings, norms and biases are left out.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from l2e.analysis.multifractal import kept_counts
+from l2e.analysis.series import SeriesCheckpoint
 from l2e.analysis.weights import Weights, fetch_model
 from l2e.hub import parse
-
-Layout = Literal["per_head", "flat"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,12 @@ class Architecture:
     intermediate: int
     heads: int
     kv_heads: int
+    head_dim: int
+
+    @property
+    def channels(self) -> int:
+        """The attention's width, where its heads' outputs lie side by side."""
+        return self.heads * self.head_dim
 
     @classmethod
     def of(cls, config) -> "Architecture":
@@ -46,12 +50,13 @@ class Architecture:
             or 4 * hidden,
             heads,
             getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or hidden // heads,
         )
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """One checkpoint of a series: its weights on disk and its step, None if its name has none."""
+class ModelWeights:
+    """One model's weights on disk; step: of the checkpoint they are, None if that isn't known."""
 
     name: str
     step: int | None
@@ -59,13 +64,14 @@ class Checkpoint:
     architecture: Architecture
 
 
-def open_checkpoint(source: str) -> Checkpoint:
-    """A folder in Hugging Face form, or `owner/name@revision`.
+def open_weights(checkpoint: SeriesCheckpoint) -> ModelWeights:
+    """The weights of a folder in Hugging Face form, or of `owner/name@revision`.
 
-    Raises ValueError if it can't be read.
+    Raises ValueError if they can't be read.
     """
     from transformers import AutoConfig
 
+    source = checkpoint.source
     path, revision = parse(source)
     if not Path(path).is_dir():
         try:
@@ -77,13 +83,8 @@ def open_checkpoint(source: str) -> Checkpoint:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source}: no readable config.json: {error}") from error
-    return Checkpoint(source, step_of(source), Weights(path), Architecture.of(config))
-
-
-def step_of(name: str) -> int | None:
-    """The step in a name such as step1000, pythia-70m@step512 or checkpoints/step_0000100."""
-    found = re.findall(r"step[_-]?(\d+)", name)
-    return int(found[-1]) if found else None
+    architecture = Architecture.of(config)
+    return ModelWeights(checkpoint.name, checkpoint.step, Weights(path), architecture)
 
 
 class Sample(NamedTuple):
@@ -101,11 +102,12 @@ def draw_samples(architecture: Architecture, size: int, seed: int) -> list[Sampl
 
     Raises ValueError if the model is too small for the sample.
     """
-    width, inner = architecture.hidden, architecture.intermediate
-    if size > width or 2 * size > inner:
+    width, inner, channels = architecture.hidden, architecture.intermediate, architecture.channels
+    if size > min(width, channels) or 2 * size > inner:
         raise ValueError(
-            f"sample size {size} needs {size} of {width} hidden units and {2 * size} of {inner} "
-            f"MLP neurons; use at most {min(width, inner // 2)}"
+            f"sample size {size} needs {size} of {width} hidden units, {size} of {channels} "
+            f"attention channels and {2 * size} of {inner} MLP neurons; use at most "
+            f"{min(width, channels, inner // 2)}"
         )
     random = np.random.RandomState(seed)  # the published networks come from it
 
@@ -113,51 +115,51 @@ def draw_samples(architecture: Architecture, size: int, seed: int) -> list[Sampl
         return random.choice(among, count, replace=False)
 
     drawn = [
-        (draw(size, width), draw(size, width), draw(size, width), draw(2 * size, inner))
+        (draw(size, width), draw(size, channels), draw(size, width), draw(2 * size, inner))
         for _ in range(architecture.num_layers)
     ]
     outputs = [block[0] for block in drawn[1:]] + [draw(size, width)]
     return [Sample(*block, output) for block, output in zip(drawn, outputs, strict=True)]
 
 
-def sampled_network(checkpoint: Checkpoint, samples: list[Sample], layout: Layout) -> list:
+def sampled_network(model: ModelWeights, samples: list[Sample], layout: str) -> list:
     """The weights of one network, float64 [sources, targets], four matrices a block in order."""
-    read = MATRICES[checkpoint.architecture.family]
+    read = MATRICES[model.architecture.family]
     return [
         matrix
         for block, sample in enumerate(samples)
-        for matrix in read(checkpoint, block, sample, layout)
+        for matrix in read(model, block, sample, layout)
     ]
 
 
-def _gpt_neox(checkpoint: Checkpoint, block: int, s: Sample, layout: Layout):
-    weights, shape = checkpoint.weights, checkpoint.architecture
+def _gpt_neox(model: ModelWeights, block: int, s: Sample, layout: str):
+    weights, shape = model.weights, model.architecture
     at = f"layers.{block}."
     if layout == "per_head":  # rows are [head][q, k, v][head dim]
-        size = shape.hidden // shape.heads
+        size = shape.head_dim
         first = s.channels // size * 3 * size + s.channels % size
         qkv = np.concatenate([first, first + size, first + 2 * size])
     else:
-        qkv = np.concatenate([s.channels + part * shape.hidden for part in range(3)])
+        qkv = np.concatenate([s.channels + part * shape.channels for part in range(3)])
     yield weights.entries(at + "attention.query_key_value.weight", qkv, s.block_input).T
     yield weights.entries(at + "attention.dense.weight", s.attention_output, s.channels).T
     yield weights.entries(at + "mlp.dense_h_to_4h.weight", s.hidden, s.attention_output).T
     yield weights.entries(at + "mlp.dense_4h_to_h.weight", s.block_output, s.hidden).T
 
 
-def _gpt2(checkpoint: Checkpoint, block: int, s: Sample, layout: Layout):
-    weights, at = checkpoint.weights, f"h.{block}."  # Conv1D: [inputs, outputs], q, k, v in turn
-    qkv = np.concatenate([s.channels + part * checkpoint.architecture.hidden for part in range(3)])
+def _gpt2(model: ModelWeights, block: int, s: Sample, layout: str):
+    weights, at = model.weights, f"h.{block}."  # Conv1D: [inputs, outputs], q, k, v in turn
+    qkv = np.concatenate([s.channels + part * model.architecture.hidden for part in range(3)])
     yield weights.entries(at + "attn.c_attn.weight", s.block_input, qkv)
     yield weights.entries(at + "attn.c_proj.weight", s.channels, s.attention_output)
     yield weights.entries(at + "mlp.c_fc.weight", s.attention_output, s.hidden)
     yield weights.entries(at + "mlp.c_proj.weight", s.hidden, s.block_output)
 
 
-def _llama(checkpoint: Checkpoint, block: int, s: Sample, layout: Layout):
-    weights, shape = checkpoint.weights, checkpoint.architecture
+def _llama(model: ModelWeights, block: int, s: Sample, layout: str):
+    weights, shape = model.weights, model.architecture
     at = f"layers.{block}."
-    size = shape.hidden // shape.heads
+    size = shape.head_dim
     # Grouped queries: a channel's key and value are those of its head's group.
     group = s.channels // size // (shape.heads // shape.kv_heads) * size + s.channels % size
     parts = [("q_proj", s.channels), ("k_proj", group), ("v_proj", group)]

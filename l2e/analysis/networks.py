@@ -1,6 +1,5 @@
 """One view of the MLP neurons of GPT-NeoX, GPT-2 and Llama models in Hugging Face form."""
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -99,18 +98,18 @@ class Network:
         return self.model.config.max_position_embeddings
 
 
-def open_network(
-    source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> Network:
+def open_network(source: str, *, device: str = "cpu", dtype: str = "float32") -> Network:
     """Load a folder or a Hugging Face id, `owner/name@revision` for one of its revisions.
 
-    Raises ValueError if there is no such model or tokenizer, or its family is not known.
+    Raises ValueError if there is no such model, tokenizer or device, or its family is not known.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path, revision = parse(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=getattr(torch, dtype)
+        )
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -118,17 +117,9 @@ def open_network(
             f"no model with tokenizer could be loaded from {source!r}: {reason}. Give a folder in "
             "Hugging Face form (config.json, model.safetensors, tokenizer.json) or a model id"
         ) from error
-    torch.nn.Module.to(model, device)
+    try:
+        torch.nn.Module.to(model, device)
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that isn't there
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"device {device!r} can't be used: {reason}") from error
     return Network(model, tokenizer, source)
-
-
-def parse_neuron(text: str) -> tuple[int, int]:
-    """(layer, neuron) of a name such as L3.N609."""
-    match = re.fullmatch(r"L(\d+)\.N(\d+)", text.strip())
-    if not match:
-        raise ValueError(f"neuron {text!r}: write layer and neuron as in L3.N609")
-    return int(match[1]), int(match[2])
-
-
-def neuron_name(layer: int, neuron: int) -> str:
-    return f"L{layer}.N{neuron}"

@@ -6,43 +6,76 @@ with the mere scale of the weights, so it comes with the same analysis on weight
 0's RMS, on shuffled weights, and on Gaussian weights of equal mean and standard deviation.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from l2e.analysis.interaction import (
-    Checkpoint,
-    Layout,
-    draw_samples,
-    node_counts,
-    sampled_network,
-)
+from l2e.analysis.analysis import Analysis, Options, option
+from l2e.analysis.figures import Panel, Panels, colours
 from l2e.analysis.multifractal import MOMENTS, Spectrum, spectrum
+from l2e.analysis.tables import Table
 from l2e.progress import Progress
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from l2e.analysis.interaction import ModelWeights
+    from l2e.analysis.series import SeriesCheckpoint
+    from l2e.analysis.subject import Subject
 
 CONTROLS = ("rescaled", "shuffled", "gaussian")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """networks: sampled networks a checkpoint (seeds 0, 1, ...). sample: s, nodes per set.
-    threshold: T, the longest distance kept. hops: edges of a path. layout: rows of GPT-NeoX's fused
-    q, k, v: "per_head" as they are, "flat" as published."""
+class NeuroMFAOptions(Options):
+    networks: int = option(10, "sampled networks a checkpoint, seeds 0, 1, ...", least=1)
+    sample: int = option(64, "nodes a set, s", least=1)
+    threshold: int = option(150, "longest distance kept, T", least=2, most=100_000)
+    hops: int = option(1, "edges of a path", least=1, most=64)
+    layout: str = option(
+        "per_head",
+        "rows of GPT-NeoX's fused q, k, v: as they are, or flat as published",
+        choices=("per_head", "flat"),
+    )
 
-    networks: int = 10
-    sample: int = 64
-    threshold: int = 150
-    hops: int = 1
-    layout: Layout = "per_head"
+
+def measure(subject: Subject, options: NeuroMFAOptions) -> dict:
+    return measure_series(subject.series, options)
 
 
-def analyze_neuromfa(checkpoints: list[Checkpoint], settings: Settings, progress=True) -> dict:
-    """The neuromfa verb's result for a series of checkpoints of one model.
+def measure_series(series: list[SeriesCheckpoint], options: NeuroMFAOptions) -> dict:
+    """The numbers of the checkpoints by step; those of one without a step alone."""
+    from l2e.analysis.interaction import open_weights
+
+    if not series:
+        raise ValueError("no checkpoints: name those of a series")
+    steps: dict[int | None, str] = {}
+    for one in series:
+        if one.step in steps:
+            raise ValueError(
+                f"{steps[one.step]} and {one.name} are both of step {one.step}; a series is of "
+                "one run"
+            )
+        steps[one.step] = one.name
+    ordered = sorted(series, key=lambda one: one.step or 0)
+    return analyze_neuromfa([open_weights(one) for one in ordered], options)
+
+
+def analyze_neuromfa(
+    checkpoints: list[ModelWeights], options: NeuroMFAOptions, progress: bool = True
+) -> dict:
+    """The numbers for a series of checkpoints of one model.
 
     Raises ValueError if the checkpoints differ in shape or none of them yields a spectrum. Without
     a checkpoint of step 0, E and the rescaled control are None, with the reason.
     """
+    from l2e.analysis.interaction import draw_samples, sampled_network
+
     first = checkpoints[0]
     for other in checkpoints[1:]:
         if other.architecture != first.architecture:
@@ -52,13 +85,13 @@ def analyze_neuromfa(checkpoints: list[Checkpoint], settings: Settings, progress
             )
     start = next((c for c in checkpoints if c.step == 0), None)
     samples = [
-        draw_samples(first.architecture, settings.sample, seed) for seed in range(settings.networks)
+        draw_samples(first.architecture, options.sample, seed) for seed in range(options.networks)
     ]
     origin = None
     if start is not None:
-        origin = [sampled_network(start, sample, settings.layout) for sample in samples]
+        origin = [sampled_network(start, sample, options.layout) for sample in samples]
     measured = [
-        _measure(checkpoint, samples, origin, settings)
+        _measure(checkpoint, samples, origin, options)
         for checkpoint in Progress(
             checkpoints, desc="networks", unit="checkpoints", progress=progress
         )
@@ -75,12 +108,14 @@ def analyze_neuromfa(checkpoints: list[Checkpoint], settings: Settings, progress
     }
 
 
-def _measure(checkpoint: Checkpoint, samples, origin, settings: Settings) -> dict:
+def _measure(checkpoint: ModelWeights, samples, origin, options: NeuroMFAOptions) -> dict:
     """All variants of one checkpoint, averaged over its networks."""
+    from l2e.analysis.interaction import node_counts, sampled_network
+
     spectra: dict[str, list] = {"trained": []} | {name: [] for name in CONTROLS}
     norms, degrees = [], []
     for seed, sample in enumerate(samples):
-        network = sampled_network(checkpoint, sample, settings.layout)
+        network = sampled_network(checkpoint, sample, options.layout)
         random = np.random.default_rng(seed)
         variants = {
             "trained": network,
@@ -90,7 +125,7 @@ def _measure(checkpoint: Checkpoint, samples, origin, settings: Settings) -> dic
         if origin is not None:
             variants["rescaled"] = rescaled(network, origin[seed])
         for name, matrices in variants.items():
-            counts = node_counts(matrices, settings.threshold, settings.hops)
+            counts = node_counts(matrices, options.threshold, options.hops)
             try:
                 spectra[name].append(spectrum(counts))
             except ValueError as error:
@@ -174,7 +209,7 @@ def _with_emergence(now: dict, start: dict | None) -> dict:
     return now | {"E": value, "E_std": float(spread)}
 
 
-def _entry(checkpoint: Checkpoint, measured: dict, base: dict | None) -> dict:
+def _entry(checkpoint: ModelWeights, measured: dict, base: dict | None) -> dict:
     variants = {
         name: _with_emergence(measured[name], base and base[name])
         for name in ("trained", *CONTROLS)
@@ -190,3 +225,120 @@ def _entry(checkpoint: Checkpoint, measured: dict, base: dict | None) -> dict:
         "mean_weighted_degree": measured["mean_weighted_degree"],
         "weight_norm": measured["weight_norm"],
     }
+
+
+CONTROL_COLOURS = {"rescaled": "tab:orange", "shuffled": "tab:green", "gaussian": "tab:red"}
+
+
+def panels(result: dict) -> Panels:
+    """Spectra f(alpha), and alpha_0, w and E over steps with the controls."""
+    rows = [row for row in result["checkpoints"] if row["alpha_0"] is not None]
+
+    def spectra(axes: Axes) -> None:
+        lines, steps = [], []
+        for row, colour in zip(rows, colours("viridis", len(rows), 0.95), strict=True):
+            lines += axes.plot(row["alpha"], row["f"], color=colour)
+            steps.append(row["name"] if row["step"] is None else f"step {row['step']:,}")
+        axes.set_xlabel("α")
+        axes.set_ylabel("f(α)")
+        columns = 1 + len(rows) // 17
+        axes.legend(
+            lines, steps, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=11, ncols=columns
+        )
+
+    found = Panels([Panel("neuromfa_spectra", spectra, width=9)])
+    stepped = [row for row in rows if row["step"] is not None]
+    if len(stepped) < 2:
+        return found
+    steps = [row["step"] for row in stepped]
+
+    def line(key: str, label: str) -> Callable[[Axes], None]:
+        def draw(axes: Axes) -> None:
+            values = _gaps([row[key] for row in stepped])
+            axes.errorbar(
+                steps,
+                values,
+                [row.get(f"{key}_std") or 0 for row in stepped],
+                marker="o",
+                capsize=3,
+                label="trained (± spread of the networks)",
+            )
+            for name, colour in CONTROL_COLOURS.items():
+                axes.plot(
+                    steps,
+                    _gaps([row["controls"][name][key] for row in stepped]),
+                    "--",
+                    color=colour,
+                    label=name,
+                )
+            axes.set_xscale("symlog", linthresh=1)
+            axes.set_xlim(left=-0.2)
+            axes.set_xlabel("step")
+            axes.set_ylabel(label)
+            axes.legend(fontsize=11)
+
+        return draw
+
+    return Panels(
+        [
+            *found,
+            Panel("neuromfa_alpha0", line("alpha_0", "irregularity α₀")),
+            Panel("neuromfa_width", line("w", "heterogeneity w")),
+            Panel("neuromfa_emergence", line("E", "degree of emergence E")),
+        ]
+    )
+
+
+def _gaps(values: list[float | None]) -> np.ndarray:
+    """The values with NaN, which leaves a gap in a line, for those that are missing."""
+    return np.array(values, dtype=float)
+
+
+def notes(result: dict) -> list[str]:
+    return [
+        "E moves with the mere scale of the weights. Read it beside the same analysis on "
+        "weights rescaled to step 0's RMS, and on shuffled and Gaussian weights: an E that "
+        "they share is no sign of structure."
+    ]
+
+
+def tables(result: dict) -> list[Table]:
+    head = ["step", "α₀", "w", "E", "± networks", "E rescaled", "E shuffled", "E Gaussian"]
+    head += ["R²", "kept nodes", "weight norm"]
+    rows = [
+        [
+            f"{row['step']:,}" if row["step"] is not None else row["name"],
+            *(row.get(key) for key in ("alpha_0", "w", "E", "E_std")),
+            *(row["controls"][name]["E"] for name in CONTROLS),
+            *(row.get(key) for key in ("fit_r2", "kept_nodes", "weight_norm")),
+        ]
+        for row in result["checkpoints"]
+    ]
+    return [Table(head, rows)]
+
+
+def points(result: dict) -> list[dict[str, float | None]]:
+    """alpha_0, w and E of each checkpoint, and E of the weights rescaled to step 0's RMS."""
+    return [
+        {
+            "$\\alpha_0$": row["alpha_0"],
+            "w": row["w"],
+            "E": row["E"],
+            "E, weights rescaled": row["controls"]["rescaled"]["E"],
+        }
+        for row in result["checkpoints"]
+    ]
+
+
+ANALYSIS = Analysis(
+    name="neuromfa",
+    title="Self-organisation (NeuroMFA)",
+    help="self-organisation over checkpoints: alpha_0, w, E and their controls",
+    on=("checkpoints",),
+    options=NeuroMFAOptions,
+    measure=measure,
+    panels=panels,
+    notes=notes,
+    tables=tables,
+    points=points,
+)

@@ -4,26 +4,44 @@ Passages are split 70/30; neurons are ranked on the training part by |mean(featu
 and a balanced L2 logistic regression on the first k of them is scored on the held-out part.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score, matthews_corrcoef, precision_score, recall_score
-from sklearn.model_selection import train_test_split
 
-from l2e.analysis.activations import Activations
-from l2e.analysis.features import FeatureSet
+from l2e.analysis.analysis import Analysis, Options
+from l2e.analysis.figures import Panel, Panels, colours
+from l2e.analysis.kinds import PROBED_KIND, kind_option
+from l2e.analysis.neurons import neuron_name
+from l2e.analysis.tables import Table
 from l2e.progress import Progress
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from l2e.analysis.activations import Activations
+    from l2e.analysis.features import FeatureSet
+    from l2e.analysis.subject import Subject
+
 SEED = 42
-PROBED_KIND = "pre_mean"
 HELD_OUT = 0.3
 FEWEST_TEXTS = 10
 CANDIDATES = 30
 SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class ProbeOptions(Options):
+    kind: str = kind_option(PROBED_KIND)
+
+
+def measure(subject: Subject, options: ProbeOptions) -> dict:
+    activations, probes = subject.activations(options.kind), subject.probes(options.kind)
+    return subject.about(options.kind) | analyze_probe(activations, options.kind, probes)
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,8 @@ def split_passages(features: FeatureSet) -> Split:
             f"feature, copies counted once; too few of {', '.join(few)}. Add passages or remove "
             "the feature"
         )
+    from sklearn.model_selection import train_test_split
+
     train, _ = train_test_split(
         np.arange(len(first)), test_size=HELD_OUT, random_state=SEED, stratify=labels
     )
@@ -87,6 +107,10 @@ def rank_neurons(z: np.ndarray, is_feature: np.ndarray) -> np.ndarray:
 
 def probe_scores(z: np.ndarray, is_feature: np.ndarray, split: Split) -> dict[str, float]:
     """Fit on the training rows of z [passages, k]; F1, MCC, precision and recall held out."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import f1_score, matthews_corrcoef, precision_score, recall_score
+
     classifier = LogisticRegression(class_weight="balanced", max_iter=200)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -153,22 +177,28 @@ def find_monosemantic(activations: Activations, kind: str, progress: bool = True
     return best_first(probes)
 
 
-def analyze_probe(activations: Activations, kind: str, progress: bool = True) -> dict:
-    """The probe verb's result: single neurons best first, sizes k, and the controls."""
+def analyze_probe(
+    activations: Activations, kind: str, probes: list[Probe] | None = None, progress: bool = True
+) -> dict:
+    """The probe analysis's numbers: single neurons best first, sizes k, and the controls.
+
+    probes: what `find_monosemantic` found, if that is done already.
+    """
     features = activations.features
     split = split_passages(features)
     shuffled = permuted(features)
-    probes, control, sizes = [], [], []
+    if probes is None:
+        probes = find_monosemantic(activations, kind, progress)
+    control, sizes = [], []
     for layer in by_layer(activations, progress):
         z = scale_neurons(activations.layer(kind, layer), split)
-        probes += search_layer(z, layer, features, split)
         control += search_layer(z, layer, shuffled, split)
         sizes += probe_sizes(z, layer, features, split)
     test = features.labels[split.test]
     share = {name: float((test == label).mean()) for label, name in enumerate(features.names)}
     return {
         "kind": kind,
-        "neurons": [asdict(probe) for probe in best_first(probes)],
+        "neurons": [asdict(probe) for probe in probes],
         "sizes": [_best_layer(sizes, name, k) for name in features.names for k in _sizes(sizes)],
         "always_yes_f1": {name: 2 * s / (1 + s) for name, s in share.items()},
         "neurons_ranked": activations.num_layers * z.shape[1],
@@ -192,3 +222,98 @@ def _best(name: str, probes: list[Probe]) -> dict[str, float]:
     """The highest F1 and MCC any neuron reached for a feature."""
     own = [probe for probe in probes if probe.feature == name]
     return {"f1": max(p.f1 for p in own), "mcc": max(p.mcc for p in own)}
+
+
+def panels(result: dict) -> Panels:
+    """F1 of the best probe by number of neurons, and single neurons against their controls."""
+    features = list(result["always_yes_f1"])
+
+    def sizes(axes: Axes) -> None:
+        lines = []
+        for feature, colour in zip(features, colours("tab20", len(features)), strict=True):
+            rows = [row for row in result["sizes"] if row["feature"] == feature]
+            lines += axes.plot([r["k"] for r in rows], [r["f1"] for r in rows], "o-", color=colour)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({row["k"] for row in result["sizes"]})
+        axes.set_xticks(ticks, ticks)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("neurons in the probe (best layer)")
+        axes.set_ylabel("F1 on held-out passages")
+        axes.legend(lines, features, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=11)
+
+    def single(axes: Axes) -> None:
+        at = np.arange(len(features))
+        best = [max(n["f1"] for n in result["neurons"] if n["feature"] == f) for f in features]
+        axes.bar(at - 0.27, best, 0.27, label="best single neuron")
+        axes.bar(
+            at,
+            [result["permutation"][f]["f1"] for f in features],
+            0.27,
+            label="best with shuffled labels",
+        )
+        axes.bar(
+            at + 0.27, [result["always_yes_f1"][f] for f in features], 0.27, label="always yes"
+        )
+        axes.set_xticks(at, features, rotation=45, ha="right")
+        axes.set_ylim(0, 1.25)
+        axes.set_yticks(np.arange(0, 1.01, 0.2))
+        axes.set_ylabel("F1 on held-out passages")
+        axes.legend(ncols=3, loc="upper center", fontsize=11)
+
+    words = tuple(features)
+    return Panels(
+        [
+            Panel("probe_sizes", sizes, width=10, words=words),
+            Panel("probe_single", single, width=10, words=words),
+        ]
+    )
+
+
+def notes(result: dict) -> list[str]:
+    passages = result["passages"]
+    return [
+        f"{result['neurons_probed']:,} one-neuron probes out of {result['neurons_ranked']:,} "
+        f"ranked neurons, fitted on {passages['train']:,} passages and scored on "
+        f"{passages['held_out']:,}. The same search with shuffled labels is the control."
+    ]
+
+
+def tables(result: dict) -> list[Table]:
+    best: dict[str, dict] = {}
+    for row in result["neurons"]:
+        best.setdefault(row["feature"], row)
+    head = ["feature", "best neuron", "F1", "MCC", "precision", "recall"]
+    head += ["F1, labels shuffled", "F1, always yes"]
+    rows = [
+        [
+            feature,
+            neuron_name(row["layer"], row["neuron"]),
+            *(row[key] for key in ("f1", "mcc", "precision", "recall")),
+            result["permutation"][feature]["f1"],
+            result["always_yes_f1"][feature],
+        ]
+        for feature, row in sorted(best.items())
+    ]
+    return [Table(head, rows)]
+
+
+def points(result: dict) -> list[dict[str, float | None]]:
+    best: dict[str, float] = {}
+    for row in result["neurons"]:
+        best.setdefault(row["feature"], row["f1"])
+    mean = float(np.mean(list(best.values())))
+    return [{"best single-neuron F1, mean over features": mean}]
+
+
+ANALYSIS = Analysis(
+    name="probe",
+    title="Sparse probing",
+    help="sparse probing: which neurons tell a feature, with permutation control",
+    on=("model", "features", "activations"),
+    options=ProbeOptions,
+    measure=measure,
+    panels=panels,
+    notes=notes,
+    tables=tables,
+    points=points,
+)

@@ -1,12 +1,10 @@
-"""What an analysis leaves behind: VERB.json with its provenance, beside the figures."""
+"""What comes with an analysis's numbers in its JSON file."""
 
-import json
 import math
 import platform
 import shlex
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy
 import scipy
@@ -24,19 +22,6 @@ def provenance() -> dict:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} CPU thread(s)",
         "versions": {"python": platform.python_version(), **modules},
     }
-
-
-def write_result(folder: Path, verb: str, result: dict) -> Path:
-    """Write folder/VERB.json with provenance; non-finite numbers become null."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{verb}.json"
-    path.write_text(json.dumps(finite({**result, "provenance": provenance()}), indent=1))
-    return path
-
-
-def read_result(folder: Path, verb: str) -> dict | None:
-    path = folder / f"{verb}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def finite(value):

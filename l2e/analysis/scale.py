@@ -6,19 +6,43 @@ mean over the passages of feature l, phi_l-minus(j) over all others, and the neu
 monosemantic feature is l*_j = argmax over l of phi_l(j).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.stats import ks_2samp
 
-from l2e.analysis.activations import Activations
-from l2e.analysis.networks import neuron_name
-from l2e.analysis.probing import PROBED_KIND, Probe
+from l2e.analysis.analysis import Analysis, Options, option
+from l2e.analysis.figures import Panel, Panels
+from l2e.analysis.kinds import PROBED_KIND, kind_option
+from l2e.analysis.neurons import neuron_name
+from l2e.analysis.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from l2e.analysis.activations import Activations
+    from l2e.analysis.probing import Probe
+    from l2e.analysis.subject import Subject
 
 RANDOM_NEURONS = 1000
 SEED = 42
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 NEURONS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class ScaleOptions(Options):
+    kind: str = kind_option("post_max")
+    top: int = option(10, "best-probing neurons shown of each feature", least=0)
+
+
+def measure(subject: Subject, options: ScaleOptions) -> dict:
+    activations = subject.activations(options.kind)
+    monosemantic = subject.probes(PROBED_KIND) if options.top else []
+    found = analyze_scale(activations, options.kind, monosemantic, options.top)
+    return subject.about(options.kind) | found
 
 
 @dataclass(frozen=True)
@@ -79,17 +103,21 @@ def kolmogorov_smirnov(phi: np.ndarray, own: np.ndarray) -> float:
     phi: passage scores of some neurons [passages, neurons]; own: where the passage has the
     neuron's relatively monosemantic feature, bool of the same shape.
     """
+    from scipy.stats import ks_2samp
+
     return float(ks_2samp(phi[own], phi.ravel(), method="asymp").statistic)
 
 
 def analyze_scale(
     activations: Activations, kind: str, monosemantic: list[Probe], per_feature: int = 10
 ) -> dict:
-    """The scale verb's result: layers, ks, and probed against random neurons.
+    """The scale analysis's numbers: layers, ks, and probed against random neurons.
 
     monosemantic: probes from the monosemantic search, best first; of each feature the first
     `per_feature` are shown.
     """
+    from scipy.stats import ks_2samp
+
     features = activations.features
     random = np.random.default_rng(SEED)
     scales, layers, pooled_own, pooled_all = [], [], [], []
@@ -193,3 +221,117 @@ def _random(scales, names, count, random) -> list[dict]:
             }
         )
     return rows
+
+
+MEAN_LABEL = "mean φ of l* ± standard error"
+
+
+def panels(result: dict) -> Panels:
+    """Monosemantic against random neurons; mean MS and K-S by layer."""
+
+    def against(axes: Axes) -> None:
+        names = list(dict.fromkeys(row["feature"] for row in result["top"]))
+        at = np.arange(len(names) + 1)
+        means = [
+            [np.mean([r[k] for r in result["top"] if r["feature"] == n]) for n in names]
+            for k in ("ms", "ms_others")
+        ]
+        random = [np.mean([row[key] for row in result["random"]]) for key in ("ms", "ms_others")]
+        axes.bar(at - 0.2, [*means[0], random[0]], 0.4, label="on the neuron's own feature")
+        axes.bar(at + 0.2, [*means[1], random[1]], 0.4, label="on all other features")
+        for index, name in enumerate(names):
+            own = [row["ms"] for row in result["top"] if row["feature"] == name]
+            axes.plot([index - 0.2] * len(own), own, "k.", markersize=4)
+        axes.set_xticks(at, [*names, "random\nneurons"], rotation=45, ha="right")
+        axes.axvline(len(names) - 0.5, color="grey", linewidth=1)
+        axes.set_ylabel("Monosemantic Scale φ")
+        axes.set_xlabel("feature whose best-probing neurons (dots) are averaged")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+    def profile(axes: Axes) -> None:
+        rows = [row for row in result["layers"] if "reason" not in row]
+        layers = [row["layer"] for row in rows]
+        axes.errorbar(
+            layers,
+            [r["mean_ms"] for r in rows],
+            [r["std_ms"] / np.sqrt(r["neurons"]) for r in rows],
+            marker="o",
+            capsize=4,
+            label=MEAN_LABEL,
+        )
+        axes.set_xlabel("layer")
+        axes.set_ylabel("mean MS of random neurons")
+        axes.set_xticks(layers)
+        right = axes.twinx()
+        right.plot(layers, [r["ks"] for r in rows], "s--", color="tab:orange", label="K-S")
+        right.set_ylabel("K-S statistic")
+        right.grid(False)
+        right.spines["right"].set_visible(True)
+        lines = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+        axes.legend(
+            lines,
+            [MEAN_LABEL, "K-S"],
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+            ncols=2,
+        )
+
+    def example(axes: Axes) -> None:
+        found = result["example"]
+        names = list(found["activations"])
+        keys = ("whislo", "q1", "med", "q3", "whishi")
+        boxes = [dict(zip(keys, found["activations"][n], strict=True)) for n in names]
+        axes.bxp(boxes, showfliers=False)
+        axes.set_xticks(range(1, len(names) + 1), names, rotation=45, ha="right")
+        axes.set_ylabel(f"activation of {found['neuron']} ({found['kind'].replace('_', ', ')})")
+        axes.set_title(
+            f"Best single-neuron probe ({found['feature']}): 5, 25, 50, 75, 95 % of passages",
+            fontsize=13,
+        )
+
+    found = Panels([Panel("scale_layers", profile)])
+    if result["top"]:
+        words = tuple(result["example"]["activations"])
+        found.append(Panel("scale_monosemantic", against, width=10, words=words))
+        found.append(Panel("scale_example", example, width=10, words=words))
+    return found
+
+
+def notes(result: dict) -> list[str]:
+    if result["ks"] is None:
+        return []
+    return [
+        "K-S statistic between the scores of the relatively monosemantic features and of the "
+        f"whole set: {result['ks']:.3f}."
+    ]
+
+
+def tables(result: dict) -> list[Table]:
+    head = ["layer", "mean MS", "K-S", "neurons", "dead"]
+    keys = ("layer", "mean_ms", "ks", "neurons", "dead")
+    return [Table(head, [[row.get(key) for key in keys] for row in result["layers"]])]
+
+
+def points(result: dict) -> list[dict[str, float | None]]:
+    return [{"mean MS": mean_of(result["layers"], "mean_ms"), "K-S": result["ks"]}]
+
+
+def mean_of(rows: list[dict], key: str) -> float | None:
+    """The mean of a key over those rows that have it."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return float(np.mean(values)) if values else None
+
+
+ANALYSIS = Analysis(
+    name="scale",
+    title="Monosemantic Scale",
+    help="Monosemantic Scale by feature, probed against random neurons, K-S, layer profile",
+    on=("model", "features", "activations"),
+    options=ScaleOptions,
+    measure=measure,
+    panels=panels,
+    notes=notes,
+    tables=tables,
+    points=points,
+    while_followed={"top": 0},  # the probing that finds them is most of the work
+)

@@ -1,17 +1,15 @@
 """launch/analyze.py end to end on a small model in Hugging Face form."""
 
+import dataclasses
 import gzip
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from l2e.analysis import analyses
 from launch import analyze
 from tests.l2e.analysis.conftest import byte_tokenizer, letters, make_model
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.launch.running import python
 
 
 @pytest.fixture(scope="module")
@@ -86,33 +84,55 @@ def test_neuromfa_and_trajectory_write_their_contract(place):
     assert by_measure["E"]["points"][1]["mean"] == pytest.approx(rows[1]["E"])
 
 
-def test_report_is_one_page(place):
+def test_report_is_all_of_it_in_one_page(place):
+    """Every analysis of the list; files of one name keep their results apart."""
     out = place / "report"
-    features = str(place / "letters.jsonl.gz")
-    command = ["report", "--model", str(place / "step5"), "--features", features]
-    command += ["--checkpoints", str(place / "step0"), str(place / "step5")]
+    other = place / "other" / "letters.jsonl"
+    other.parent.mkdir()
+    rows = [{"text": letters(f, i), "feature": f"g{f}"} for i in range(12) for f in range(2, 4)]
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    features = [str(place / "letters.jsonl.gz"), str(other)]
+    command = ["report", "--model", str(place / "step5"), "--features", *features]
+    command += ["--checkpoints", str(place / "step0"), str(place / "step5"), "--networks", "1"]
+    command += ["--batches", "1", "--max-tokens", "16"]
     analyze.main([*command, "--random", "2", "--output", str(out)])
     page = (out / "report.html").read_text()
-    for title in (
-        "Monosemantic Scale",
-        "False Killing",
-        "Sparse",
-        "Ablation",
-        "Proxies",
-        "NeuroMFA",
-    ):
-        assert title in page
+    for analysis in analyses().values():
+        alone = {*analysis.on, *analysis.optional} == {"checkpoints"}
+        for where in ["report"] if alone else ["letters", "letters-2"]:
+            assert f"<h2>{analysis.title}: {where}</h2>" in page
+            folder = out if where == "report" else out / where
+            assert (folder / f"{analysis.name}.json").is_file()
     assert f"<h1>{place / 'step5'}</h1>" in page
-    assert "letters: 24 passages of 2 features." in page
+    assert "letters: 24 passages of 2 features. letters-2: 24 passages of 2 features." in page
     assert page.count("<code>") == 1, "the command is told once"
-    assert (out / "letters" / "fkr.json").is_file()
-    assert (out / "neuromfa.json").is_file()
+    first, second = (
+        json.loads((out / name / "ablate.json").read_text())["loss"]
+        for name in ("letters", "letters-2")
+    )
+    assert set(first) == {"f0", "f1"}
+    assert set(second) == {"g2", "g3"}
+    with pytest.raises(ValueError, match="named twice"):
+        analyze.main(
+            ["report", "--model", "x", "--features", *features, features[0], "--output", "x"]
+        )
+
+
+def test_a_report_tells_what_could_not_be_measured(place, capsys):
+    out = place / "partly"
+    command = ["report", "--model", str(place / "step5"), "--random", "0", "--output", str(out)]
+    analyze.main([*command, "--features", str(place / "letters.jsonl.gz")])
+    page = (out / "report.html").read_text()
+    assert "Not measured: no --checkpoints were named" in page
+    assert "Not measured: letters: " in page  # too little text for decrease's batches of 128
+    assert "ask for fewer batches" in capsys.readouterr().err
+    assert not (out / "letters" / "decrease.json").exists()
 
 
 def test_a_users_mistake_ends_with_status_2_and_its_message_alone(place):
-    command = [sys.executable, "launch/analyze.py", "fkr", "--model", str(place / "nothing")]
-    command += ["--features", str(place / "letters.jsonl.gz"), "--output", str(place / "bad")]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["launch/analyze.py", "fkr", "--model", place / "nothing"]
+    command += ["--features", place / "letters.jsonl.gz", "--output", place / "bad"]
+    ended = python(*command)
     assert ended.returncode == 2
     assert "no model with tokenizer could be loaded" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -150,3 +170,61 @@ def test_decrease_writes_its_contract(place):
     assert result["layers"] == ["0", "1"]
     assert list(result["arms"]) == ["original", "naive a", "naive b", "reversed"]
     assert (place / "out" / "decrease.png").is_file()
+
+
+OUT_OF_BOUNDS = [
+    *("scale --passages 0", "scale --skip -1", "fkr --max-tokens 0", "scale --top -1"),
+    *("ablate --random -1", "ablate --exact 1", "ablate --scored 0", "ablate --ablate-passages 0"),
+    *("decrease --topk 0", "decrease --batches 0", "decrease --learning-rate -0.1"),
+    *("decrease --learning-rate nan", "decrease --learning-rate inf"),
+    *("neuromfa --networks 0", "neuromfa --sample 0", "neuromfa --threshold 1"),
+    *("neuromfa --hops 0", "trajectory --hops -3", "report --networks 1.5"),
+]
+
+
+@pytest.mark.parametrize("case", OUT_OF_BOUNDS)
+def test_numbers_out_of_bounds_are_named(case, capsys):
+    verb, option, value = case.split()
+    with pytest.raises(SystemExit) as ended:
+        analyze.parse([verb, option, value])
+    assert ended.value.code == 2
+    assert f"argument {option}: " in capsys.readouterr().err
+
+
+def test_every_option_of_a_number_has_bounds_here_and_in_a_notebook():
+    """None is left to be found out by a traceback."""
+    for analysis in analyses().values():
+        for one in dataclasses.fields(analysis.options):
+            if one.metadata["of"] in (int, float):
+                least = one.metadata["least"]
+                assert least is not None, f"{analysis.name}: {one.name}"
+                with pytest.raises(ValueError, match=f"{one.name} .* at least"):
+                    analysis.options(**{one.name: least - 1})
+
+
+@pytest.mark.parametrize("verb", [*analyses(), "report"])
+def test_help_does_not_wait_for_torch(verb):
+    done = python("-X", "importtime", "launch/analyze.py", verb, "--help")
+    assert done.returncode == 0, done.stderr
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "numpy" in imported
+    assert not imported & {"torch", "transformers", "scipy", "sklearn", "matplotlib"}
+
+
+def test_a_series_is_refused_before_it_is_measured(place):
+    features = ["--features", str(place / "letters.jsonl.gz"), "--output", str(place / "no")]
+    for named, told in (("step5", "same step"), ("other", "no step in the name of")):
+        series = ["--checkpoints", str(place / "step5"), str(place / named)]
+        for verb in ("neuromfa", "trajectory"):
+            more = features if verb == "trajectory" else features[2:]
+            with pytest.raises(ValueError, match=told):
+                analyze.main([verb, *series, *more])
+    assert not (place / "no").exists()
+
+
+def test_neurons_that_probe_best_are_ablated_where_none_are_named(place):
+    found = run(place, "ablate", "--random", "0")
+    best = {row["feature"]: row for row in reversed(run(place, "probe")["neurons"])}
+    neurons = {f"L{row['layer']}.N{row['neuron']}" for row in best.values()}
+    assert neurons <= {row["neuron"] for row in found["neurons"]}
+    assert len(found["neurons"]) == 10

@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional
 
 from l2e.analysis import ablation
-from l2e.analysis.ablated_runs import Settings
-from l2e.analysis.ablation import ablation_losses, analyze_ablation
+from l2e.analysis.ablated_runs import Passages
+from l2e.analysis.ablation import AblationOptions, ablation_losses, analyze_ablation
 
 NEURONS = [(0, 3), (1, 17), (2, 90), (1, 4)]
 
@@ -52,7 +52,7 @@ def mean_activation(network, features, neuron):
 @pytest.mark.parametrize("how", ["zero", "mean"])
 def test_losses_equal_a_direct_recomputation(network, letter_features, how):
     features = letter_features.sample(6)
-    found = ablation_losses(network, features, NEURONS, Settings(how=how), progress=False)
+    found = ablation_losses(network, features, NEURONS, AblationOptions(how=how), progress=False)
     np.testing.assert_allclose(found.base, direct(network, features), rtol=1e-6)
     for rise, neuron in zip(found.rise, NEURONS, strict=True):
         value = mean_activation(network, features, neuron) if how == "mean" else 0.0
@@ -65,10 +65,10 @@ def test_losses_equal_a_direct_recomputation(network, letter_features, how):
 
 def test_resampling_changes_the_loss_and_repeats_itself(neox, letter_features):
     features = letter_features.sample(6)
-    settings = Settings(how="resample")
+    settings = AblationOptions(how="resample")
     first = ablation_losses(neox, features, NEURONS, settings, progress=False)
     again = ablation_losses(neox, features, NEURONS, settings, progress=False)
-    zero = ablation_losses(neox, features, NEURONS, Settings(how="zero"), progress=False)
+    zero = ablation_losses(neox, features, NEURONS, AblationOptions(how="zero"), progress=False)
     np.testing.assert_array_equal(first.rise, again.rise)
     assert np.abs(first.rise).max() > 1e-5
     assert np.abs(first.rise - zero.rise).max() > 1e-5
@@ -78,7 +78,7 @@ def test_a_dead_output_weight_changes_nothing(neox, letter_features):
     with torch.no_grad():
         neox.layers[1].outward.weight[:, 17] = 0
     found = ablation_losses(
-        neox, letter_features.sample(4), [(1, 17)], Settings(how="zero"), progress=False
+        neox, letter_features.sample(4), [(1, 17)], AblationOptions(how="zero"), progress=False
     )
     np.testing.assert_allclose(found.rise, 0, atol=1e-7)
 
@@ -86,9 +86,9 @@ def test_a_dead_output_weight_changes_nothing(neox, letter_features):
 def test_scored_positions_are_a_sample_of_all(neox, letter_features):
     """With at most n scored a passage, short passages count whole and long ones in part."""
     features = letter_features.sample(6)
-    whole = ablation_losses(neox, features, NEURONS, Settings(scored=128), progress=False)
-    everything = ablation_losses(neox, features, NEURONS, Settings(), progress=False)
-    some = ablation_losses(neox, features, NEURONS, Settings(scored=4), progress=False)
+    whole = ablation_losses(neox, features, NEURONS, AblationOptions(scored=128), progress=False)
+    everything = ablation_losses(neox, features, NEURONS, AblationOptions(), progress=False)
+    some = ablation_losses(neox, features, NEURONS, AblationOptions(scored=4), progress=False)
     np.testing.assert_allclose(whole.rise, everything.rise, rtol=1e-12)
     assert np.abs(some.base - everything.base).max() > 1e-4
     np.testing.assert_allclose(some.base, everything.base, rtol=0.2)
@@ -96,8 +96,10 @@ def test_scored_positions_are_a_sample_of_all(neox, letter_features):
 
 def test_bfloat16_is_close(neox, letter_features):
     features = letter_features.sample(6)
-    full = ablation_losses(neox, features, NEURONS, Settings(), progress=False)
-    half = ablation_losses(neox, features, NEURONS, Settings(precision="bfloat16"), progress=False)
+    full = ablation_losses(neox, features, NEURONS, AblationOptions(), progress=False)
+    half = ablation_losses(
+        neox, features, NEURONS, AblationOptions(precision="bfloat16"), progress=False
+    )
     np.testing.assert_allclose(half.base + half.rise, full.base + full.rise, rtol=0.01)
 
 
@@ -106,25 +108,31 @@ def long_job(neox, letter_features):
     """Exact losses of 24 neurons on 40 passages of each feature, and the neurons."""
     features = letter_features.sample(40)
     neurons = [(layer, index) for layer in range(3) for index in range(0, 128, 16)]
-    return features, neurons, ablation_losses(neox, features, neurons, Settings(), progress=False)
+    return (
+        features,
+        neurons,
+        ablation_losses(neox, features, neurons, AblationOptions(), progress=False),
+    )
 
 
 def test_a_sample_estimates_what_all_passages_give(neox, long_job):
     """With standard errors that say how far off it is, and better than the sample alone."""
     features, neurons, exact = long_job
-    some = ablation_losses(neox, features, neurons, Settings(exact=6), progress=False)
+    some = ablation_losses(neox, features, neurons, AblationOptions(exact=6), progress=False)
     np.testing.assert_allclose(some.base, exact.base, rtol=1e-6)
     assert some.exact == 6
     assert some.correlation > 0.9
     error = some.rise - exact.rise
     z = error / some.stderr
     assert 0.5 < np.sqrt((z**2).mean()) < 2  # 72 of them; 1 if the errors were independent
-    alone = ablation_losses(neox, sampled(neox, features, 6), neurons, Settings(), progress=False)
+    alone = ablation_losses(
+        neox, sampled(neox, features, 6), neurons, AblationOptions(), progress=False
+    )
     assert np.abs(error).mean() < 0.5 * np.abs(alone.rise - exact.rise).mean()
 
 
 def sampled(network, features, count):
-    return features.subset(ablation.Passages(network, features, Settings()).sample(count))
+    return features.subset(Passages(network, features, 128, None).sample(count))
 
 
 def test_the_first_order_is_exact_for_a_change_that_is_small(neox, long_job):
@@ -133,29 +141,29 @@ def test_the_first_order_is_exact_for_a_change_that_is_small(neox, long_job):
     with torch.no_grad():
         for layer in neox.layers:
             layer.outward.weight.mul_(1e-2)
-    exact = ablation_losses(neox, features, neurons, Settings(), progress=False)
-    some = ablation_losses(neox, features, neurons, Settings(exact=2), progress=False)
+    exact = ablation_losses(neox, features, neurons, AblationOptions(), progress=False)
+    some = ablation_losses(neox, features, neurons, AblationOptions(exact=2), progress=False)
     np.testing.assert_allclose(some.rise, exact.rise, atol=3e-2 * np.abs(exact.rise).max())
     assert some.correlation > 0.999
 
 
 def test_a_job_that_takes_too_long_is_sampled_aloud(neox, letter_features, monkeypatch, capsys):
     features = letter_features.sample(10)
-    whole = ablation_losses(neox, features, NEURONS, Settings(), progress=False)
+    whole = ablation_losses(neox, features, NEURONS, AblationOptions(), progress=False)
     assert capsys.readouterr().out == ""
     monkeypatch.setitem(ablation.EXACT_FLOPS, "cpu", 1e7)
-    some = ablation_losses(neox, features, NEURONS, Settings(), progress=False)
+    some = ablation_losses(neox, features, NEURONS, AblationOptions(), progress=False)
     assert 2 <= some.exact < 10
     assert f"{some.exact} passages of each feature run exactly" in capsys.readouterr().out
-    forced = ablation_losses(neox, features, NEURONS, Settings(exact=10), progress=False)
+    forced = ablation_losses(neox, features, NEURONS, AblationOptions(exact=10), progress=False)
     np.testing.assert_array_equal(forced.rise, whole.rise)
     with pytest.raises(ValueError, match="at least 2"):
-        Settings(exact=1)
+        AblationOptions(exact=1)
 
 
 def test_result_names_neurons_and_draws_random_ones_from_their_layers(neox, letter_features):
     result = analyze_ablation(
-        neox, letter_features.sample(4), [(0, 3), (2, 9)], 6, Settings(), progress=False
+        neox, letter_features.sample(4), [(0, 3), (2, 9)], AblationOptions(random=6), progress=False
     )
     assert [row["neuron"] for row in result["neurons"]] == ["L0.N3", "L2.N9"]
     assert {row["neuron"].split(".")[0] for row in result["random"]} == {"L0", "L2"}
@@ -166,4 +174,4 @@ def test_result_names_neurons_and_draws_random_ones_from_their_layers(neox, lett
 
 def test_a_neuron_beyond_the_model_is_named(neox, letter_features):
     with pytest.raises(ValueError, match=r"L3.N1.*3 layers of 128"):
-        analyze_ablation(neox, letter_features, [(3, 1)], 0, Settings(), progress=False)
+        analyze_ablation(neox, letter_features, [(3, 1)], AblationOptions(), progress=False)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from l2e.analysis.activations import KINDS, Settings, collect, first_tokens, tokenize
+from l2e.analysis.activations import Collection, collect, first_tokens, tokenize
 from l2e.analysis.features import make_features
+from l2e.analysis.kinds import KINDS
 
 
 def by_hand(network, text, skip):
@@ -27,7 +28,7 @@ def by_hand(network, text, skip):
 
 
 def test_activations_equal_forward_hooks(network, letter_features, tmp_path):
-    settings = Settings(kinds=KINDS, skip=2, stored_as="float32", tokens_per_batch=100)
+    settings = Collection(kinds=KINDS, skip=2, stored_as="float32", tokens_per_batch=100)
     found = collect(network, letter_features, settings, tmp_path, progress=False)
     for row in (0, 17, 118):
         expected = by_hand(network, letter_features.texts[row], skip=2)
@@ -41,8 +42,8 @@ def test_activations_equal_forward_hooks(network, letter_features, tmp_path):
 
 
 def test_float16_is_the_rounded_float32(neox, letter_features, tmp_path):
-    half = collect(neox, letter_features, Settings(("post_max",)), tmp_path, progress=False)
-    full = Settings(("post_max",), stored_as="float32")
+    half = collect(neox, letter_features, Collection(("post_max",)), tmp_path, progress=False)
+    full = Collection(("post_max",), stored_as="float32")
     whole = collect(neox, letter_features, full, tmp_path, progress=False)
     assert half.layer("post_max", 1).dtype == np.float16
     np.testing.assert_array_equal(
@@ -51,7 +52,7 @@ def test_float16_is_the_rounded_float32(neox, letter_features, tmp_path):
 
 
 def test_two_devices_give_what_one_gives(neox, letter_features, tmp_path):
-    settings = Settings(("pre_mean",), tokens_per_batch=64)
+    settings = Collection(("pre_mean",), tokens_per_batch=64)
     one = collect(neox, letter_features, settings, tmp_path / "one", progress=False)
     two = collect(
         neox, letter_features, settings, tmp_path / "two", devices=["cpu", "cpu"], progress=False
@@ -62,7 +63,7 @@ def test_two_devices_give_what_one_gives(neox, letter_features, tmp_path):
 
 def test_cache_follows_weights_texts_and_settings(neox, letter_features, tmp_path, capsys):
     def key(features=letter_features, **settings):
-        return collect(neox, features, Settings(**settings), tmp_path, progress=False).key
+        return collect(neox, features, Collection(**settings), tmp_path, progress=False).key
 
     first = key()
     assert "found" not in capsys.readouterr().out
@@ -77,7 +78,7 @@ def test_cache_follows_weights_texts_and_settings(neox, letter_features, tmp_pat
 
 def test_passages_without_a_valid_token_are_left_out_aloud(neox, tmp_path, capsys):
     features = make_features("x", ["abc", "a", "def", "gh"], ["u", "u", "v", "v"])
-    found = collect(neox, features, Settings(skip=1), tmp_path, progress=False)
+    found = collect(neox, features, Collection(skip=1), tmp_path, progress=False)
     assert found.dropped == 1
     assert found.features.texts == ["abc", "def", "gh"]
     assert found.layer("post_max", 0).shape == (3, 128)
@@ -87,20 +88,20 @@ def test_passages_without_a_valid_token_are_left_out_aloud(neox, tmp_path, capsy
 def test_a_feature_without_usable_passage_is_refused(neox, tmp_path):
     features = make_features("x", ["abc", "a", "b"], ["u", "v", "v"])
     with pytest.raises(ValueError, match="feature v"):
-        collect(neox, features, Settings(skip=1), tmp_path, progress=False)
+        collect(neox, features, Collection(skip=1), tmp_path, progress=False)
 
 
 def test_overflow_of_float16_is_refused_and_leaves_nothing(neox, letter_features, tmp_path):
     with torch.no_grad():
         neox.layers[1].inward.bias[5] = 1e6
     with pytest.raises(ValueError, match="beyond float16"):
-        collect(neox, letter_features, Settings(), tmp_path, progress=False)
+        collect(neox, letter_features, Collection(), tmp_path, progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="post_max"):
-        Settings(kinds=("post_median",))
+        Collection(kinds=("post_median",))
 
 
 @pytest.mark.parametrize("unit", ["word ", "a", "     ", "ab,\n"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from l2e.analysis.decrease import Settings, analyze_decrease
+from l2e.analysis.decrease import DecreaseOptions, analyze_decrease
 from l2e.analysis.features import make_features
 from l2e.analysis.networks import Network
 from tests.l2e.analysis.conftest import byte_tokenizer
@@ -48,8 +48,8 @@ def test_reversed_deactivation_decreases_more_than_training_and_naive_b_less(tra
     """The order of MEmeL's Table 4."""
     network, features = trained
     before = {name: value.clone() for name, value in network.model.state_dict().items()}
-    settings = Settings(learning_rate=0.001, max_tokens=64)
-    result = analyze_decrease(network, features, settings, progress=False)
+    options = DecreaseOptions(learning_rate=0.001)
+    result = analyze_decrease(network, features, options, max_tokens=64, progress=False)
     ratios = {arm: row["decrease_ratio_percent"] for arm, row in result["arms"].items()}
     assert ratios["reversed"] > ratios["original"] > ratios["naive b"], ratios
     assert all(row["total_update_ratio_percent"] > 0 for row in result["arms"].values())
@@ -60,8 +60,8 @@ def test_reversed_deactivation_decreases_more_than_training_and_naive_b_less(tra
 
 def test_a_step_of_size_zero_changes_nothing(trained):
     network, features = trained
-    settings = Settings(learning_rate=0.0, batches=1, max_tokens=32, rows=2)
-    result = analyze_decrease(network, features, settings, progress=False)
+    options = DecreaseOptions(learning_rate=0.0, batches=1)
+    result = analyze_decrease(network, features, options, max_tokens=32, rows=2, progress=False)
     for row in result["arms"].values():
         assert row["decrease_ratio_percent"] == row["total_update_ratio_percent"] == 0
 
@@ -69,4 +69,19 @@ def test_a_step_of_size_zero_changes_nothing(trained):
 def test_too_little_text_is_refused(trained):
     network, features = trained
     with pytest.raises(ValueError, match=r"need .*ask for fewer batches"):
-        analyze_decrease(network, features, Settings(batches=10_000), progress=False)
+        analyze_decrease(network, features, DecreaseOptions(batches=10_000), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("layers", "topk", "told"),
+    [
+        ("0,x", 1, "write block numbers"),
+        ("nowhere", 1, "nowhere"),
+        ("7", 1, "7"),
+        ("0", 129, "129"),
+    ],
+)
+def test_layers_and_neurons_that_are_not_there_are_named(trained, layers, topk, told):
+    network, features = trained
+    with pytest.raises(ValueError, match=told):
+        analyze_decrease(network, features, DecreaseOptions(layers, topk), progress=False)

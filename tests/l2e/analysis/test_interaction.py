@@ -4,15 +4,16 @@ import networkx
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from l2e.analysis.interaction import (
     Architecture,
     draw_samples,
     node_counts,
-    open_checkpoint,
+    open_weights,
     sampled_network,
-    step_of,
 )
+from l2e.analysis.series import read_series
 from l2e.analysis.weights import Weights
 from tests.l2e.analysis.conftest import make_model
 
@@ -20,13 +21,6 @@ from tests.l2e.analysis.conftest import make_model
 @pytest.fixture(params=["gpt_neox", "gpt2", "llama"])
 def family(request):
     return request.param
-
-
-def test_names_give_steps():
-    assert step_of("EleutherAI/pythia-70m@step512") == 512
-    assert step_of("runs/x/checkpoints/step_0000100") == 100
-    assert step_of("runs/step3/final") == 3
-    assert step_of("model") is None
 
 
 def test_samples_follow_the_published_draws():
@@ -46,7 +40,7 @@ def test_samples_follow_the_published_draws():
 
 
 def open_architecture(layers, hidden):
-    return Architecture("gpt_neox", layers, hidden, 4 * hidden, 4, 4)
+    return Architecture("gpt_neox", layers, hidden, 4 * hidden, 4, 4, hidden // 4)
 
 
 def test_a_sample_larger_than_the_model_is_refused():
@@ -58,7 +52,7 @@ def test_a_sample_larger_than_the_model_is_refused():
 def test_sampled_weights_are_those_of_the_model(family, layout, tmp_path):
     model = make_model(family, layers=2)
     model.save_pretrained(tmp_path)
-    checkpoint = open_checkpoint(str(tmp_path))
+    [checkpoint] = map(open_weights, read_series([str(tmp_path)]))
     sample = draw_samples(checkpoint.architecture, 8, seed=0)
     found = sampled_network(checkpoint, sample, layout)
     blocks = getattr(model.base_model, "h" if family == "gpt2" else "layers")
@@ -95,6 +89,35 @@ def test_sampled_weights_are_those_of_the_model(family, layout, tmp_path):
         assert torch.equal(down, outward[s.hidden][:, s.block_output])
 
 
+def test_heads_may_be_wider_than_their_share_of_the_model(tmp_path):
+    """A configuration's head_dim: channels come from all of the attention's width."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        head_dim=20,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    [weights] = map(open_weights, read_series([str(tmp_path)]))
+    assert weights.architecture.channels == 80
+    samples = draw_samples(weights.architecture, 30, seed=0)
+    [s] = samples
+    assert s.channels.max() >= 32
+    qkv, dense, _, _ = (
+        torch.from_numpy(m).float() for m in sampled_network(weights, samples, "per_head")
+    )
+    a = model.model.layers[0].self_attn
+    assert torch.equal(dense, a.o_proj.weight.T[s.channels][:, s.attention_output])
+    keys = a.k_proj.weight.T.view(32, 2, 1, 20).expand(32, 2, 2, 20).reshape(32, 80)
+    assert torch.equal(qkv[:, 30:60], keys[s.block_input][:, s.channels])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_every_file_format_gives_the_same_entries(dtype, tmp_path):
     model = make_model("gpt_neox").to(dtype)
@@ -107,6 +130,16 @@ def test_every_file_format_gives_the_same_entries(dtype, tmp_path):
     for folder in ("new", "old"):
         found = Weights(tmp_path / folder).entries(name, rows, columns)
         np.testing.assert_array_equal(found, expected)
+
+
+def test_quantised_weights_and_hurt_files_are_refused(tmp_path):
+    save_file({"layers.0.x": torch.ones(4, 4, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    place = np.array([0])
+    with pytest.raises(ValueError, match=r"layers.0.x is stored as torch.int8"):
+        Weights(tmp_path).entries("layers.0.x", place, place)
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match=r"model.safetensors: no readable"):
+        Weights(tmp_path)
 
 
 def test_missing_files_and_weights_are_named(tmp_path):

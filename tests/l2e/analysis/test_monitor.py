@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from l2e.analysis.activations import Settings, collect, watch
+from l2e.analysis.activations import Collection, collect, watch
 from l2e.analysis.fkr import analyze_fkr
 from l2e.analysis.monitor import Monitor
 from l2e.analysis.scale import layer_scale
@@ -40,7 +40,7 @@ def monitor(neox, letter_features):
 
 def test_numbers_equal_the_analyses(neox, letter_features, monitor, tmp_path):
     seen = monitor.run(observe_in(neox))
-    settings = Settings(("post_max",), max_tokens=30, stored_as="float32")
+    settings = Collection(("post_max",), max_tokens=30, stored_as="float32")
     found = collect(neox, letter_features, settings, tmp_path, progress=False)
     fkr = analyze_fkr(found, "post_max")
     for layer in range(3):

@@ -5,11 +5,18 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from l2e.analysis.interaction import node_counts, open_checkpoint
+from l2e.analysis.interaction import node_counts, open_weights
 from l2e.analysis.multifractal import spectrum
-from l2e.analysis.neuromfa import Settings, analyze_neuromfa, emergence, gaussian, shuffled
+from l2e.analysis.neuromfa import (
+    NeuroMFAOptions,
+    analyze_neuromfa,
+    emergence,
+    gaussian,
+    shuffled,
+)
+from l2e.analysis.series import read_series
 
-FEW = Settings(networks=3)
+FEW = NeuroMFAOptions(networks=3)
 
 
 def save_gaussian(folder, factor=1.0, hidden=96, layers=2, seed=0, std=0.02):
@@ -28,7 +35,8 @@ def save_gaussian(folder, factor=1.0, hidden=96, layers=2, seed=0, std=0.02):
         for parameter in model.parameters():
             parameter.normal_(std=std).mul_(factor)
     model.save_pretrained(folder)
-    return open_checkpoint(str(folder))
+    [checkpoint] = read_series([str(folder)])
+    return open_weights(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +59,7 @@ def test_emergence_is_zero_at_step_zero(scaled_series):
 
 
 def test_scale_alone_raises_emergence_and_the_rescaled_control_shows_it(scaled_series):
-    found = analyze_neuromfa(scaled_series, Settings(), progress=False)["checkpoints"]
+    found = analyze_neuromfa(scaled_series, NeuroMFAOptions(), progress=False)["checkpoints"]
     same, larger = found[1], found[2]
     error = 4 * larger["controls"]["rescaled"]["E_std"] / np.sqrt(10)
     assert abs(same["E"]) < error
@@ -105,7 +113,9 @@ def test_a_series_of_different_shapes_is_refused(tmp_path):
 def test_a_threshold_that_keeps_no_node_is_refused(tmp_path):
     with pytest.raises(ValueError, match="threshold"):
         analyze_neuromfa(
-            [save_gaussian(tmp_path / "step0")], Settings(networks=1, threshold=2), progress=False
+            [save_gaussian(tmp_path / "step0")],
+            NeuroMFAOptions(networks=1, threshold=2),
+            progress=False,
         )
 
 

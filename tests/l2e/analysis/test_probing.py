@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from l2e.analysis.activations import Settings, collect
+from l2e.analysis.activations import Collection, collect
 from l2e.analysis.features import make_features
 from l2e.analysis.probing import (
     analyze_probe,
@@ -120,7 +120,7 @@ def test_planted_neurons_rank_first_with_f1_near_one(neox, letter_features, tmp_
             return (pre,)
 
         neox.layers[layer].activation.register_forward_pre_hook(add)
-    found = collect(neox, letter_features, Settings(), tmp_path, progress=False)
+    found = collect(neox, letter_features, Collection(), tmp_path, progress=False)
     result = analyze_probe(found, "pre_mean", progress=False)
     for feature, (layer, neuron) in planted.items():
         best = next(row for row in result["neurons"] if row["feature"] == feature)

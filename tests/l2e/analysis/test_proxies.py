@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from l2e.analysis.activations import Settings, collect
+from l2e.analysis.activations import Collection, collect
 from l2e.analysis.proxies import analyze_proxies, bias_norm, decorrelation, sparsity
 from l2e.analysis.scale import layer_scale
 
@@ -41,7 +41,7 @@ def test_sparsity_of_known_neurons():
 
 def test_result_correlates_measures_over_neurons(network, letter_features, tmp_path):
     found = collect(
-        network, letter_features, Settings(stored_as="float32"), tmp_path, progress=False
+        network, letter_features, Collection(stored_as="float32"), tmp_path, progress=False
     )
     result = analyze_proxies(network, found, "post_max")
     assert len(result["layers"]) == 3
