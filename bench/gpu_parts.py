@@ -514,7 +514,7 @@ def kernel_times(call: Callable[[], object]) -> list[tuple[str, int, float]]:
     rows = [
         (event.key[:90], event.count, round(event.self_device_time_total / 1e3, 3))
         for event in recorded.key_averages()
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
     ]
     rows.sort(key=lambda row: -row[2])
     total = ("all kernels", sum(row[1] for row in rows), round(sum(row[2] for row in rows), 3))

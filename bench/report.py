@@ -17,14 +17,8 @@ one thread, a step's time is the time its thread ran, so that other programs har
 
 WITHOUT_GPU = """## On a GPU
 
-Not measured yet. The Triton kernels of the L2E layer have run through Triton's interpreter only,
-so they are off by default (`l2e.kernels` is `plain`). On a machine with CUDA, PyTorch, Triton,
-transformers, pydantic and megatron-core,
-
-    python -m pytest tests/l2e/test_triton_kernels.py && python bench/run.py
-
-checks them compiled, then measures Pythia 70M, 410M and 2.8B against their peers in bf16, with
-both kinds of kernels, in less than ten minutes.
+Not in these tables yet. `python bench/gpu.py` checks one GPU and measures on it, most important
+first, in less than ten minutes; [gpu](gpu.md) has what it found, and what its numbers mean.
 """
 
 

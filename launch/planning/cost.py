@@ -12,6 +12,10 @@ from typing import Protocol
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32 = 4
+# Of L2E: a layer's histogram in words and in counts (l2e.threshold.BINS of 1,280), and, of one layer
+# at a time, the rows in which a GPU's 800 programs sum and count what they see.
+MEASURED_BYTES = 1280 * (2 * 4 + 8)
+WORKSPACE_BYTES = 8 * 2**20
 # What ZeRO-3 keeps whole at most (DeepSpeed's stage3_max_live_parameters and max_reuse_distance).
 LIVE_PARAMETERS = 10**9
 
@@ -183,8 +187,12 @@ def logits_memory(model: ModelShape, layout: Layout) -> int:
 
 
 def l2e_memory(model: ModelShape, layout: Layout) -> int:
-    """Bytes of L2E: per neuron and layer its mean, variance, share above tau and three sums."""
-    return layout.inhibited_layers * 6 * (model.intermediate_size // layout.tensor) * FP32
+    """Bytes of L2E: per neuron and layer its mean, variance, share above tau and three sums, a
+    measured step's fourth moments and histograms, and what one layer's kernels sum in rows.
+    """
+    neurons = model.intermediate_size // layout.tensor
+    a_layer = 7 * neurons * FP32 + MEASURED_BYTES
+    return layout.inhibited_layers * a_layer + (WORKSPACE_BYTES if layout.inhibited_layers else 0)
 
 
 def memory(model: ModelShape, layout: Layout, stage: int = 0) -> dict[str, int]:

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from l2e import L2EConfig
+from l2e import L2EConfig, L2ELayer
 from launch.planning import cost
 from launch.planning.cost import Layout
 from model.block import Block
@@ -120,6 +120,18 @@ def test_checkpointing_keeps_block_inputs_only():
     inputs = shape.num_layers * 32 * 2048 * shape.hidden_size * 2
     assert cost.activation_memory(shape, kept) == inputs + cost.block_activations(shape, kept)
     assert cost.activation_memory(shape, kept) < cost.activation_memory(shape, whole) / 3
+
+
+def test_l2e_keeps_what_is_counted():
+    """State, sums and what a measured step adds up, of two layers; no tensor of activations."""
+    config = L2EConfig(late_start_step=2)
+    layer = L2ELayer(2048, config, name="0", inhibited_layers=2)
+    state = layer.state
+    statistics = (state.statistics.mean, state.statistics.var, state.share)
+    held = [*statistics, state.sums.flat, state.measured.flat, state.counts]
+    kept = 2 * sum(tensor.nbytes for tensor in held)
+    counted = cost.l2e_memory(PYTHIA["70m"], Layout(inhibited_layers=2)) - cost.WORKSPACE_BYTES
+    assert abs(counted / kept - 1) < 0.01
 
 
 def test_logits_are_never_held_whole_in_fp32():
