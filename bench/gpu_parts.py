@@ -33,7 +33,7 @@ from model.config import ModelConfig
 ROOT = Path(__file__).resolve().parents[1]
 CPU_CURVE = ROOT / "bench" / "results" / "gpu" / "cpu_curve_70m.json"
 CUDA = torch.cuda.is_available()
-DEVICE = default_device()
+DEVICE = torch.device("cuda", 0) if CUDA else default_device()  # as tensors name theirs
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Pythia's shapes in training: micro-batch, and so tokens and neurons of a layer.
 SHAPES = {"70m": (32, 2048), "410m": (16, 2048), "2.8b": (4, 2048)}
@@ -284,7 +284,7 @@ def layer_times(part: Part, tokens: int, neurons: int, copy: float) -> dict[str,
     }
     if CUDA:
         ours = triton_kernels.PROGRAMS_PER_PROCESSOR, triton_kernels.WARPS
-        for programs, warps in ((4, 4), (5, 4), (7, 4), (8, 4), (12, 4), (3, 8), (12, 2)):
+        for programs, warps in ((6, 4), (7, 4), (8, 2), (10, 2), (14, 2), (16, 2), (24, 1)):
             triton_kernels.PROGRAMS_PER_PROCESSOR, triton_kernels.WARPS = programs, warps
             triton_kernels._programs_at_once.cache_clear()
             found[f"programs {programs}, warps {warps}"] = both(triton_kernels, 10)

@@ -28,9 +28,9 @@ from l2e import kernels
 from l2e.threshold import BINS, BINS_PER_OCTAVE, LOWEST
 
 # What a program holds in registers at once: one token a warp, 16 bytes of its neurons a thread.
-WARPS = 4
+WARPS = 2
 VECTOR_BYTES = 16
-PROGRAMS_PER_PROCESSOR = 6  # as many as their registers let a multiprocessor run: one full wave
+PROGRAMS_PER_PROCESSOR = 12  # as many as their registers let a multiprocessor run: one full wave
 PROGRAMS_INTERPRETED = 6
 
 COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
@@ -105,12 +105,28 @@ def _rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def _float(x):
+    """x in float32; bfloat16, whose bits are float32's first half, two at a time."""
+    if COMPILED and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def _biased(x, bias, dtype: tl.constexpr):
     """In float32: x and the bias (or None), rounded as `dtype`. A GPU adds two halves at a time."""
     if bias is None:
-        return x.to(tl.float32)
+        return _float(x)
     elif COMPILED:
-        return (x + bias).to(tl.float32)
+        return _float(x + bias)
     else:  # the interpreter does not add bfloat16
         return (x.to(tl.float32) + bias.to(tl.float32)).to(dtype).to(tl.float32)
 
@@ -277,7 +293,7 @@ def _forward(
         )
         z = _rounded(_activate(x, ACTIVATION, stored), stored)
         if SUMMING or METHOD == "deactivate":
-            d = z.to(tl.float32) - mean
+            d = _float(z) - mean
             if not EVEN:
                 d = tl.where(_inside(row, columns, tokens, neurons, TILE_TOKENS), d, 0.0)
             if SELECTING:
@@ -345,7 +361,7 @@ def _backward(
     ahead = _load(pre_pointer, first, columns, last, tokens, neurons, EVEN, TILE_TOKENS)
     g_ahead = _load(gradient_pointer, first, columns, last, tokens, neurons, EVEN, TILE_TOKENS)
     for row in range(first, end, TILE_TOKENS):
-        x, g = _biased(ahead, bias, stored), g_ahead.to(tl.float32)
+        x, g = _biased(ahead, bias, stored), _float(g_ahead)
         following = row + TILE_TOKENS
         ahead = _load(pre_pointer, following, columns, last, tokens, neurons, EVEN, TILE_TOKENS)
         g_ahead = _load(
@@ -353,7 +369,7 @@ def _backward(
         )
         if METHOD != "none":
             # Rounded as the forward pass rounded it, so that the same activations are selected.
-            d = _rounded(_activate(x, ACTIVATION, stored), stored).to(tl.float32) - mean
+            d = _float(_rounded(_activate(x, ACTIVATION, stored), stored)) - mean
             selected = tl.abs(d) >= root
             if METHOD == "deactivate":
                 g = tl.where(selected, -delta * g, g)
@@ -410,7 +426,7 @@ def _measure(
     for row in range(first, end, TILE_TOKENS):
         x = _load(pre_pointer, row, columns, last, tokens, neurons, EVEN, TILE_TOKENS)
         x = _biased(x, bias, stored)
-        d = _rounded(_activate(x, ACTIVATION, stored), stored).to(tl.float32) - mean
+        d = _float(_rounded(_activate(x, ACTIVATION, stored), stored)) - mean
         square = d * d
         if not EVEN:
             seen = _inside(row, columns, tokens, neurons, TILE_TOKENS)

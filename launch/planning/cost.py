@@ -12,8 +12,8 @@ from typing import Protocol
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32 = 4
-# Of L2E: a layer's histogram in words and in counts (l2e.threshold.BINS of 1,280), and, of one layer
-# at a time, the rows in which a GPU's 800 programs sum and count what they see.
+# Of L2E: a layer's histogram in words and in counts (l2e.threshold.BINS of 1,280), and, of one
+# layer at a time, the rows in which a GPU's programs sum and count what they see.
 MEASURED_BYTES = 1280 * (2 * 4 + 8)
 WORKSPACE_BYTES = 8 * 2**20
 # What ZeRO-3 keeps whole at most (DeepSpeed's stage3_max_live_parameters and max_reuse_distance).
