@@ -12,7 +12,6 @@ any time. `report` may be, too: it says what is missing.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,9 +84,10 @@ def report(folder: Path) -> int:
     from launch.comparison import findings
 
     found = findings.find(folder)
-    (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(findings.summary(found))
-    print(folder / "report.json")
+    from launch.comparison.page import write_page  # matplotlib, which the summary can do without
+
+    print(write_page(folder, found))
     return 0
 
 

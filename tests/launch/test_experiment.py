@@ -14,6 +14,7 @@ import pytest
 
 from launch import experiment
 from launch.comparison import findings, plan, record, workers
+from launch.comparison.page import write_page
 from tests.launch.stand_in import stand_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,6 +127,11 @@ def test_differences_pair_over_seeds(raw, tmp_path, capsys):
     assert told["values"] == pytest.approx([-0.049, -0.046, -0.041])
     assert told["mean"] == pytest.approx(-0.136 / 3)
     assert told["verdict"] == "lower"
+    page = (tmp_path / "out" / "report.html").read_text()
+    for said in (f"{told['mean']:+.4f} [{told['low']:+.4f}", experiment_.hash, "lower", "torch 2"):
+        assert said in page
+    assert "Not finished" not in page
+    assert page.count("<img") == 4
     assert "lower" in capsys.readouterr().out
 
 
@@ -144,6 +150,12 @@ def test_what_the_folder_holds_already(raw, tmp_path):
     assert "plan is not the one of" in warning
     record.write(build(raw, tmp_path), out, "c")
     assert [len(found["sha256"]) for found in record.read(out)] == [64, 64]
+    (one.runs[0].folder / "finished").unlink()
+    page = write_page(out, findings.find(out)).read_text()
+    assert "The plan was changed after the first run" in page
+    assert "another question" in page
+    assert "none (1)" in page  # that run is missing
+    (one.runs[0].folder / "finished").touch()
     raw["overrides"]["l2e.weight"] = 0.1
     with pytest.raises(ValueError, match=r"another l2e.weight"):
         record.check_folder(build(raw, tmp_path), out, "c")

@@ -1,0 +1,281 @@
+"""An experiment's page: one HTML file with its figures inside; report.json has its numbers."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from launch.comparison import findings
+from launch.comparison.plan import Plan
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto; padding: 0 1rem; }
+img { max-width: 100%; display: block; margin: 1rem 0; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid #ccc; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+.wide { overflow-x: auto; }
+.note { color: #555; }
+.answer { font-size: 1.15rem; border-left: .3rem solid #888; padding-left: 1rem; }
+pre { background: #f3f3f3; padding: .6rem; overflow-x: auto; font-size: .85rem; }
+"""
+WORTH = "the inhibited layers' worth"
+# What each arm's table shows, and how its numbers are written.
+COLUMNS = {
+    "validation_loss": ("validation loss", "{:.4f}"),
+    "bits_per_byte": ("bits/byte", "{:.4f}"),
+    "std": ("std", "{:.3g}"),
+    "kurtosis": ("kurtosis", "{:.3g}"),
+    "mean_ms": ("mean MS", "{:.3f}"),
+    "mlp_to_residual": ("MLP / residual", "{:.3f}"),
+    "selected_fraction": ("selected", "{:.2%}"),
+    WORTH: ("worth", "{:+.4f}"),
+    "training_seconds": ("seconds", "{:.0f}"),
+}
+CURVES = ("validation_loss", "std", "kurtosis", "selected_fraction")
+
+
+def write_page(folder: Path, found: dict[str, Any]) -> Path:
+    """Write report.json, the figures and report.html; returns the page's path."""
+    numbers = folder / "report.json"
+    numbers.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    plan = Plan.model_validate(found["plans"][-1]["plan"])
+    parts = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'>",
+        f"<title>{text(plan.question)}</title><style>{STYLE}</style>",
+        f"<h1>{text(plan.question)}</h1>",
+        *(f"<p class='answer'>{text(line)}</p>" for line in answer(plan, found)),
+        *missing(found),
+        "<h2>The arms against each other</h2>",
+        *(comparison(plan, found, against, figures) for against in found["differences"]),
+        "<h2>Each arm</h2>",
+        arms_table(plan, found),
+        "<p class='note'>Means over the finished seeds, &plusmn; their standard deviation; of "
+        f"layers the mean over the inhibited ones and the last {findings.LAST_MEASURED} "
+        "measured steps. <i>Worth</i>: the rise of the validation loss when the MLPs of these "
+        "layers are removed from the finished model. Where it is nothing, the layers were switched "
+        "off, whatever their activations look like.</p>",
+        picture(draw_worth(plan, found, figures / "worth.png")),
+        "<h2>Over steps</h2>",
+        picture(draw_curves(found, figures / "curves.png")),
+        "<p class='note'>Lines are means over seeds, bands from the lowest to the highest. Arms "
+        "are compared in the section above, at the last step alone.</p>",
+        "<h2>How it was made</h2>",
+        *origin(found),
+    ]
+    page = folder / "report.html"
+    page.write_text("\n".join(parts) + "\n</html>\n", encoding="utf-8")
+    return page
+
+
+def text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def answer(plan: Plan, found: dict[str, Any]) -> list[str]:
+    """The primary comparison in a sentence, and the same arm against silence."""
+    lines = []
+    for against, table in found["differences"].items():
+        told = table.get(plan.primary.readout, {}).get(plan.primary.arm)
+        if told is None:
+            lines.append(f"{plan.primary.arm} - {against}: no seed has both yet.")
+            continue
+        power = ""
+        if told["detectable"] is not None:
+            power = f" Detectable with these seeds: {told['detectable']:.4f}."
+        lines.append(
+            f"{plan.primary.arm} - {against}, {plan.primary.readout}: {interval(told)}, "
+            f"{told['seeds']} seeds: {told['verdict']}. What matters: "
+            f"{plan.smallest_difference:g}.{power}"
+        )
+    return lines
+
+
+def interval(told: dict[str, Any]) -> str:
+    if told["low"] is None:
+        return f"{told['mean']:+.4f} (one seed, no interval)"
+    return f"{told['mean']:+.4f} [{told['low']:+.4f}, {told['high']:+.4f}]"
+
+
+def missing(found: dict[str, Any]) -> list[str]:
+    """What is not there yet."""
+    if not found["missing"]:
+        return []
+    arms = [f"{arm} ({', '.join(map(str, seeds))})" for arm, seeds in found["missing"].items()]
+    return [
+        f"<p><b>Not finished:</b> {text('; '.join(arms))}. All that is said is without them.</p>"
+    ]
+
+
+def comparison(plan: Plan, found: dict[str, Any], against: str, figures: Path) -> str:
+    """All arms minus one: the figure and the table."""
+    told = found["differences"][against].get(plan.primary.readout, {})
+    if not told:
+        return f"<p>No arm has a seed in common with {text(against)} yet.</p>"
+    path = draw_differences(plan, told, against, figures / f"minus_{against}.png")
+    head = ["arm", "difference [95 %]", "sd", "seeds", "p", "p (Holm)", "detectable", "verdict"]
+    rows = [
+        [
+            arm, interval(one), number(one["deviation"]), str(one["seeds"]), number(one["p"]),
+            number(one["p_holm"]), number(one["detectable"]), one["verdict"],
+        ]
+        for arm, one in told.items()
+    ]  # fmt: skip
+    note = (
+        f"{plan.primary.readout} minus {against}'s, paired over seeds; 95 % t-intervals, Holm's "
+        f"correction over these {len(rows)} arms; the band is what does not matter "
+        f"(&plusmn;{plan.smallest_difference:g})."
+    )
+    return f"{picture(path)}<p class='note'>{note}</p>{table(head, rows)}"
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    cells = "".join(f"<th>{text(name)}</th>" for name in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<div class='wide'><table><tr>{cells}</tr>{body}</table></div>"
+
+
+def arms_table(plan: Plan, found: dict[str, Any]) -> str:
+    shown = {
+        name: column
+        for name, column in COLUMNS.items()
+        if any(name in one for seeds in found["arms"].values() for one in seeds.values())
+    }
+    rows = []
+    for arm, seeds in found["arms"].items():
+        if not seeds:
+            continue
+        row = [arm, str(len(seeds))]
+        for name, (_, form) in shown.items():
+            values = [one[name] for one in seeds.values() if name in one]
+            cell = form.format(np.mean(values)) if values else ""
+            if len(values) > 1:
+                cell += "\u00a0±\u00a0" + form.replace("+", "").format(np.std(values, ddof=1))
+            row.append(cell)
+        rows.append(row)
+    head = ["arm", "seeds", *(title for title, _ in shown.values())]
+    controls = [
+        f"<li>{text(arm.name)} is there to rule out {text(arm.control_for)}</li>"
+        for arm in plan.arms
+        if arm.control_for
+    ]
+    return f"{table(head, rows)}<ul>{''.join(controls)}</ul>"
+
+
+def origin(found: dict[str, Any]) -> list[str]:
+    """Plan, commit, versions, machine, date."""
+    first, *later = found["plans"]
+    rows = [[name, "; ".join(values)] for name, values in found["provenance"].items() if values]
+    rows.append(["plan", f"sha256 {first['sha256']}, first started {first['started']}"])
+    lines = "".join(f"<li>{text(name)}: {text(value)}</li>" for name, value in rows)
+    parts = [f"<ul>{lines}</ul>"]
+    for plan in later:
+        differing = changed(first["plan"], plan["plan"])
+        parts.append(
+            f"<p><b>The plan was changed after the first run:</b> sha256 {plan['sha256']}, "
+            f"started {plan['started']}, another {text(', '.join(differing))}.</p>"
+        )
+    if len(found["provenance"]["commit"]) > 1:
+        parts.append("<p><b>Runs of several commits are compared here.</b></p>")
+    plan_text = json.dumps(found["plans"][-1]["plan"], indent=1)
+    parts.append(f"<details><summary>The plan</summary><pre>{text(plan_text)}</pre></details>")
+    parts.append("<p class='note'>Every number is in report.json beside this page.</p>")
+    return parts
+
+
+def changed(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return [key for key in {**one, **other} if one.get(key) != other.get(key)]
+
+
+def picture(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f"<img alt='{text(path.stem)}' src='data:image/png;base64,{data}'>"
+
+
+def draw_differences(plan: Plan, told: dict[str, Any], against: str, path: Path) -> Path:
+    """Every arm a row: its seeds as small dots, their mean and interval."""
+    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.42 * len(told)), layout="constrained")
+    axes.axvspan(-plan.smallest_difference, plan.smallest_difference, color="0.93")
+    axes.axvline(0, color="0.6", linewidth=0.8)
+    for row, (arm, one) in enumerate(told.items()):
+        chosen = arm == plan.primary.arm
+        axes.plot(one["values"], [row] * len(one["values"]), "o", color="0.6", markersize=4)
+        reach = 0 if one["low"] is None else one["high"] - one["mean"]
+        color = "C3" if chosen else "C0"
+        axes.errorbar(one["mean"], row, xerr=reach, fmt="D", color=color, capsize=4, markersize=6)
+    axes.set_yticks(range(len(told)), [f"{arm} ({one['seeds']})" for arm, one in told.items()])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{plan.primary.readout} minus {against}'s (nats/token), lower is better")
+    return save(figure, path)
+
+
+def draw_curves(found: dict[str, Any], path: Path) -> Path:
+    figure, grid = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained", sharex=True)
+    titles = {name: title for name, (title, _) in COLUMNS.items()}
+    for axes, name in zip(grid.flat, CURVES, strict=True):
+        for place, (arm, seeds) in enumerate(found["curves"].items()):
+            curves = [one[name] for one in seeds.values() if one.get(name)]
+            if not curves:
+                continue
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            values = np.array([[curve[step] for step in steps] for curve in curves])
+            style = {"color": f"C{place % 10}", "linestyle": "-" if place < 10 else "--"}
+            axes.plot(steps, values.mean(0), label=arm, linewidth=1.3, **style)
+            axes.fill_between(
+                steps, values.min(0), values.max(0), color=style["color"], alpha=0.12, linewidth=0
+            )
+        axes.set_title(titles[name])
+        if name in ("std", "kurtosis"):
+            axes.set_yscale("log")
+    for axes in grid[1]:
+        axes.set_xlabel("step")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    return save(figure, path)
+
+
+def draw_worth(plan: Plan, found: dict[str, Any], path: Path) -> Path:
+    """What the inhibited layers are worth against what the arm gains, every seed a dot."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    against, readout = plan.primary.against, plan.primary.readout
+    base = found["arms"][against]
+    for place, (arm, seeds) in enumerate(found["arms"].items()):
+        both = [
+            (one[WORTH], base[seed][readout] - one[readout])
+            for seed, one in seeds.items()
+            if seed in base and WORTH in one
+        ]
+        if both:
+            marker = "o" if place < 10 else "s"
+            axes.plot(
+                *zip(*both, strict=True), marker, color=f"C{place % 10}", label=arm, alpha=0.8
+            )
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.set_xlabel("rise of the validation loss without the inhibited MLPs (nats/token)")
+    axes.set_ylabel(f"gain over {against} (nats/token)")
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside right upper")
+    return save(figure, path)
+
+
+def save(figure: plt.Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
