@@ -30,8 +30,10 @@ def to_hf(options: argparse.Namespace) -> None:
 
     source = open_checkpoint(options.checkpoint)
     with single_process():
-        difference = to_huggingface(source, options.output, TORCH_DTYPES[options.dtype])
-    if source.tokenizer is None:
+        difference = to_huggingface(
+            source, options.output, TORCH_DTYPES[options.dtype], not options.no_tokenizer
+        )
+    if source.tokenizer is None and not options.no_tokenizer:
         print(f"{source.folder} has no tokenizer: none was written")
     print(
         f"{options.output}: {source.folder.name}, {source.model_config.num_parameters:,} "
@@ -80,6 +82,10 @@ def parser() -> argparse.ArgumentParser:
         choices=("fp32", "bf16", "fp16"),
         default="fp32",
         help="of the written weights",
+    )
+
+    verb.add_argument(
+        "--no-tokenizer", action="store_true", help="write the weights alone, for another tokenizer"
     )
 
     verb = verbs.add_parser("from-hf", help="make a checkpoint to resume from")

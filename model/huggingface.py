@@ -35,7 +35,10 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def hugging_face_config(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """The shape as a `config.json` in the form Pythia's repositories have."""
+    """The shape as a `config.json` in the form Pythia's repositories have.
+
+    Its special tokens are Pythia's; who knows the tokenizer puts its own in their place.
+    """
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",

@@ -15,14 +15,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from data.files import sha256
+from data.files import sha256, write_json
 from data.tokenizer import load_tokenizer
 from l2e.analysis.weights import fetch_model
 from l2e.hub import parse
 from launch.checkpoint import folders
 from launch.checkpoint.folders import FileRecord
+from launch.checkpoint.model_card import write_model_card
 from launch.checkpoint.stored import (
     CONFIG,
+    IDENTITY_FILES,
     L2E,
     MODEL,
     RANDOM,
@@ -48,8 +50,10 @@ COMPARED = 512
 SHARD_BYTES = 5 * 10**9
 
 
-def to_huggingface(source: StoredCheckpoint, output: Path, dtype: torch.dtype) -> float:
-    """Write `source` as `AutoModelForCausalLM.from_pretrained` loads it.
+def to_huggingface(
+    source: StoredCheckpoint, output: Path, dtype: torch.dtype, with_tokenizer: bool = True
+) -> float:
+    """Write `source` as `AutoModelForCausalLM.from_pretrained` loads it, with a model card.
 
     The two models' logits on real text are compared before the folder gets its name. Returns
     their largest difference relative to the largest logit. Memory: one model, one file of it.
@@ -61,9 +65,14 @@ def to_huggingface(source: StoredCheckpoint, output: Path, dtype: torch.dtype) -
     config = source.model_config
     try:
         write_hugging_face(temporary, config, source.read, dtype=dtype, shard_bytes=SHARD_BYTES)
-        if source.tokenizer is not None:
-            write_tokenizer(source.tokenizer, temporary, REAL_TEXT)
-        tokens = sample_tokens(source.tokenizer, config)
+        tokenizer = source.tokenizer if with_tokenizer else None
+        special = source.state.get("special_tokens", {})
+        if tokenizer is not None:
+            special = write_tokenizer(tokenizer, temporary, REAL_TEXT, source.end_of_text) | special
+        copy_files(temporary, [source.folder / "generation_config.json"])
+        write_special_tokens(temporary, special)
+        write_model_card(source, temporary, output.name, tokenizer is not None)
+        tokens = sample_tokens(tokenizer, config)
         difference = compare(tokens, source.build_model, lambda: load_exported(temporary))
         if not difference <= TOLERANCE[dtype]:
             raise ValueError(
@@ -76,6 +85,15 @@ def to_huggingface(source: StoredCheckpoint, output: Path, dtype: torch.dtype) -
         raise
     temporary.rename(output)
     return difference
+
+
+def write_special_tokens(folder: Path, special: dict[str, Any]) -> None:
+    """The ids that begin and end a text, into the export's configurations; null where unknown."""
+    path, generation = folder / "config.json", folder / "generation_config.json"
+    unknown = {"bos_token_id": None, "eos_token_id": None}
+    write_json(path, json.loads(path.read_text()) | unknown | special)
+    if special and not generation.is_file():
+        write_json(generation, {"_from_model_config": True, **special})
 
 
 def in_hugging_face_form(source: str, folder: Path) -> str:
@@ -144,18 +162,30 @@ def from_huggingface(source: str, output: Path) -> dict[str, Any]:
             "source": source,
             "optimizer": {"type": None, "moments": [], "steps": 0},
             "loss_scaler": {},
+            "special_tokens": special_tokens(folder),
         }
         records[STATE] = folders.write_text(temporary / STATE, json.dumps(state, indent=1))
         settings = {"model": config.model_dump()}
         records[CONFIG] = folders.write_text(temporary / CONFIG, json.dumps(settings, indent=1))
         for name in (L2E, RANDOM):
             records[name] = write_tensor_file(temporary / name, {})
-        records |= copy_files(temporary, [folder / name for name in TOKENIZER_FILES])
+        names = (*TOKENIZER_FILES, *IDENTITY_FILES)
+        records |= copy_files(temporary, [folder / name for name in names])
         folders.commit(temporary, output, records)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return state
+
+
+def special_tokens(folder: Path) -> dict[str, Any]:
+    """The ids that begin and end a text, as the model's own configuration has them."""
+    config = json.loads((folder / "config.json").read_text())
+    return {
+        name: config[name]
+        for name in ("bos_token_id", "eos_token_id")
+        if config.get(name) is not None
+    }
 
 
 def local_folder(source: str) -> Path:

@@ -24,7 +24,7 @@ from launch.checkpoint import folders
 from launch.checkpoint.canonical import all_specs, raise_on_all_ranks, whole
 from launch.checkpoint.folders import FileRecord
 from launch.checkpoint.optimizer_state import MASTER, OptimizerState
-from launch.checkpoint.stored import CONFIG, L2E, RANDOM, STATE, file_name
+from launch.checkpoint.stored import CONFIG, L2E, RANDOM, STATE, file_name, identity_files
 from launch.checkpoint.tensorfile import TensorSpec, WritingThread, write_tensor_file
 from launch.engine.engine import Engine
 
@@ -95,6 +95,8 @@ class Snapshot:
             if self.tokenizer is not None:
                 name = "tokenizer" + self.tokenizer.suffix
                 records[name] = folders.copy_file(self.tokenizer, self.temporary / name)
+                for path in identity_files(self.tokenizer):
+                    records[path.name] = folders.copy_file(path, self.temporary / path.name)
             sync(self.temporary)
         return records
 

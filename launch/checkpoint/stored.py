@@ -20,6 +20,16 @@ L2E = "l2e.safetensors"
 RANDOM = "random.safetensors"
 # The tokenizer lies beside the weights, here and in Hugging Face's form, under one of these names.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# What says beside a tokenizer, in Hugging Face's form, which of its tokens are special.
+IDENTITY_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+
+def identity_files(tokenizer: Path) -> list[Path]:
+    """The files beside a tokenizer's own that belong to it."""
+    if tokenizer.name not in TOKENIZER_FILES:
+        return []
+    found = [tokenizer.with_name(name) for name in IDENTITY_FILES]
+    return [path for path in found if path.is_file()]
 
 
 def file_name(kind: str, number: int, total: int) -> str:
@@ -56,6 +66,17 @@ class StoredCheckpoint:
         """The tokenizer's file, if the checkpoint has one."""
         found = [self.folder / name for name in TOKENIZER_FILES]
         return next((path for path in found if path.is_file()), None)
+
+    @property
+    def run(self) -> Path | None:
+        """The folder of the run it is one of; None where it lies by itself."""
+        folder = self.folder.resolve().parent
+        return folder.parent if folder.name == "checkpoints" else None
+
+    @property
+    def end_of_text(self) -> str | None:
+        """The token that ended the documents it was trained on, where that was chosen."""
+        return self.state.get("data", {}).get("end_of_text_token")
 
     @cached_property
     def tensors(self) -> dict[str, dict[str, Any]]:

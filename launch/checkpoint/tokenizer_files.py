@@ -1,37 +1,56 @@
 """A tokenizer in the form `transformers.AutoTokenizer` reads, whichever kind it is here."""
 
+import shutil
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from data.tokenizer import SPACE_MARK, SentencePieceTokenizer, load_tokenizer
+from launch.checkpoint.stored import identity_files
 
 
-def write_tokenizer(source: Path, folder: Path, texts: list[str]) -> None:
-    """Write tokenizer.json and its configuration into `folder`.
+def write_tokenizer(
+    source: Path, folder: Path, texts: list[str], end_of_text: str | None = None
+) -> dict[str, int]:
+    """Write tokenizer.json and its configuration into `folder`; the ids of its special tokens.
 
-    `texts` are encoded by both; they must agree to the last id.
+    `texts` are encoded by both; they must agree to the last id. end_of_text: the token that ends a
+    document, where the file leaves that open. What lies beside the file in Hugging Face's form
+    stays as it is; elsewhere only those tokens are special that the file has.
 
     Raises:
         ValueError: a sentencepiece model that tokenizer.json cannot express.
     """
-    original = load_tokenizer(source)
+    original = load_tokenizer(source, end_of_text)
     if isinstance(original, SentencePieceTokenizer):
         backend = from_sentencepiece(original)
+        special = named(original)
     else:
         backend = Tokenizer.from_file(str(source))
+        special = {}
     end = backend.id_to_token(original.eod)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=end, bos_token=end, unk_token=end
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, **special)
     fast.save_pretrained(folder)
+    for path in identity_files(source):
+        shutil.copyfile(path, folder / path.name)
+    fast = PreTrainedTokenizerFast.from_pretrained(folder)
     for text in texts:
         if fast.encode(text, add_special_tokens=False) != original.encode(text):
             raise ValueError(
                 f"{source}: written as tokenizer.json it encodes text differently; only byte-pair "
-                "sentencepiece models with byte fallback and no normalization can be exported"
+                "sentencepiece models with byte fallback and no normalization can be exported. "
+                "--no-tokenizer exports the weights alone"
             )
+    ids = {"bos_token_id": fast.bos_token_id, "eos_token_id": fast.eos_token_id}
+    return {name: number for name, number in ids.items() if number is not None}
+
+
+def named(original: SentencePieceTokenizer) -> dict[str, str]:
+    """The special pieces that a sentencepiece model has."""
+    model = original._model
+    ids = {"bos_token": model.bos_id(), "unk_token": model.unk_id(), "pad_token": model.pad_id()}
+    return {name: model.id_to_piece(number) for name, number in ids.items() if number >= 0}
 
 
 def from_sentencepiece(original: SentencePieceTokenizer) -> Tokenizer:

@@ -30,12 +30,14 @@ def from_checkpoint(source: StoredCheckpoint, dtype: torch.dtype, device: torch.
             "into that folder"
         )
     model = source.build_model().to(device, dtype)
-    return from_model(model, source.tokenizer, device)
+    return from_model(model, source.tokenizer, device, source.end_of_text)
 
 
-def from_model(model: GPTNeoX, tokenizer_file: Path, device: torch.device) -> Scored:
+def from_model(
+    model: GPTNeoX, tokenizer_file: Path, device: torch.device, end_of_text: str | None = None
+) -> Scored:
     """Our own model; tensor-parallel ranks must score the same batches."""
-    tokenizer = load_tokenizer(tokenizer_file)
+    tokenizer = load_tokenizer(tokenizer_file, end_of_text)
     return Scored(
         # Our residual stream has the sequence first: [positions, batch, hidden].
         hidden=lambda tokens: model.gpt_neox(tokens).transpose(0, 1),

@@ -84,6 +84,7 @@ class Corpus:
             "order_hash": self.order_hash,
             "laid_out": self.laid_out,
             "bytes_per_token": self.bytes_per_token(),
+            "end_of_text_token": self.end_of_text(),
             "tokenizer": str(self.paths.tokenizer) if self.paths.tokenizer else None,
         }
 
@@ -109,6 +110,12 @@ class Corpus:
     def order_hash(self) -> str:
         """Hash of the first samples' tokens."""
         return self.training.order_hash(HASHED_SAMPLES)
+
+    def end_of_text(self) -> str | None:
+        """The token that ends the corpus's documents; None where no manifest tells."""
+        path = self.paths.training
+        first = path if isinstance(path, str) else next(iter(path))
+        return corpus_manifest.recorded(first, "end_of_text_token")
 
     def bytes_per_token(self) -> float | None:
         """UTF-8 bytes of text a validation token stands for; None where no manifest tells."""

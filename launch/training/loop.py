@@ -265,7 +265,7 @@ def score_tasks(run: Run, engine: Engine, data: Corpus, step: int) -> dict[str, 
     assert data.paths.tokenizer is not None, "check_tasks has seen to it"
     assert isinstance(engine.model, GPTNeoX), "configs.checks refuses stages"
     engine.deepspeed.eval()
-    model = models.from_model(engine.model, data.paths.tokenizer, engine.device)
+    model = models.from_model(engine.model, data.paths.tokenizer, engine.device, data.end_of_text())
     asked = harness.HarnessModel(model, group=engine.layout.data_group)
     selection = tasks.select(wanted.tasks, task_folder(run.config))
     with uncompiled():

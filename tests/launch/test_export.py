@@ -1,5 +1,6 @@
 """Checkpoints to Hugging Face's form and back, and the verb's refusals."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.checkpoint import huggingface
+from launch.checkpoint.folders import FORMAT, MANIFEST, read_manifest, write_text
 from launch.checkpoint.stored import StoredCheckpoint
 from launch.export import main
 from tests.launch.models import huggingface_model
@@ -70,6 +73,81 @@ def test_round_trip_is_hash_equal(folders):
 
     assert hashes(folders["checkpoint"])
     assert hashes(folders["again"]) == hashes(folders["checkpoint"])
+
+
+def test_special_tokens_survive_the_round_trip(folders, tmp_path):
+    """A model whose texts begin with 5 and end with 7, and that samples by default."""
+    original = shutil.copytree(folders["original"], tmp_path / "original")
+    config = json.loads((original / "config.json").read_text())
+    (original / "config.json").write_text(
+        json.dumps(config | {"bos_token_id": 5, "eos_token_id": 7})
+    )
+    generation = {"bos_token_id": 5, "eos_token_id": [7, 8], "do_sample": True, "temperature": 0.7}
+    (original / "generation_config.json").write_text(json.dumps(generation))
+    special = {"bos_token": "#", "eos_token": "%", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (original / "tokenizer_config.json").write_text(json.dumps(special))
+    export("from-hf", "--model", original, "--output", tmp_path / "checkpoint")
+    for number, words in enumerate(([], ["--no-tokenizer"])):
+        output = tmp_path / f"exported{number}"
+        export("to-hf", "--checkpoint", tmp_path / "checkpoint", "--output", output, *words)
+        model = AutoModelForCausalLM.from_pretrained(output)
+        assert (model.config.bos_token_id, model.config.eos_token_id) == (5, 7)
+        assert model.generation_config.eos_token_id == [7, 8]
+        assert model.generation_config.temperature == 0.7
+        assert (output / "tokenizer.json").exists() == (not words)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported0")
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("#", "%")
+
+
+def test_special_tokens_are_the_tokenizers(folders, tmp_path):
+    """Of a run's own checkpoint, which no configuration of Hugging Face's came with."""
+    checkpoint = shutil.copytree(folders["checkpoint"], tmp_path / "checkpoint")
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["special_tokens"]
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        (checkpoint / name).unlink(missing_ok=True)
+    records = present(checkpoint)
+    records["state.json"] = write_text(checkpoint / "state.json", json.dumps(state))
+    write_manifest(checkpoint, records)
+    export("to-hf", "--checkpoint", checkpoint, "--output", tmp_path / "exported")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert model.config.bos_token_id is None  # the tokenizer has none
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == 0
+    export("to-hf", "--checkpoint", checkpoint, "--output", tmp_path / "alone", "--no-tokenizer")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "alone").config.eos_token_id is None
+
+
+def present(checkpoint: Path) -> dict:
+    """The manifest's records of the files that are there."""
+    records = read_manifest(checkpoint)
+    return {name: record for name, record in records.items() if (checkpoint / name).is_file()}
+
+
+def write_manifest(checkpoint: Path, records: dict) -> None:
+    """Let the checkpoint be what it has been changed to."""
+    files = {name: dataclasses.asdict(record) for name, record in records.items()}
+    (checkpoint / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}))
+
+
+def test_an_export_has_a_model_card_that_loads_it(folders, tmp_path, monkeypatch):
+    """Its facts are the run's; its code is run as it stands."""
+    run = tmp_path / "run"
+    checkpoint = shutil.copytree(folders["checkpoint"], run / "checkpoints" / "step_0000000")
+    (run / "results").mkdir()
+    report = {"results": {"sciq": {"acc": 0.625, "acc_stderr": 0.0125}}, "shots": {"sciq": 5}}
+    (run / "results" / "evaluate_5shot_step_0000000.json").write_text(json.dumps(report))
+    (run / "manifest.json").write_text(json.dumps({"versions": {"deepspeed": "0.0.1"}}))
+    monkeypatch.chdir(tmp_path)
+    export("to-hf", "--checkpoint", checkpoint, "--output", "exported")
+    card = ModelCard.load("exported/README.md")
+    assert card.data.library_name == "transformers"
+    for told in ("original", "| sciq, acc, 5 shots | 0.6250 ± 0.0125 |", "deepspeed | 0.0.1 |"):
+        assert told in card.text
+    code = card.text.split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code, names)
+    assert names["tokenizer"]("a").input_ids
+    assert names["model"].config.vocab_size == 300
 
 
 @pytest.mark.parametrize("revision", ["main", "step0"])
