@@ -20,6 +20,7 @@ END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 LEFT_OUT = "\0left out"
 # sentencepiece writes a space as this character, so the character itself goes byte by byte.
 SPACE_MARK = "\u2581"
+NEVER_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
 # Texts of more characters are tokenized in parts, cut before the space between two words or
 # after the line break between them, where GPT-2's splitting into words always cuts. Small parts
 # stay in the processor's caches: on books that is half as fast again as whole texts.
@@ -251,14 +252,15 @@ def _unknown_token(model: dict) -> str | None:
 
 
 def _says_every_byte(file: dict) -> bool:
-    """Whether the model has a token for each of the 256 bytes, and gets text as bytes."""
+    """Whether the model gets text as bytes and has a token for each that UTF-8 uses."""
     from tokenizers import pre_tokenizers
 
     vocabulary = file["model"]["vocab"]
     if file["model"].get("byte_fallback"):
-        names = {f"<0x{byte:02X}>" for byte in range(256)}
+        names = {f"<0x{byte:02X}>" for byte in range(256) if byte not in NEVER_IN_UTF8}
     elif '"ByteLevel"' in json.dumps([file.get("pre_tokenizer"), file.get("normalizer")]):
-        names = set(pre_tokenizers.ByteLevel.alphabet())
+        # GPT-2 writes these bytes as the characters of the same numbers.
+        names = set(pre_tokenizers.ByteLevel.alphabet()) - set(map(chr, NEVER_IN_UTF8))
     else:
         return False
     known = vocabulary if isinstance(vocabulary, Mapping) else {piece for piece, _ in vocabulary}

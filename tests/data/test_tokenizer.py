@@ -81,6 +81,13 @@ def test_neox_is_pythias(neox):
     assert neox.decode([0]) == "<|endoftext|>"
 
 
+def test_neox_has_a_token_for_everything(neox):
+    """So its texts need not be looked through for what it leaves out, which would take as long
+    as tokenizing them; the 13 bytes it lacks are in no UTF-8."""
+    assert not neox.leaves_out
+    assert neox.unknown is None
+
+
 @settings(max_examples=300, deadline=None)
 @given(text=ANY_TEXT)
 def test_neox_gives_its_normal_form_back(neox, text):
