@@ -107,3 +107,11 @@ def test_how_to_read_a_report(place):
     assert sections == titles, "the table of the page is of all analyses, in their order"
     for title in titles:
         assert f"<h2>{title}" in page
+
+
+def test_the_kept_report_is_small_and_says_what_is_seen():
+    page = (DOCS / "analysis_report.html").read_text()
+    assert len(page.encode()) < 400_000
+    opening = page[page.index("</h1>") : page.index("<h2>")]
+    assert "FKR" in opening or "False Killing Rate" in opening
+    assert page.count("<table>") == page.count("<div class='wide'><table>"), "wide tables scroll"
