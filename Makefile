@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test lint fuzz bench docs
+.PHONY: venv demo test test-cluster lint fuzz bench docs
 
 venv: .venv/installed
 
@@ -17,6 +17,10 @@ demo: venv
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Slurm, OpenMPI, network namespaces where they are installed; ten faults in a row.
+test-cluster: venv
+	$(BIN)/python -m pytest -m cluster
 
 lint: venv
 	$(BIN)/ruff check .

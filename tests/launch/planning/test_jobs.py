@@ -1,6 +1,8 @@
 """Job files: run by a shell with a stand-in for Slurm, and held against Kubernetes' own models."""
 
 import os
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -133,3 +135,15 @@ def test_what_cannot_be_a_job_is_refused(tmp_path: Path) -> None:
         written(tmp_path, "--scheduler", "hostfile", "--nodes", "2", "--hosts", "a,b,c")
     with pytest.raises(ValueError, match="global_batch_size"):
         written(tmp_path, "--scheduler", "slurm", "--nodes", "7")
+
+
+def test_the_pages_commands_write_their_files(tmp_path: Path) -> None:
+    page = (ROOT / "docs/how_to/run_on_a_cluster.md").read_text()
+    commands = re.findall(r"^python launch/plan\.py job (.*)$", page, re.MULTILINE)
+    assert len(commands) == 4
+    for number, command in enumerate(commands):
+        words = shlex.split(command)
+        path = tmp_path / f"{number}"
+        words[words.index("--output") + 1] = str(path)
+        jobs.main(words)
+        assert "Written by plan.py job" in path.read_text()

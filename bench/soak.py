@@ -1,0 +1,131 @@
+"""Disturb a run of several processes again and again, and hold its numbers against a quiet one's.
+
+    python bench/soak.py --steps 2000 --faults 100 --processes 4
+
+Ranks are killed, stopped, told to leave by each signal, and find their disk full, at random moments
+of random steps. Each time the run must end (or go on) by itself inside a minute, nothing may be
+left running, the newest checkpoint must not be older than one that was there before, and in the
+end every step's loss and Monosemantic Scale statistics must be the quiet run's to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tests.launch import fleet
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+KINDS = ("kill", "stop", "signal", "full disk")
+STEP_TIMEOUT = 10  # seconds; a stopped rank is given up after it
+SMALL = 4096  # bytes a file may have on the full disk
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read the command line, run both, and say what was found; the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=2000, help="of the run (default: 2000)")
+    parser.add_argument("--faults", type=int, default=100, help="at least (default: 100)")
+    parser.add_argument("--processes", type=int, default=4, help="ranks (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults (default: 0)")
+    parser.add_argument("--folder", type=Path, help="of both runs (default: a temporary one)")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = soak(folder, options.steps, options.faults, options.processes, options.seed)
+    print(json.dumps(found, indent=1))
+    return 0 if not found["differing_steps"] and not found["lost_checkpoints"] else 1
+
+
+def soak(folder: Path, steps: int, faults: int, processes: int, seed: int) -> dict[str, Any]:
+    """What became of `faults` faults in a run of `steps` steps, as numbers."""
+    config = fleet.write_config(folder, train={"steps": steps, "global_batch_size": processes})
+    quiet, disturbed = folder / "quiet", folder / "disturbed"
+    with fleet.ranks(processes, config, quiet, logs=folder / "quiet_logs") as members:
+        fleet.wait_for_end(members, 3600)
+        assert all(member.process.returncode == 0 for member in members), members[0].output()
+    dice, counts, lost, slowest, life = random.Random(seed), Counter(), 0, 0.0, 0
+    while not (disturbed / "finished").exists():
+        life += 1
+        before = newest(disturbed)
+        timeout = fleet.words({"parallel.step_timeout": STEP_TIMEOUT})
+        logs = folder / f"life_{life:04d}"
+        with fleet.ranks(
+            processes, config, disturbed, "--resume", "auto", *timeout, logs=logs
+        ) as members:
+            left = max(1, faults - sum(counts.values()))
+            apart = max(2, (steps - fleet.steps(disturbed)) // (left + 1))
+            kind = disturb(members, disturbed, dice, apart, enough=sum(counts.values()) >= faults)
+            counts[kind] += kind != "none"
+            seconds = fleet.wait_for_end(members, 3600 if kind == "none" else 60)
+            slowest = max(slowest, seconds if kind != "none" else 0.0)
+        lost += newest(disturbed) < before
+        print(f"life {life}: {kind}, at step {fleet.steps(disturbed)}", flush=True)
+    return {
+        "faults": dict(counts),
+        "lives": life,
+        "slowest_end_seconds": round(slowest, 1),
+        "lost_checkpoints": lost,
+        "differing_steps": differing(quiet, disturbed),
+    }
+
+
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint; 0 where there is none yet."""
+    return fleet.newest(run) if (run / "checkpoints" / "latest").exists() else 0
+
+
+def disturb(
+    members: list[fleet.Member], run: Path, dice: random.Random, apart: int, enough: bool
+) -> str:
+    """Do something to a rank about `apart` steps from now; the kind of fault."""
+    goal = fleet.steps(run) + dice.randint(1, 2 * apart)
+    while fleet.steps(run) < goal or enough:
+        if any(member.process.poll() is not None for member in members):
+            return "none"  # at its end
+        time.sleep(0.02)  # polling a file that another process writes
+    kind, victim = dice.choice(KINDS), dice.choice(members).process
+    time.sleep(dice.random() * 0.1)
+    if kind == "full disk":
+        limits = [resource.prlimit(m.process.pid, resource.RLIMIT_FSIZE) for m in members]
+        for member, (_, hard) in zip(members, limits, strict=True):
+            resource.prlimit(member.process.pid, resource.RLIMIT_FSIZE, (SMALL, hard))
+        time.sleep(0.5 + dice.random())
+        for member, limit in zip(members, limits, strict=True):
+            if member.process.poll() is None:
+                resource.prlimit(member.process.pid, resource.RLIMIT_FSIZE, limit)
+        victim.send_signal(signal.SIGTERM)
+    else:
+        number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "signal": dice.choice(SIGNALS)}
+        victim.send_signal(number[kind])
+    return kind
+
+
+def differing(one: Path, other: Path) -> list[int]:
+    """Steps whose loss or Monosemantic Scale statistics are not the same to the bit."""
+
+    def told(run: Path) -> dict[int, Any]:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        return {row["step"]: [row["lm_loss"], row["ms_loss"], row["l2e"]] for row in rows}
+
+    first, second = told(one), told(other)
+    return sorted(step for step in first | second if first.get(step) != second.get(step))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
