@@ -167,12 +167,15 @@ class Train(Section):
         "torch.compile each block, with tensor and pipeline parallel sizes of 1 and ZeRO 0 to 2; "
         "auto: on a GPU, and a line that says where not and why",
     )
-    on_nonfinite: Literal["stop", "skip"] = key(
+    on_nonfinite: Literal["stop", "skip", "rollback"] = key(
         "stop",
         "after a step whose loss or gradient is not finite, and whose update is never made: stop "
-        "the run, or skip the step and count it",
+        "the run, skip the step and count it, or go back to the newest checkpoint and on with the "
+        "data after that step",
     )
-    nonfinite_limit: int = key(10, "such steps in a row after which skip stops", "steps", ge=1)
+    nonfinite_limit: int = key(
+        10, "such steps in a row, or such ways back, after which the run stops", "steps", ge=1
+    )
     stop_after: int | None = key(
         None, "stop cleanly after this step, the schedule unchanged", "steps", ge=1
     )

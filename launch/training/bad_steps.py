@@ -14,6 +14,14 @@ from typing import Any
 from configs import Config
 
 
+class Rollback(Exception):
+    """A step went bad and the run is to go back to its newest checkpoint."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class BadSteps:
     """What `train.on_nonfinite` says of a run's steps. Every rank sees the same numbers."""
 
@@ -40,6 +48,7 @@ class BadSteps:
 
         Raises:
             ValueError: on every rank, if the run is to stop.
+            Rollback: on every rank, if it is to go back.
         """
         for record in records:
             if not self.is_bad(record):
@@ -55,6 +64,8 @@ class BadSteps:
                     f"{found}. Resume from the last checkpoint with a lower "
                     "optimizer.learning_rate or l2e.weight, or with train.on_nonfinite=skip"
                 )
+            if self.policy == "rollback":
+                raise Rollback(found, record["step"])
             if self.in_a_row > self.limit:
                 raise ValueError(
                     f"{found}, nor were the {self.limit} before it (train.nonfinite_limit). "

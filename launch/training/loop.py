@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from launch.engine.signals import status_of
 from launch.planning.cost import flops_per_token
 from launch.training import folder, provenance
 from launch.training.agreement import Agreement
+from launch.training.bad_steps import Rollback
 from launch.training.changes import told_changes
-from launch.training.data import HASHED_SAMPLES, Corpus
+from launch.training.data import HASHED_SAMPLES, Corpus, open_corpus
 from launch.training.feature_monitor import FeatureMonitor
-from launch.training.position import Position
+from launch.training.position import Position, position_of
 from launch.training.recorder import Recorder
 from launch.training.run import Run
 from launch.training.schedule import learning_rate
@@ -61,7 +62,37 @@ def train(run: Run, data: Corpus, start: Position, resume: Path | None) -> int:
     # All is well: from here on the folder changes.
     folder.begin(run, resume, start.step)
     provenance.write(run, engine, told, resume)
-    return fit(run, engine, data, start, told, monitor)
+    for _ in range(config.train.nonfinite_limit + 1):
+        try:
+            return fit(run, engine, data, start, told, monitor)
+        except Rollback as bad:
+            start, data = roll_back(run, engine, data, start, bad)
+            told, reason = data.describe(), bad
+    raise ValueError(
+        f"{reason}; the run has gone back {config.train.nonfinite_limit} times already "
+        "(train.nonfinite_limit). Resume with a lower optimizer.learning_rate or l2e.weight"
+    )
+
+
+def roll_back(
+    run: Run, engine: Engine, data: Corpus, start: Position, bad: Rollback
+) -> tuple[Position, Corpus]:
+    """The engine as of the newest checkpoint, and the data after the step that went bad.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    found = checkpoint.find_resumable(run.folder, "auto")
+    if found is None:
+        raise ValueError(f"{bad}, and there is no checkpoint to go back to")
+    checkpoint.load(engine, found, data.paths.tokenizer)
+    position = replace(position_of(found), samples=start.after(bad.step, run.config).samples)
+    run.say(
+        f"{bad}: back to {found}, and on from there with the data after that step, sample "
+        f"{position.samples}"
+    )
+    folder.begin(run, found, position.step)
+    return position, open_corpus(run.config, run.folder, data.paths, position, data.laid_out)
 
 
 def last_step(config: Config) -> int:
@@ -127,7 +158,8 @@ def fit(
                 state = {**asdict(start.after(step, config)), "data": told}
                 saver.save(state, must=must)
 
-        if start.step == 0 and 0 in config.checkpoint.steps:
+        rolls_back = config.train.on_nonfinite == "rollback"  # which needs somewhere to go
+        if start.step == 0 and (rolls_back or 0 in config.checkpoint.steps):
             save(0)
         for step in range(start.step, last):
             done = step + 1
@@ -151,7 +183,13 @@ def fit(
             # The bad news of fp16 are its loss scale's: no reason to look at once.
             bad = engine.dropped_update and config.train.dtype != "fp16"
             if measured or scored or bad:
-                recorder.flush()
+                try:
+                    recorder.flush()
+                except Rollback:
+                    request.nothing_to_lose = True
+                    agreement.close()
+                    recorder.close()
+                    raise
             leaving = agreement.signal()
             ending = done == last or leaving > 0
             if not scored and (ending or save_due(config, done)):

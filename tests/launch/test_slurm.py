@@ -48,6 +48,8 @@ MpiDefault=none
 ReturnToService=2
 SchedulerParameters=sched_interval=2
 SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
 GresTypes=gpu
 NodeName={host} NodeAddr={address} CPUs=64 RealMemory=1000 Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -65,8 +67,9 @@ def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
         controller=free_port(), daemon=free_port(),
     )  # fmt: skip
     (folder / "slurm.conf").write_text(text)
-    (folder / "gres.conf").write_text("Name=gpu Count=2\n")
-    (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+    for number in range(2):  # what stands for a GPU's device file
+        (folder / f"gpu{number}").touch()
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
     key = folder / "munge.key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
