@@ -58,7 +58,8 @@ def soak(folder: Path, steps: int, faults: int, processes: int, seed: int) -> di
     with fleet.ranks(processes, config, quiet, logs=folder / "quiet_logs") as members:
         fleet.wait_for_end(members, 3600)
         assert all(member.process.returncode == 0 for member in members), members[0].output()
-    dice, counts, lost, slowest, life = random.Random(seed), Counter(), 0, 0.0, 0
+    counts: Counter[str] = Counter()
+    dice, lost, slowest, life = random.Random(seed), 0, 0.0, 0
     while not (disturbed / "finished").exists():
         life += 1
         before = newest(disturbed)
