@@ -57,11 +57,11 @@ def test_the_python_snippet_runs() -> None:
 def surroundings() -> dict:
     """A small GPT-2 and a batch, as the snippet's user would have them."""
     import torch
-    import transformers
 
-    settings = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=64)
+    from tests.tiny_models import gpt2
+
     tokens = torch.randint(0, 64, (2, 16))
     return {
-        "model": transformers.GPT2LMHeadModel(settings),
+        "model": gpt2(vocab_size=64),
         "batch": {"input_ids": tokens, "labels": tokens},
     }

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 
 from data.tokenizer import load_tokenizer
 from l2e.analysis.activations import watch
@@ -17,10 +16,10 @@ from l2e.analysis.monitor import Monitor
 from l2e.analysis.networks import Network
 from launch.training import feature_monitor as runtime_monitor
 from launch.training.feature_monitor import PASSAGES, FeatureMonitor
-from model.huggingface import hugging_face_config
-from tests.distributed.checkpointing import SEQUENCE, VOCABULARY, make_config, running, train
+from tests.distributed.checkpointing import SEQUENCE, make_config, running, train
 from tests.distributed.processes import run_on_processes
 from tests.launch.models import byte_tokenizer
+from tests.tiny_models import counterpart
 
 SETTINGS = {
     1: {"one process": {"zero": 0}},
@@ -90,13 +89,7 @@ def outcomes(files, tmp_path_factory) -> dict[str, dict]:
 def expected(files, outcomes) -> dict:
     """The monitor's numbers of transformers' model with the same weights."""
     config = make_config().model
-    form = transformers.GPTNeoXConfig.from_dict(hugging_face_config(config))
-    model = transformers.GPTNeoXForCausalLM(form)
-    state = outcomes["one process"]["state"]
-    state = {name.replace("embed_out.", "lm_head."): value for name, value in state.items()}
-    for name in ("gpt_neox.embed_in.weight", "lm_head.weight"):
-        state[name] = state[name][:VOCABULARY]
-    model.load_state_dict(state)
+    model = counterpart(config, outcomes["one process"]["state"])
     network = Network(model, SimpleNamespace(), "theirs")  # type: ignore[arg-type]
 
     def observe(tokens, hook):

@@ -6,19 +6,17 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import l2e
 from tests.distributed.processes import run_on_processes
+from tests.tiny_models import gpt2
 
 STEPS = 5
 
 
 def build():
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=50, n_positions=16)
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    return GPT2LMHeadModel(config).train()
+    return gpt2(n_positions=16).train()
 
 
 def train(kind):

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tests.distributed.processes import run_on_processes
 from tests.l2e.reference import Reference
+from tests.tiny_models import gpt_neox
 
 SHAPE = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 64}
 INHIBITED, SEQUENCES, LENGTH, STEPS = (1, 2), 16, 16, 10
@@ -135,16 +135,7 @@ def train_all(runs):
 
 def plain_run(weights, weight, scale_invariant=False):
     """The reference: transformers' model, float64, one process, one batch a step."""
-    config = GPTNeoXConfig(
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=128,
-        vocab_size=64,
-        max_position_embeddings=LENGTH,
-        attn_implementation="eager",
-    )
-    model = GPTNeoXForCausalLM(config).double()
+    model = gpt_neox(layers=4, max_position_embeddings=LENGTH, attn_implementation="eager").double()
     model.load_state_dict({OUTPUT.get(n, n): value.double() for n, value in weights.items()})
     references, activations = {}, {}
     for number in INHIBITED:

@@ -9,10 +9,6 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     SwinConfig,
     SwinForImageClassification,
     Trainer,
@@ -21,31 +17,22 @@ from transformers import (
 
 import l2e
 from l2e import L2EConfig
+from tests import tiny_models
 from tests.l2e.reference import Reference
 
 CONFIG = L2EConfig(late_start_step=2, weight=0.5, layers="all")
 
 
 def gpt2():
-    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=50, n_positions=16)
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    model = GPT2LMHeadModel(config)
+    model = tiny_models.gpt2(n_positions=16)
     tokens = torch.randint(50, (4, 16))
     return model, "transformer.h.*.mlp.act", {"input_ids": tokens, "labels": tokens}
 
 
 def llama():
-    config = LlamaConfig(
-        num_hidden_layers=2,
-        hidden_size=32,
-        intermediate_size=64,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=50,
-    )
     tokens = torch.randint(50, (4, 16))
     return (
-        LlamaForCausalLM(config),
+        tiny_models.llama(),
         "model.layers.*.mlp.act_fn",
         {"input_ids": tokens, "labels": tokens},
     )

@@ -4,22 +4,17 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXForCausalLM
+
+from tests import tiny_models
 
 VOCABULARY = 300
 
 
 def byte_tokenizer(folder: Path) -> Path:
-    """tokenizer.json with a token for each byte, and `<|endoftext|>` as id 0."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0} | {letter: i for i, letter in enumerate(alphabet, 1)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
+    """tokenizer.json of `tiny_models.byte_tokenizer`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tiny_models.byte_tokenizer().save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
 
 
@@ -28,19 +23,14 @@ def huggingface_model(
 ) -> GPTNeoXForCausalLM:
     """A random two-block GPT-NeoX in Hugging Face's form, loud enough to prefer some answers."""
     torch.manual_seed(0)
-    config = GPTNeoXConfig(
+    model = tiny_models.gpt_neox(
         vocab_size=rows,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
         max_position_embeddings=positions,
         use_parallel_residual=parallel,
         bos_token_id=0,
         eos_token_id=0,
         tie_word_embeddings=False,
-    )
-    model = GPTNeoXForCausalLM(config).eval()
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)

@@ -6,7 +6,7 @@ import transformers
 
 from model import ModelConfig
 from model.gpt_neox import GPTNeoX
-from model.huggingface import hugging_face_config
+from tests.tiny_models import counterpart, their_names
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -30,19 +30,7 @@ def pair(**variant) -> tuple[GPTNeoX, transformers.GPTNeoXForCausalLM]:
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    theirs = transformers.GPTNeoXForCausalLM(
-        transformers.GPTNeoXConfig.from_dict(hugging_face_config(config))
-    )
-    theirs.load_state_dict(hugging_face_names(ours.state_dict()))
-    return ours, theirs.train()
-
-
-def hugging_face_names(state: dict, rows: int = SHAPE["vocab_size"]) -> dict:
-    """This version of transformers calls the output embedding lm_head; padding rows go."""
-    state = {name.replace("embed_out.", "lm_head."): value for name, value in state.items()}
-    for name in ("gpt_neox.embed_in.weight", "lm_head.weight"):
-        state[name] = state[name][:rows]
-    return state
+    return ours, counterpart(config, ours.state_dict()).train()
 
 
 def tokens_of(batch: int, sequence: int) -> torch.Tensor:
@@ -70,7 +58,7 @@ def test_logits_loss_and_gradients(variant):
     their_loss.backward()
     their_gradients = {name: p.grad for name, p in theirs.named_parameters()}
     our_gradients = {name: p.grad for name, p in ours.named_parameters()}
-    for name, gradient in hugging_face_names(our_gradients).items():
+    for name, gradient in their_names(our_gradients, SHAPE["vocab_size"]).items():
         assert relative_error(gradient, their_gradients[name]) < 1e-5, name
 
 

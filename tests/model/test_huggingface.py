@@ -13,11 +13,11 @@ from model import PRESETS, ModelConfig
 from model.gpt_neox import GPTNeoX
 from model.huggingface import (
     HuggingFaceWeights,
-    hugging_face_config,
     read_config,
     write_hugging_face,
 )
 from model.parameters import parameter_shapes
+from tests.tiny_models import counterpart
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=300)
 
@@ -69,8 +69,7 @@ def test_there_and_back_changes_no_byte(model, tmp_path, dtype, shard_bytes):
 
 
 def test_what_transformers_saves_is_read(tmp_path):
-    form = transformers.GPTNeoXConfig.from_dict(hugging_face_config(CONFIG))
-    theirs = transformers.GPTNeoXForCausalLM(form)
+    theirs = counterpart(CONFIG)
     theirs.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert read_config(tmp_path) == CONFIG

@@ -2,59 +2,33 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
 from l2e.analysis.features import FeatureSet, make_features
 from l2e.analysis.networks import Network
+from tests import tiny_models
 
 VOCABULARY = 257
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0} | {letter: i + 1 for i, letter in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    tokenizer = tiny_models.byte_tokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=tiny_models.END_OF_TEXT)
 
 
 def make_model(family: str, layers: int = 3, hidden: int = 32):
     torch.manual_seed(0)
-    common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
-    if family == "gpt_neox":
-        config = GPTNeoXConfig(
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            intermediate_size=4 * hidden,
-            max_position_embeddings=128,
-            **common,
-        )
-        model = GPTNeoXForCausalLM(config)
-    elif family == "gpt2":
-        config = GPT2Config(n_embd=hidden, n_layer=layers, n_head=4, n_positions=128, **common)
-        model = GPT2LMHeadModel(config)
-    else:
-        config = LlamaConfig(
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=3 * hidden,
-            max_position_embeddings=128,
-            **common,
-        )
-        model = LlamaForCausalLM(config)
+    settings = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
+    settings |= {
+        "gpt_neox": {"max_position_embeddings": 128},
+        "gpt2": {"n_head": 4, "n_positions": 128},
+        "llama": {
+            "num_attention_heads": 4,
+            "intermediate_size": 3 * hidden,
+            "max_position_embeddings": 128,
+        },
+    }[family]
+    model = getattr(tiny_models, family)(layers, hidden, **settings)
     # Larger weights than the default make every neuron's effect visible.
     with torch.no_grad():
         for parameter in model.parameters():

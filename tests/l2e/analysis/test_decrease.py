@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from l2e.analysis.decrease import DecreaseOptions, analyze_decrease
 from l2e.analysis.features import make_features
 from l2e.analysis.networks import Network
 from tests.l2e.analysis.conftest import byte_tokenizer
+from tests.tiny_models import gpt_neox
 
 TRAINING_STEPS = 400
 
@@ -21,15 +21,8 @@ def trained():
     files = sorted(Path(json.__file__).parents[1].glob("*.py"))[:14]
     text = "".join(path.read_text(errors="ignore") for path in files)
     torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_position_embeddings=64,
-        vocab_size=257,
-    )
-    network = Network(GPTNeoXForCausalLM(config), byte_tokenizer(), "brief")
+    model = gpt_neox(max_position_embeddings=64, vocab_size=257)
+    network = Network(model, byte_tokenizer(), "brief")
     ids = torch.tensor(network.tokenizer(text[60_000:])["input_ids"])
     optimizer = torch.optim.AdamW(network.model.parameters(), lr=4e-3)
     network.model.train()

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from l2e.analysis.interaction import node_counts, open_weights
 from l2e.analysis.multifractal import spectrum
@@ -15,6 +14,7 @@ from l2e.analysis.neuromfa import (
     shuffled,
 )
 from l2e.analysis.series import read_series
+from tests.tiny_models import gpt_neox
 
 FEW = NeuroMFAOptions(networks=3)
 
@@ -22,15 +22,7 @@ FEW = NeuroMFAOptions(networks=3)
 def save_gaussian(folder, factor=1.0, hidden=96, layers=2, seed=0, std=0.02):
     """A model of Gaussian weights times `factor`."""
     torch.manual_seed(seed)
-    model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=64,
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            intermediate_size=4 * hidden,
-        )
-    )
+    model = gpt_neox(layers, hidden)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=std).mul_(factor)
