@@ -23,7 +23,7 @@ TRAIN_SHARE = 0.7
 
 
 @dataclass(frozen=True)
-class FeatureSet:
+class FeaturePreparation:
     """What to build.
 
     `by` is "folder", "extension" or "field"; `label` names the field. `groups` puts endings
@@ -46,7 +46,7 @@ class Document(NamedTuple):
     text: str
 
 
-def build_features(what: FeatureSet, output: Path) -> dict:
+def build_features(what: FeaturePreparation, output: Path) -> dict:
     """Write lines {"text", "feature", "source", "split"} to `output`, gzipped where it ends in .gz.
 
     Returns the counts: passages and documents of each feature, and the features left out
@@ -111,7 +111,7 @@ def cut_passages(text: str, characters: int) -> Iterator[str]:
         start = stop
 
 
-def _documents(what: FeatureSet, is_full: Callable[[str], bool]) -> Iterator[Document]:
+def _documents(what: FeaturePreparation, is_full: Callable[[str], bool]) -> Iterator[Document]:
     """Documents with their features: files in an order without meaning, records as they come.
 
     Files of a feature that `is_full` aren't read.
@@ -133,7 +133,7 @@ def _documents(what: FeatureSet, is_full: Callable[[str], bool]) -> Iterator[Doc
                     yield Document(feature, str(path), record.text)
 
 
-def _labelled_files(what: FeatureSet) -> list[tuple[str, Path]]:
+def _labelled_files(what: FeaturePreparation) -> list[tuple[str, Path]]:
     """(feature, file) of every file below the folders, in the order of their names' hashes."""
     endings = {ending: name for name, group in what.groups.items() for ending in group}
     labelled = []

@@ -24,7 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from launch.cli import number, run_verb, whole
 
 if TYPE_CHECKING:
-    from launch.comparison.comparison import Run
+    from launch.comparison.comparison import RecordedRun
 
 # Published tolerance: equal runs in float32 agree this well after any number of ranks (relative).
 TOLERANCE = 1e-5
@@ -56,7 +56,7 @@ def main() -> int:
     return 0
 
 
-def tell_differences(runs: list[Run], tolerance: float) -> int:
+def tell_differences(runs: list[RecordedRun], tolerance: float) -> int:
     """Exit status 1 if any run leaves the first one's tolerance."""
     from launch.comparison.comparison import first_difference
 

@@ -20,7 +20,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in plac
 
 from launch import cli
 from launch.planning import cost, jobs, layouts
-from launch.planning.cost import Layout
+from launch.planning.cost import LayoutPlan
 from launch.planning.layouts import Estimate
 from launch.planning.speed import GPU, GPUS, UNCERTAINTY
 
@@ -115,7 +115,7 @@ def describe(title: str, chosen: Estimate, gpu: GPU, steps: int) -> str:
     )
 
 
-def name(layout: Layout) -> str:
+def name(layout: LayoutPlan) -> str:
     """A layout in one line."""
     extras = ", sequence parallel" if layout.sequence else ""
     extras += ", activation checkpointing" if layout.checkpointing else ""
@@ -167,7 +167,7 @@ def l2e_cost(chosen: Estimate, without: Estimate) -> str:
     )
 
 
-def largest(gpus: int, gpu: GPU, wanted: Layout) -> str:
+def largest(gpus: int, gpu: GPU, wanted: LayoutPlan) -> str:
     """The largest model that this many GPUs hold at this batch."""
     try:
         shape, best = layouts.largest_model(gpus, gpu, wanted)

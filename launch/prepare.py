@@ -22,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data import builtin, hub
 from data.corpus import Fields, Found, Source, look_over, read_units
-from data.features import FeatureSet, build_features
+from data.features import FeaturePreparation, build_features
 from data.formats import DESCRIPTIONS
 from data.join import join
 from data.limits import Limits
@@ -338,7 +338,7 @@ def stats(arguments: list[str]) -> None:
 def features(arguments: list[str]) -> None:
     """The verb `features`."""
     options = _features_options(arguments)
-    what = FeatureSet(
+    what = FeaturePreparation(
         inputs=options.input,
         by=options.by,
         label=options.label,

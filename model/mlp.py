@@ -4,11 +4,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2e import L2ELayer
+from l2e.kernels import APPROXIMATE
 from model.config import ModelConfig
 from model.init import initializer
 from model.linears import ColumnLinear, RowLinear
-
-GELU_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 class MLP(nn.Module):
@@ -38,7 +37,7 @@ class MLP(nn.Module):
             sequence_parallel=sequence_parallel,
         )
         self.inhibitor = inhibitor
-        self.approximation = GELU_APPROXIMATION[config.activation]
+        self.approximation = APPROXIMATE[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """[sequence, batch, hidden] -> the same shape."""

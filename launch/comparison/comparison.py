@@ -18,7 +18,7 @@ EQUAL_KEYS = ("lm_loss", "ms_loss", "grad_norm", "lr", "loss_scale")
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """A run's folder, its metrics by step, and its scores by (task, shots)."""
 
     folder: Path
@@ -47,7 +47,7 @@ class Run:
         return found
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RecordedRun:
     """Read a run's folder.
 
     Raises:
@@ -65,7 +65,7 @@ def read_run(folder: Path) -> Run:
             raise ValueError(f"{path}, line {number}: no step's record ({error})") from None
     if not steps:
         raise ValueError(f"{path}: holds no steps yet")
-    return Run(folder, dict(sorted(steps.items())), read_scores(folder / "results"))
+    return RecordedRun(folder, dict(sorted(steps.items())), read_scores(folder / "results"))
 
 
 def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
@@ -91,7 +91,7 @@ def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def compare(runs: list[Run], arms: int | None = None) -> dict[str, Any]:
+def compare(runs: list[RecordedRun], arms: int | None = None) -> dict[str, Any]:
     """All metrics of all runs, and each run (or the second arm) against the first."""
     pairs = list(zip(runs[:arms], runs[arms:], strict=True)) if arms else []
     others = [(runs[0], other) for other in runs[1:]] if not arms else pairs
@@ -102,7 +102,7 @@ def compare(runs: list[Run], arms: int | None = None) -> dict[str, Any]:
     }
 
 
-def summary(run: Run) -> dict[str, Any]:
+def summary(run: RecordedRun) -> dict[str, Any]:
     return {
         "last_step": max(run.steps),
         "lm_loss": last_mean(run.series("lm_loss")),
@@ -127,7 +127,7 @@ def last_value(values: dict[int, float]) -> float | None:
     return values[max(values)] if values else None
 
 
-def difference(one: Run, other: Run) -> dict[str, Any]:
+def difference(one: RecordedRun, other: RecordedRun) -> dict[str, Any]:
     """`other` minus `one`. A single pair says nothing of other seeds: its losses get no interval.
 
     The scores' intervals speak of these two models, on other items of the same kind.
@@ -150,14 +150,14 @@ def paired(one: dict[int, float], other: dict[int, float]) -> np.ndarray:
     return np.array([(one[step], other[step]) for step in one if step in other]).reshape(-1, 2)
 
 
-def paired_items(one: Run, other: Run, name: str) -> np.ndarray | None:
+def paired_items(one: RecordedRun, other: RecordedRun, name: str) -> np.ndarray | None:
     """[items]: a task's differences where both runs were asked the same items."""
     if name not in other.scores or other.scores[name]["hash"] != one.scores[name]["hash"]:
         return None
     return np.subtract(other.scores[name]["items"], one.scores[name]["items"])
 
 
-def over_seeds(pairs: list[tuple[Run, Run]]) -> dict[str, Any]:
+def over_seeds(pairs: list[tuple[RecordedRun, RecordedRun]]) -> dict[str, Any]:
     """The second arm minus the first over pairs of runs: what other seeds would say.
 
     Losses by the paired t-interval; scores by resampling seeds and items together.
@@ -215,7 +215,7 @@ def in_words(value: dict[str, float], scale: float = 1) -> str:
 # --- equality ----------------------------------------------------------------------------------
 
 
-def first_difference(one: Run, other: Run, tolerance: float) -> str | None:
+def first_difference(one: RecordedRun, other: RecordedRun, tolerance: float) -> str | None:
     """Where two runs that should be equal part, in words; None if they don't.
 
     Steps are compared one by one, then the tensors of the newest checkpoint that both have.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from launch.comparison import record, statistics
-from launch.comparison.comparison import Run, last_mean, last_value, read_run
+from launch.comparison.comparison import RecordedRun, last_mean, last_value, read_run
 from launch.comparison.plan import Plan, folder_of
 from launch.comparison.statistics import Difference
 
@@ -61,7 +61,7 @@ def references(plan: Plan) -> list[str]:
     return list(dict.fromkeys([plan.primary.against, *silent]))
 
 
-def readouts(run: Run) -> Readouts:
+def readouts(run: RecordedRun) -> Readouts:
     """A finished run's figures; of the inhibited layers their mean."""
     found = {
         "validation_loss": last_value(run.series("validation_loss")),
@@ -85,11 +85,11 @@ def readouts(run: Run) -> Readouts:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def last_row(run: Run) -> dict[str, Any]:
+def last_row(run: RecordedRun) -> dict[str, Any]:
     return run.steps[max(run.steps)]
 
 
-def curves(run: Run) -> dict[str, dict[int, float]]:
+def curves(run: RecordedRun) -> dict[str, dict[int, float]]:
     """Figures over steps: {readout: {step: value}}, of layers their mean."""
     found = {"validation_loss": run.series("validation_loss")}
     for figure in LAYER_FIGURES:
@@ -141,7 +141,7 @@ def describe(
     return found
 
 
-def provenance(runs: list[Run]) -> dict[str, list[str]]:
+def provenance(runs: list[RecordedRun]) -> dict[str, list[str]]:
     """Commits, versions, machines and dates of the runs, each different one once."""
     manifests = [json.loads((run.folder / "manifest.json").read_text()) for run in runs]
     told: dict[str, set[str]] = {"commit": set(), "versions": set(), "hardware": set()}

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from launch.comparison.comparison import Run
+from launch.comparison.comparison import RecordedRun
 
 LAYER_FIGURES = {
     "mean_ms": "mean monosemantic scale",
@@ -20,7 +20,7 @@ LAYER_FIGURES = {
 }
 
 
-def draw(runs: list[Run], folder: Path) -> Iterator[Path]:
+def draw(runs: list[RecordedRun], folder: Path) -> Iterator[Path]:
     """Write the figures that the runs have data for; yields their paths."""
     names = unique_names(runs)
     yield draw_losses(runs, names, folder / "losses.png")
@@ -30,7 +30,7 @@ def draw(runs: list[Run], folder: Path) -> Iterator[Path]:
         yield draw_scores(runs, names, folder / "scores.png")
 
 
-def unique_names(runs: list[Run]) -> list[str]:
+def unique_names(runs: list[RecordedRun]) -> list[str]:
     """Folder names, with their parents where two are alike."""
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
@@ -38,7 +38,7 @@ def unique_names(runs: list[Run]) -> list[str]:
     return [f"{run.folder.parent.name}/{run.name}" for run in runs]
 
 
-def draw_losses(runs: list[Run], names: list[str], path: Path) -> Path:
+def draw_losses(runs: list[RecordedRun], names: list[str], path: Path) -> Path:
     """The losses; below, how far each run's lie from the first one's, where curves overlap."""
     figure, (above, below) = plt.subplots(
         2, 1, figsize=(8, 7), layout="constrained", sharex=True, height_ratios=[3, 2]
@@ -59,12 +59,12 @@ def draw_losses(runs: list[Run], names: list[str], path: Path) -> Path:
     return save(figure, path)
 
 
-def compared_losses(run: Run) -> dict[int, float]:
+def compared_losses(run: RecordedRun) -> dict[int, float]:
     """Validation losses by step, training losses where there are none."""
     return run.series("validation_loss") or run.series("lm_loss")
 
 
-def draw_layers(runs: list[Run], names: list[str], path: Path) -> Path:
+def draw_layers(runs: list[RecordedRun], names: list[str], path: Path) -> Path:
     figure, grid = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True)
     styles = ["-", "--", ":", "-."]
     for axes, (key, title) in zip(grid.flat, LAYER_FIGURES.items(), strict=True):
@@ -80,7 +80,7 @@ def draw_layers(runs: list[Run], names: list[str], path: Path) -> Path:
     return save(figure, path)
 
 
-def draw_scores(runs: list[Run], names: list[str], path: Path) -> Path:
+def draw_scores(runs: list[RecordedRun], names: list[str], path: Path) -> Path:
     tasks = sorted({task for run in runs for task in run.scores})
     figure, axes = plt.subplots(figsize=(max(6, 1.2 * len(tasks)), 5), layout="constrained")
     width = 0.8 / len(runs)

@@ -36,7 +36,7 @@ class ModelShape(Protocol):
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayoutPlan:
     """How one optimizer step is spread: sizes in ranks, batches in sequences a data-parallel rank.
 
     `accumulation` is the number of micro-batches a step, `logits_bytes` what the fp32 logits held
@@ -113,7 +113,7 @@ def stage_blocks(num_layers: int, pipeline: int, stage: int) -> int:
     return num_layers // pipeline + (stage < num_layers % pipeline)
 
 
-def stage_parameters(model: ModelShape, layout: Layout, stage: int = 0) -> int:
+def stage_parameters(model: ModelShape, layout: LayoutPlan, stage: int = 0) -> int:
     """Parameters on one rank of a pipeline stage, before ZeRO partitions anything."""
     blocks = stage_blocks(model.num_layers, layout.pipeline, stage)
     count = blocks * block_parameters(model, layout.tensor)
@@ -143,7 +143,7 @@ def flops_per_token(model: ModelShape, sequence_length: int) -> int:
 # --- memory ---------------------------------------------------------------------------------
 
 
-def block_activations(model: ModelShape, layout: Layout) -> int:
+def block_activations(model: ModelShape, layout: LayoutPlan) -> int:
     """Bytes one block keeps of one micro-batch for its backward pass.
 
     Per token: the block's input and the two LayerNorm outputs; the fused QKV output, rotated
@@ -158,7 +158,7 @@ def block_activations(model: ModelShape, layout: Layout) -> int:
     return layout.micro_tokens * (outside // outside_ranks + cut // layout.tensor)
 
 
-def activation_memory(model: ModelShape, layout: Layout, stage: int = 0) -> int:
+def activation_memory(model: ModelShape, layout: LayoutPlan, stage: int = 0) -> int:
     """Bytes of the activations alive at a stage's peak.
 
     The 1F1B schedule holds `pipeline - stage` micro-batches in flight; with checkpointing each
@@ -173,7 +173,7 @@ def activation_memory(model: ModelShape, layout: Layout, stage: int = 0) -> int:
     return in_flight * blocks * kept + whole
 
 
-def logits_memory(model: ModelShape, layout: Layout) -> int:
+def logits_memory(model: ModelShape, layout: LayoutPlan) -> int:
     """Bytes of the cross-entropy: a chunk of logits in the model's dtype, in whose place their
     gradient comes, and the two gradients it computes at once, the hidden states' and, in fp32, the
     output embedding's (twice while chunks are added up).
@@ -186,7 +186,7 @@ def logits_memory(model: ModelShape, layout: Layout) -> int:
     return chunk + hidden_gradient + 2 * weight_gradient
 
 
-def l2e_memory(model: ModelShape, layout: Layout) -> int:
+def l2e_memory(model: ModelShape, layout: LayoutPlan) -> int:
     """Bytes of L2E: per neuron and layer its mean, variance, share above tau and three sums, a
     measured step's fourth moments and histograms, and what one layer's kernels sum in rows.
     """
@@ -195,7 +195,7 @@ def l2e_memory(model: ModelShape, layout: Layout) -> int:
     return layout.inhibited_layers * a_layer + (WORKSPACE_BYTES if layout.inhibited_layers else 0)
 
 
-def memory(model: ModelShape, layout: Layout, stage: int = 0) -> dict[str, int]:
+def memory(model: ModelShape, layout: LayoutPlan, stage: int = 0) -> dict[str, int]:
     """Bytes by part on one rank of a pipeline stage.
 
     ZeRO partitions over data-parallel ranks: the optimizer's states from stage 1 on, gradients
@@ -217,7 +217,7 @@ def memory(model: ModelShape, layout: Layout, stage: int = 0) -> dict[str, int]:
     }
 
 
-def peak_memory(model: ModelShape, layout: Layout) -> dict[str, int]:
+def peak_memory(model: ModelShape, layout: LayoutPlan) -> dict[str, int]:
     """`memory` of the fullest pipeline stage."""
     stages = (memory(model, layout, stage) for stage in range(layout.pipeline))
     return max(stages, key=lambda parts: sum(parts.values()))
@@ -231,7 +231,7 @@ def ring(size: int, ranks: int) -> int:
     return size * (ranks - 1) // ranks
 
 
-def communication(model: ModelShape, layout: Layout) -> dict[str, int]:
+def communication(model: ModelShape, layout: LayoutPlan) -> dict[str, int]:
     """Bytes each rank sends in one optimizer step, by purpose (the fullest stage's).
 
     tensor: two all-reduces a block each way (attention and MLP; LayerNorms of their own feed them),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from launch.planning import cost
-from launch.planning.cost import Layout, ModelShape
+from launch.planning.cost import LayoutPlan, ModelShape
 from launch.planning.speed import GPU, step_seconds
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ SIMPLER_WITHIN = 0.05
 class Estimate:
     """What one layout costs on one kind of GPU; bytes, seconds of a step, tokens/s of all GPUs."""
 
-    layout: Layout
+    layout: LayoutPlan
     memory: dict[str, int]
     seconds: dict[str, float]
     fits: bool
@@ -46,7 +46,7 @@ class Estimate:
 
 
 def estimate(
-    model: ModelShape, layout: Layout, gpu: GPU, sustained: float | None = None
+    model: ModelShape, layout: LayoutPlan, gpu: GPU, sustained: float | None = None
 ) -> Estimate:
     """Memory and step time of one layout."""
     memory = cost.peak_memory(model, layout)
@@ -54,7 +54,7 @@ def estimate(
     return Estimate(layout, memory, step_seconds(model, layout, gpu, sustained), fits)
 
 
-def layout_of(config: Config, ranks: int) -> Layout:
+def layout_of(config: Config, ranks: int) -> LayoutPlan:
     """The layout that a configuration asks for on `ranks` processes.
 
     Raises ValueError where the ranks or the global batch cannot be dealt out that way.
@@ -76,7 +76,7 @@ def layout_of(config: Config, ranks: int) -> Layout:
             f"train.micro_batch_size x data-parallel ranks = {train.micro_batch_size} x {data}; "
             "change one of them or the number of GPUs"
         )
-    return Layout(
+    return LayoutPlan(
         sequence_length=config.data.sequence_length,
         micro_batch_size=train.micro_batch_size,
         accumulation=accumulation,
@@ -91,7 +91,9 @@ def layout_of(config: Config, ranks: int) -> Layout:
     )
 
 
-def candidates(model: ModelShape, wanted: Layout, ranks: int, per_node: int) -> Iterator[Layout]:
+def candidates(
+    model: ModelShape, wanted: LayoutPlan, ranks: int, per_node: int
+) -> Iterator[LayoutPlan]:
     """Every layout of `wanted`'s global batch on `ranks` GPUs that the trainer accepts.
 
     Tensor parallelism stays inside a node and divides the heads; pipelines take ZeRO-1 alone;
@@ -122,7 +124,7 @@ def candidates(model: ModelShape, wanted: Layout, ranks: int, per_node: int) -> 
 
 
 def rank_layouts(
-    model: ModelShape, wanted: Layout, ranks: int, gpu: GPU, sustained: float | None = None
+    model: ModelShape, wanted: LayoutPlan, ranks: int, gpu: GPU, sustained: float | None = None
 ) -> list[Estimate]:
     """Every candidate's estimate: those that fit first, fastest first.
 
@@ -153,7 +155,7 @@ def rank_layouts(
     return sorted(estimates, key=order)
 
 
-def complexity(layout: Layout) -> tuple[int, int, bool, int]:
+def complexity(layout: LayoutPlan) -> tuple[int, int, bool, int]:
     """What a practitioner would rather do without, worst first."""
     return (layout.pipeline, layout.tensor, layout.checkpointing, layout.zero_stage)
 
@@ -183,7 +185,7 @@ class Shape:
         return 4 * self.hidden_size
 
 
-def largest_model(ranks: int, gpu: GPU, wanted: Layout) -> tuple[Shape, Estimate]:
+def largest_model(ranks: int, gpu: GPU, wanted: LayoutPlan) -> tuple[Shape, Estimate]:
     """The largest model of a usual form that fits on `ranks` GPUs, and its best layout.
 
     Only every fourth depth is tried. Raises ValueError where not even the smallest fits.

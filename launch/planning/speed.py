@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launch.planning import cost
-from launch.planning.cost import BYTES, Layout, ModelShape
+from launch.planning.cost import BYTES, LayoutPlan, ModelShape
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Clock:
         return size / self.bandwidth
 
 
-def block_seconds(model: ModelShape, layout: Layout, clock: Clock) -> float:
+def block_seconds(model: ModelShape, layout: LayoutPlan, clock: Clock) -> float:
     """One block, one micro-batch, forward and backward, without exchanges between ranks."""
     tokens, ranks = layout.micro_tokens, layout.tensor
     hidden, own = model.hidden_size, model.hidden_size / ranks
@@ -106,21 +106,21 @@ def block_seconds(model: ModelShape, layout: Layout, clock: Clock) -> float:
     return max(computed, BLOCK_KERNELS * KERNEL_SECONDS)
 
 
-def head_seconds(model: ModelShape, layout: Layout, clock: Clock) -> float:
+def head_seconds(model: ModelShape, layout: LayoutPlan, clock: Clock) -> float:
     """The output embedding and the cross-entropy of one micro-batch."""
     columns = cost.padded_vocabulary(model.vocab_size, layout.tensor) / layout.tensor
     loss = clock.moved(layout.micro_tokens * columns * LOSS_BYTES)
     return clock.linear(layout.micro_tokens, model.hidden_size, columns) + loss
 
 
-def l2e_seconds(model: ModelShape, layout: Layout, clock: Clock) -> float:
+def l2e_seconds(model: ModelShape, layout: LayoutPlan, clock: Clock) -> float:
     """What the inhibited layers of one micro-batch add to the plain non-linearity."""
     activations = layout.micro_tokens * model.intermediate_size / layout.tensor
     return layout.inhibited_layers * clock.moved(activations * L2E_BYTES)
 
 
 def step_seconds(
-    model: ModelShape, layout: Layout, gpu: GPU, sustained: float | None = None
+    model: ModelShape, layout: LayoutPlan, gpu: GPU, sustained: float | None = None
 ) -> dict[str, float]:
     """Seconds of one optimizer step by what they are spent on.
 
@@ -157,7 +157,7 @@ def step_seconds(
     }
 
 
-def sent_seconds(model: ModelShape, layout: Layout, gpu: GPU) -> dict[str, float]:
+def sent_seconds(model: ModelShape, layout: LayoutPlan, gpu: GPU) -> dict[str, float]:
     """Seconds that a step's exchanges take by themselves, by purpose."""
     sent = cost.communication(model, layout)
     data = bandwidth(gpu, layout.tensor * layout.data, gpu.per_node // layout.tensor)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.features import FeatureSet, build_features, cut_passages
+from data.features import FeaturePreparation, build_features, cut_passages
 from tests.data.conftest import make_texts
 
 CODE = {
@@ -49,7 +49,7 @@ def folder(tmp_path):
 
 
 def test_folders(folder, tmp_path):
-    what = FeatureSet([str(folder)], by="folder", passages=60)
+    what = FeaturePreparation([str(folder)], by="folder", passages=60)
     built = build_features(what, tmp_path / "x.jsonl.gz")
     assert built["left_out"].keys() == {"few"}
     rows = read(tmp_path / "x.jsonl.gz")
@@ -67,7 +67,9 @@ def test_records_with_a_label(tmp_path):
         for i in range(60)
     ]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    what = FeatureSet([str(tmp_path / "x.jsonl")], by="field", label="meta.language", passages=20)
+    what = FeaturePreparation(
+        [str(tmp_path / "x.jsonl")], by="field", label="meta.language", passages=20
+    )
     build_features(what, tmp_path / "out.jsonl.gz")
     check_set(read(tmp_path / "out.jsonl.gz"), 20, {"L0", "L1", "L2"})
 
@@ -75,7 +77,7 @@ def test_records_with_a_label(tmp_path):
 def test_code_language_from_the_machines_own_files(tmp_path):
     """The set the papers call Code Language, from whatever source files are installed."""
     folders = [folder for folder in CODE_FOLDERS if Path(folder).is_dir()]
-    what = FeatureSet(folders, by="extension", groups=CODE, passages=20)
+    what = FeaturePreparation(folders, by="extension", groups=CODE, passages=20)
     try:
         built = build_features(what, tmp_path / "code.jsonl.gz")
     except ValueError as error:
@@ -109,7 +111,7 @@ def test_a_word_without_end_is_cut():
 
 
 def test_too_few_features_are_an_error(folder, tmp_path):
-    what = FeatureSet([str(folder)], by="folder", passages=100_000)
+    what = FeaturePreparation([str(folder)], by="folder", passages=100_000)
     with pytest.raises(ValueError, match=r"fewer than two features have so many \(.*few \d+"):
         build_features(what, tmp_path / "x.jsonl.gz")
     assert not (tmp_path / "x.jsonl.gz").exists()

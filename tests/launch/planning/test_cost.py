@@ -9,7 +9,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from l2e import L2EConfig, L2ELayer
 from launch.planning import cost
-from launch.planning.cost import Layout
+from launch.planning.cost import LayoutPlan
 from model.block import Block
 from model.config import ModelConfig
 from model.loss import CHUNK_BYTES
@@ -77,7 +77,7 @@ def test_vocabulary_is_padded_as_pythias(tensor, rows):
 
 @pytest.mark.parametrize("pipeline", [1, 2, 4])
 def test_stages_hold_the_whole_model_once(pipeline):
-    layout = Layout(pipeline=pipeline)
+    layout = LayoutPlan(pipeline=pipeline)
     for shape in PYTHIA.values():
         held = sum(cost.stage_parameters(shape, layout, stage) for stage in range(pipeline))
         assert held == cost.parameters(shape)
@@ -92,7 +92,7 @@ def test_tensor_parallel_ranks_share_matrices_and_repeat_norms_and_row_biases():
 
 def test_mixed_precision_takes_eighteen_bytes_a_parameter():
     """A bf16 weight, and in fp32 the accumulated gradient, a master copy and two moments."""
-    parts = cost.memory(PYTHIA["410m"], Layout(zero_stage=0))
+    parts = cost.memory(PYTHIA["410m"], LayoutPlan(zero_stage=0))
     held = parts["weights"] + parts["gradients"] + parts["optimizer"]
     assert held == (2 + 4 + 12) * cost.parameters(PYTHIA["410m"])
 
@@ -107,14 +107,14 @@ def test_mixed_precision_takes_eighteen_bytes_a_parameter():
     ],
 )
 def test_zero_partitions_over_data_parallel_ranks(stage, partitioned):
-    one = cost.memory(PYTHIA["70m"], Layout(zero_stage=stage, inhibited_layers=2))
-    four = cost.memory(PYTHIA["70m"], Layout(zero_stage=stage, data=4, inhibited_layers=2))
+    one = cost.memory(PYTHIA["70m"], LayoutPlan(zero_stage=stage, inhibited_layers=2))
+    four = cost.memory(PYTHIA["70m"], LayoutPlan(zero_stage=stage, data=4, inhibited_layers=2))
     assert {part for part in one if four[part] == one[part] // 4} == partitioned
     assert all(four[part] == one[part] for part in one.keys() - partitioned)
 
 
 def test_checkpointing_keeps_block_inputs_only():
-    whole = Layout(micro_batch_size=32)
+    whole = LayoutPlan(micro_batch_size=32)
     kept = replace(whole, checkpointing=True)
     shape = PYTHIA["70m"]
     inputs = shape.num_layers * 32 * 2048 * shape.hidden_size * 2
@@ -130,13 +130,13 @@ def test_l2e_keeps_what_is_counted():
     statistics = (state.statistics.mean, state.statistics.var, state.share)
     held = [*statistics, state.sums.flat, state.measured.flat, state.counts]
     kept = 2 * sum(tensor.nbytes for tensor in held)
-    counted = cost.l2e_memory(PYTHIA["70m"], Layout(inhibited_layers=2)) - cost.WORKSPACE_BYTES
+    counted = cost.l2e_memory(PYTHIA["70m"], LayoutPlan(inhibited_layers=2)) - cost.WORKSPACE_BYTES
     assert abs(counted / kept - 1) < 0.01
 
 
 def test_logits_are_never_held_whole_in_fp32():
     """70M at 32 x 2048: whole fp32 logits would be 13.2 GB."""
-    layout = Layout(micro_batch_size=32)
+    layout = LayoutPlan(micro_batch_size=32)
     assert layout.micro_tokens * 50304 * 4 > 13e9
     assert layout.logits_bytes == CHUNK_BYTES["cuda"]
     assert cost.logits_memory(PYTHIA["70m"], layout) < 1.4e9
@@ -164,14 +164,14 @@ def test_a_block_keeps_the_activations_it_is_said_to(one_process, dtype, toleran
     x = torch.randn(32, 3, 64, dtype=torch_dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = block(x)
-    layout = Layout(sequence_length=32, micro_batch_size=3, dtype=dtype)
+    layout = LayoutPlan(sequence_length=32, micro_batch_size=3, dtype=dtype)
     expected = cost.block_activations(config, layout)
     assert sum(kept.values()) == pytest.approx(expected, rel=tolerance, abs=0)
     out.sum().backward()
 
 
 def test_peak_is_the_fullest_stage():
-    layout = Layout(pipeline=4, accumulation=8, micro_batch_size=8)
+    layout = LayoutPlan(pipeline=4, accumulation=8, micro_batch_size=8)
     shape = PYTHIA["410m"]
     totals = [sum(cost.memory(shape, layout, stage).values()) for stage in range(4)]
     assert sum(cost.peak_memory(shape, layout).values()) == max(totals)
@@ -180,9 +180,9 @@ def test_peak_is_the_fullest_stage():
 
 
 def test_one_rank_sends_nothing():
-    assert set(cost.communication(PYTHIA["70m"], Layout(inhibited_layers=2)).values()) == {0}
+    assert set(cost.communication(PYTHIA["70m"], LayoutPlan(inhibited_layers=2)).values()) == {0}
 
 
 def test_l2e_sends_next_to_nothing():
-    sent = cost.communication(PYTHIA["410m"], Layout(data=8, inhibited_layers=2))
+    sent = cost.communication(PYTHIA["410m"], LayoutPlan(data=8, inhibited_layers=2))
     assert 0 < sent["l2e"] < 1e-4 * sent["data"]

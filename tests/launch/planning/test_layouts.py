@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.planning.cost import Layout
+from launch.planning.cost import LayoutPlan
 from launch.planning.layouts import (
     SIMPLER_WITHIN,
     estimate,
@@ -21,8 +21,8 @@ H200 = GPUS["h200"]
 SEVEN_BILLION = Shape(32, 4096, 32, 16384)
 
 
-def batch(ranks: int, sequences: int = 1024) -> Layout:
-    return Layout(micro_batch_size=sequences // ranks, data=ranks, inhibited_layers=2)
+def batch(ranks: int, sequences: int = 1024) -> LayoutPlan:
+    return LayoutPlan(micro_batch_size=sequences // ranks, data=ranks, inhibited_layers=2)
 
 
 @pytest.mark.parametrize(("shape", "ranks"), [(PYTHIA["410m"], 8), (SEVEN_BILLION, 48)])
@@ -124,4 +124,4 @@ def test_a_layout_that_does_not_divide_is_refused(changes, ranks, message):
 
 def test_gpus_that_no_layout_uses_are_refused():
     with pytest.raises(ValueError, match="no layout of 7 GPUs"):
-        rank_layouts(PYTHIA["70m"], Layout(micro_batch_size=1), 7, H200)
+        rank_layouts(PYTHIA["70m"], LayoutPlan(micro_batch_size=1), 7, H200)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from launch.planning.cost import Layout, communication
+from launch.planning.cost import LayoutPlan, communication
 from launch.planning.speed import GPUS, UNCERTAINTY, sent_seconds, step_seconds
 from tests.launch.planning.test_cost import PYTHIA, Shape
 
@@ -16,7 +16,7 @@ def published(row: dict) -> tuple[float, float]:
     """(estimated, published) seconds of a step."""
     tensor, pipeline = row.get("tensor", 1), row.get("pipeline", 1)
     data = row["gpus"] // (tensor * pipeline)
-    layout = Layout(
+    layout = LayoutPlan(
         sequence_length=row["sequence_length"],
         micro_batch_size=row["micro_batch"],
         accumulation=row.get("accumulation") or row["global_batch"] // (row["micro_batch"] * data),
@@ -47,14 +47,14 @@ def test_speeds_that_others_published(shared_data):
 
 def test_the_first_step_measured_on_a_gpu():
     """70M, two micro-batches of 32 x 2,048 tokens, two inhibited layers, one H200: 0.171 s."""
-    layout = Layout(micro_batch_size=32, accumulation=2, inhibited_layers=2)
+    layout = LayoutPlan(micro_batch_size=32, accumulation=2, inhibited_layers=2)
     estimated = sum(step_seconds(PYTHIA["70m"], layout, H200).values())
     assert estimated == pytest.approx(0.1711, rel=UNCERTAINTY)
 
 
 def test_a_group_of_whole_nodes_uses_all_their_ports():
     """Data-parallel ranks of two nodes leave them by eight ports at once, one of each by one."""
-    alone = Layout(data=16, inhibited_layers=1)
+    alone = LayoutPlan(data=16, inhibited_layers=1)
     spread = replace(alone, tensor=8, data=2)
     for layout, speed in ((alone, 0.7 * 8 * 50e9), (spread, 0.7 * 50e9)):
         sent = communication(PYTHIA["410m"], layout)["data"]
@@ -63,22 +63,22 @@ def test_a_group_of_whole_nodes_uses_all_their_ports():
 
 
 def test_a_pipeline_idles_for_its_bubble():
-    layout = Layout(pipeline=4, accumulation=8)
+    layout = LayoutPlan(pipeline=4, accumulation=8)
     seconds = step_seconds(PYTHIA["410m"], layout, H200)
     assert seconds["bubble"] == pytest.approx(3 / 8 * seconds["arithmetic"])
 
 
 def test_small_products_are_slower_than_their_arithmetic():
     """The same tokens in fewer, larger micro-batches take no longer."""
-    small = Layout(micro_batch_size=1, accumulation=32)
-    large = Layout(micro_batch_size=32, accumulation=1)
+    small = LayoutPlan(micro_batch_size=1, accumulation=32)
+    large = LayoutPlan(micro_batch_size=32, accumulation=1)
     seconds = [step_seconds(PYTHIA["70m"], layout, H200)["arithmetic"] for layout in (small, large)]
     assert seconds[0] > 1.1 * seconds[1]
 
 
 def test_inhibited_layers_cost_their_share():
     def of(layers: int) -> dict[str, float]:
-        return step_seconds(PYTHIA["70m"], Layout(inhibited_layers=layers, data=8), H200)
+        return step_seconds(PYTHIA["70m"], LayoutPlan(inhibited_layers=layers, data=8), H200)
 
     assert of(0)["l2e"] == 0
     assert of(6)["l2e"] == pytest.approx(3 * of(2)["l2e"], rel=1e-6)
