@@ -75,11 +75,12 @@ def choose(
         device,
         dtype,
     )
-    return _choose(config.kernels, variant)
+    return decide(config.kernels, variant)
 
 
 @cache
-def _choose(wanted: str, variant: Variant) -> Backend:
+def decide(wanted: str, variant: Variant) -> Backend:
+    """Once for each variant, since finding out compiles kernels."""
     if wanted == "plain":
         return _plain("l2e.kernels is 'plain'")
     on_gpu = variant.device.type == "cuda"

@@ -31,7 +31,7 @@ def select(
     if not state.selecting:
         return None, None, torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
     if state.config.selection == "random":
-        mask = _by_chance(state, sequence, rows.device)
+        mask = by_chance(state, sequence, rows.device)
         mask = mask.repeat(rows.numel() // mask.numel(), 1).view(rows.shape)
         return mask, None, mask
     z = kernels.activate(arguments.biased(rows), arguments.activation).float()
@@ -45,7 +45,7 @@ def select(
     return mask, updated_mean, mask
 
 
-def _by_chance(state: LayerState, sequence: int, device: torch.device) -> Tensor:
+def by_chance(state: LayerState, sequence: int, device: torch.device) -> Tensor:
     """[sequence, units]: what chance selects in this step, in every sequence the same.
 
     By a hash of layer, step, position and neuron, so that every layout and every recomputation

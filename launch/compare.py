@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.cli import number, run_verb, whole
+from launch.cli import number, run_verb, verb_parser, whole
 
 if TYPE_CHECKING:
     from launch.comparison.comparison import RecordedRun
@@ -69,9 +69,7 @@ def tell_differences(runs: list[RecordedRun], tolerance: float) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = verb_parser(__doc__, prog="compare.py")
     result.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
     result.add_argument(
         "--output", type=Path, metavar="DIR", help="default: RUN/results/comparison"

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.cli import run_verb, whole
+from launch.cli import run_verb, verb_parser, whole
 
 
 def main() -> None:
@@ -27,11 +27,7 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        prog="evaluate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = verb_parser(__doc__, prog="evaluate.py")
     add: Any = result.add_argument
     add(
         "--checkpoint",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.cli import run_verb
+from launch.cli import run_verb, verb_parser
 
 if TYPE_CHECKING:
     from launch.comparison.plan import Experiment
@@ -92,11 +92,7 @@ def report(folder: Path) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        prog="experiment.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = verb_parser(__doc__, prog="experiment.py")
     result.add_argument("plan", type=Path, metavar="PLAN.json", help="arms, seeds, comparison")
     result.add_argument("--output", type=Path, required=True, metavar="DIR", help="its folder")
     result.add_argument(
@@ -121,8 +117,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def report_parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        prog="experiment.py report", description="Write an experiment's page from what is there."
+    result = verb_parser(
+        "Write an experiment's page from what is there.", prog="experiment.py report"
     )
     result.add_argument("folder", type=Path, metavar="DIR", help="the experiment's folder")
     return result

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.cli import run_verb, whole
+from launch.cli import run_verb, verb_parser, whole
 
 
 def main() -> None:
@@ -69,9 +69,7 @@ def reshard(options: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = verb_parser(__doc__, prog="export.py")
     verbs: Any = result.add_subparsers(required=True, metavar="to-hf | from-hf | reshard")
 
     verb = verbs.add_parser("to-hf", help="write config, safetensors and tokenizer")

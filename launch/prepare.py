@@ -68,7 +68,7 @@ def main() -> None:
     if verb in VERBS:
         VERBS[verb](rest)
     else:
-        build(_parser().parse_args())
+        build(parser().parse_args())
 
 
 def build(options: argparse.Namespace) -> None:
@@ -201,7 +201,7 @@ def _wording(wording: dict, manifest: dict) -> Iterator[str]:
 
 def join_shares(arguments: list[str]) -> None:
     """The verb `join`."""
-    parser = _verb_parser("join", JOIN)
+    parser = cli.verb_parser(JOIN, prog="prepare.py join")
     parser.add_argument("prefix", nargs="+", help="the --output of a share, each once")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="of the joined files")
     _add_limits(parser)
@@ -228,11 +228,9 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
+def parser() -> argparse.ArgumentParser:
+    result = cli.verb_parser(__doc__, prog="prepare.py")
+    source = result.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input",
         nargs="+",
@@ -243,56 +241,56 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--corpus", choices=["builtin"], help="the Python installation's own standard library"
     )
-    parser.add_argument(
+    result.add_argument(
         "--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx, ..."
     )
-    parser.add_argument(
+    result.add_argument(
         "--tokenizer",
         metavar="FILE",
         help="tokenizer.json, sentencepiece .model, or hf:owner/name",
     )
-    parser.add_argument(
+    result.add_argument(
         "--workers",
         type=cli.whole(1),
         default=1,
         metavar="N",
         help="processes that tokenize (default 1)",
     )
-    parser.add_argument("--text-field", default="text", help="where a record keeps its text")
-    parser.add_argument(
+    result.add_argument("--text-field", default="text", help="where a record keeps its text")
+    result.add_argument(
         "--subset-field", default="meta.pile_set_name", help="where it keeps its subset's name"
     )
-    _add_limits(parser)
-    parser.add_argument(
+    _add_limits(result)
+    result.add_argument(
         "--end-of-text",
         metavar="TOKEN",
         help="the token that ends documents (default: the tokenizer's own)",
     )
-    parser.add_argument(
+    result.add_argument(
         "--shard",
         metavar="K/N",
         help="prepare the K-th of N equal shares of the input only; `join` joins them",
     )
-    parser.add_argument(
+    result.add_argument(
         "--train-tokenizer",
         choices=["sentencepiece"],
         help="train one on a sample, into --tokenizer or PREFIX.tokenizer.model",
     )
-    parser.add_argument("--tokenizer-model", choices=["bpe", "unigram"], default="bpe")
-    parser.add_argument("--vocab-size", type=cli.whole(1), default=8192, metavar="N")
-    parser.add_argument(
+    result.add_argument("--tokenizer-model", choices=["bpe", "unigram"], default="bpe")
+    result.add_argument("--vocab-size", type=cli.whole(1), default=8192, metavar="N")
+    result.add_argument(
         "--sample-mb",
         type=cli.number(0, above=True),
         default=10.0,
         metavar="MB",
         help="text to train it on",
     )
-    return parser
+    return result
 
 
 def show(arguments: list[str]) -> None:
     """The verb `show`."""
-    parser = _verb_parser("show", SHOW)
+    parser = cli.verb_parser(SHOW, prog="prepare.py show")
     cli.add_configuration(parser)
     cli.add_run_folder(parser)
     parser.add_argument("--step", required=True, type=cli.whole(0), help="training step, from 0")
@@ -325,7 +323,7 @@ def show(arguments: list[str]) -> None:
 
 def stats(arguments: list[str]) -> None:
     """The verb `stats`."""
-    parser = _verb_parser("stats", STATS)
+    parser = cli.verb_parser(STATS, prog="prepare.py stats")
     parser.add_argument("prefix", nargs="+", help="prefix of a .bin/.idx pair")
     options = parser.parse_args(arguments)
     from data.stats import describe_corpus
@@ -367,7 +365,7 @@ def _groups(assignments: list[str]) -> dict[str, list[str]]:
 
 
 def _features_options(arguments: list[str]) -> argparse.Namespace:
-    parser = _verb_parser("features", FEATURES)
+    parser = cli.verb_parser(FEATURES, prog="prepare.py features")
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH")
     parser.add_argument(
         "--by",
@@ -398,14 +396,6 @@ def _features_options(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=cli.whole(0), default=42)
     return parser.parse_args(arguments)
-
-
-def _verb_parser(verb: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"prepare.py {verb}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
 
 
 VERBS = {"join": join_shares, "show": show, "stats": stats, "features": features}

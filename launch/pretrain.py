@@ -33,42 +33,41 @@ EXAMPLES = """examples:
 """
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.verb_parser(__doc__, epilog=EXAMPLES)
-    cli.add_configuration(parser, required=False)
-    cli.add_run_folder(parser)
-    parser.add_argument(
+    result = cli.verb_parser(__doc__, epilog=EXAMPLES)
+    cli.add_configuration(result, required=False)
+    cli.add_run_folder(result)
+    result.add_argument(
         "--resume",
         metavar="auto|none|PATH",
         default="none",
         help="auto: from the newest intact checkpoint of the run's folder, or from the start "
         "where there is none; PATH: from that checkpoint (default: none)",
     )
-    parser.add_argument(
+    result.add_argument(
         "--profile",
         metavar="STEPS",
         help="write a torch.profiler trace of these steps, e.g. 5 or 5-7, to the run's folder",
     )
-    parser.add_argument(
+    result.add_argument(
         "--dry-run",
         action="store_true",
         help="check everything on one process, print the resolved plan, and stop",
     )
-    parser.add_argument(
+    result.add_argument(
         "--help-config", action="store_true", help="print every configuration key and stop"
     )
     # The deepspeed launcher puts this before our own arguments; the environment has it too.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if not options.config and not options.help_config:
-        parser.error("give --config FILE (for example configs/demo.json), or --help-config")
-    return options
+    result.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Check the configuration before anything is started; then train; the exit status."""
-    options = parse(arguments)
+    options = parser().parse_args(arguments)
+    if not options.config and not options.help_config:
+        parser().error("give --config FILE (for example configs/demo.json), or --help-config")
     import configs
 
     if options.help_config:

@@ -60,22 +60,12 @@ def test_every_dependency_is_pinned() -> None:
         assert name == "l2e" or canonical(name) in pins, name
 
 
-def test_the_engines_have_the_measured_versions() -> None:
-    assert PINS["torch"] == "2.13.0"
-    assert PINS["deepspeed"] == "0.19.8"
-    assert PINS["megatron-core"] == "0.16.1"
-
-
 def test_the_citation_file_names_the_papers() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     urls = {reference["url"] for reference in citation["references"]}
     assert urls >= {
         f"https://arxiv.org/abs/{n}" for n in ("2503.23298", "2312.11560", "2402.09099")
     }
-
-
-def test_the_license_is_apache() -> None:
-    assert "Apache License" in (ROOT / "LICENSE").read_text()[:400]
 
 
 def test_slurm_script_parses_and_resumes_by_itself() -> None:

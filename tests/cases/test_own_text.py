@@ -64,4 +64,4 @@ def test_the_pages_commands(tmp_path, monkeypatch, capsys) -> None:
 
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"`(--[a-z-]+)", PAGE))))
 def test_options_that_the_page_names_exist(option) -> None:
-    assert option in verb._parser().format_help()
+    assert option in verb.parser().format_help()

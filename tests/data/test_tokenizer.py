@@ -4,6 +4,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,6 +77,12 @@ def neox(shared_data):
     return load_tokenizer(shared_data / "tokenizer" / "20B_tokenizer.json")
 
 
+@pytest.fixture(scope="module")
+def library(neox):
+    """The same file as the tokenizers library itself reads it."""
+    return tokenizers.Tokenizer.from_file(str(neox.path))
+
+
 def test_neox_is_pythias(neox):
     assert (neox.vocab_size, neox.eod, neox.dtype) == (50277, 0, np.uint16)
     assert neox.decode([0]) == "<|endoftext|>"
@@ -90,25 +97,30 @@ def test_neox_has_a_token_for_everything(neox):
 
 @settings(max_examples=300, deadline=None)
 @given(text=ANY_TEXT)
-def test_neox_gives_its_normal_form_back(neox, text):
+def test_neox_gives_its_normal_form_back(neox, library, text):
     """The file itself asks for NFC, so that form is what comes back."""
-    normal_form = neox._tokenizer.normalizer.normalize_str(text)
+    normal_form = library.normalizer.normalize_str(text)
     assert neox.decode(neox.encode(text)) == normal_form
 
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.lists(st.one_of(st.sampled_from(PARTS), ANY_TEXT)).map("".join))
-def test_long_texts_are_cut_without_a_trace(neox, text):
+def test_long_texts_are_cut_without_a_trace(neox, library, text):
     """In parts of a few characters, for the sake of the test, the ids are the library's own."""
-    expected = neox._tokenizer.encode(text, add_special_tokens=False).ids
+    expected = library.encode(text, add_special_tokens=False).ids
     with mock.patch.object(tokenizer_module, "LONG", 5):
         assert neox.encode(text) == expected
 
 
 def test_long_texts_are_cut_at_all(neox):
-    with mock.patch.object(tokenizer_module, "LONG", 5):
-        assert neox._may_cut
-        parts = tokenizer_module.CUT.split("some words are here\nand there")
+    text = "some words are here\nand there"
+    with (
+        mock.patch.object(tokenizer_module, "LONG", 5),
+        mock.patch.object(tokenizer_module, "CUT", wraps=tokenizer_module.CUT) as cut,
+    ):
+        neox.encode(text)
+    assert cut.search.called
+    parts = tokenizer_module.CUT.split(text)
     assert parts == ["some", " words", " are", " here\n", "and", " there"]
 
 

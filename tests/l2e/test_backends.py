@@ -16,9 +16,9 @@ TRITON = L2EConfig(kernels="triton")
 @pytest.fixture(autouse=True)
 def undecided():
     """Every test decides anew."""
-    backends._choose.cache_clear()
+    backends.decide.cache_clear()
     yield
-    backends._choose.cache_clear()
+    backends.decide.cache_clear()
 
 
 def fallback(caplog, config=TRITON, dtype=torch.float32) -> str:

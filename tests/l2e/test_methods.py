@@ -77,7 +77,7 @@ def test_chance_selects_its_share_in_every_sequence_alike():
     ).state
     second.sharding = type("Second", (), {"tensor_rank": 1})()
     second.phase.step = 3
-    assert torch.equal(selection._by_chance(second, 40, torch.device("cpu")), masks[0][0, :, 250:])
+    assert torch.equal(selection.by_chance(second, 40, torch.device("cpu")), masks[0][0, :, 250:])
     controller.step()
     assert not torch.equal(layer.operate(normal(3, 40, 500))[2], masks[0])
 

@@ -31,8 +31,8 @@ def selected_shares(draw, jump=1.0, jump_at=0, steps=520, forget_step=100, drift
         since = step - START - jump_at
         layer(z * jump * drift**since if since >= 0 else z)
         controller.step()
-        shares.append(controller._metrics["1"]["selected_fraction"])
-    return torch.stack(shares)[START:].numpy()
+        shares.append(controller.metrics()["1"]["selected_fraction"])
+    return np.array(shares[START:])
 
 
 def windows(shares):
