@@ -3,6 +3,7 @@
     python launch/experiment.py configs/experiments/tiny.json --output runs/tiny
     python launch/experiment.py configs/experiments/study.json --output runs/study --dry-run
     python launch/experiment.py configs/experiments/study.json --output runs/study --workers 12
+    python launch/experiment.py configs/experiments/study.json --output runs/study --slurm job.sh
     python launch/experiment.py report runs/tiny
 
 Finished runs are skipped and interrupted ones go on, so the same command may be given again at
@@ -21,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from launch.cli import run_verb, verb_parser
 
 if TYPE_CHECKING:
-    from launch.comparison.plan import Experiment
+    from launch.comparison.plan import Experiment, PlannedRun
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,6 +54,8 @@ def run(experiment: Experiment, options: argparse.Namespace) -> int:
     left = [run for run in experiment.runs if not run.finished]
     print(f"{len(experiment.runs) - len(left)} of {len(experiment.runs)} runs are finished")
     if left:
+        if options.slurm is not None:
+            return write_job(left, options.slurm)
         for one in {run.arm: run for run in left}.values():
             data.fetch(one.config, one.folder)  # once, before the runs ask for it side by side
         outcome = workers.train_all(left, options.workers, train, say)
@@ -62,6 +65,20 @@ def run(experiment: Experiment, options: argparse.Namespace) -> int:
         if outcome.failed:
             say(f"{len(outcome.failed)} runs failed; the same command tries them again")
     return report(options.output) or int(any(not run.finished for run in experiment.runs))
+
+
+def write_job(left: list[PlannedRun], path: Path) -> int:
+    """An array job of the runs that are left, one GPU each."""
+    from launch.planning.jobs import slurm
+    from launch.training import data
+
+    for one in {run.arm: run for run in left}.values():
+        data.fetch(one.config, one.folder)
+    base = str(left[0].base)
+    options = argparse.Namespace(config=base, nodes=1, gpus_per_node=1, time="24:00:00")
+    path.write_text(slurm(options, [run.task for run in left]), encoding="utf-8")
+    print(f"wrote {path}, an array of {len(left)} runs: sbatch it from the repository's root")
+    return 0
 
 
 def train(arguments: list[str]) -> None:
@@ -102,6 +119,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="runs at once on this machine, on one core each and dealt out over its GPUs "
         "(default 1)",
+    )
+    result.add_argument(
+        "--slurm",
+        type=Path,
+        metavar="FILE",
+        help="write an array job of the runs that are left, and train none of them here",
     )
     result.add_argument(
         "--dry-run",

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from configs import Config, load
 from configs.schema import Section, key
 from launch.planning import cost
+from launch.planning.jobs import Task
 
 
 class Arm(Section):
@@ -82,12 +83,14 @@ class PlannedRun:
     def finished(self) -> bool:
         return (self.folder / "finished").exists()
 
+    @property
+    def task(self) -> Task:
+        """It as a task of a cluster's job."""
+        return Task(str(self.folder), list(self.assignments))
+
     def arguments(self) -> list[str]:
         """What pretrain.py is called with."""
-        settings = [word for one in self.assignments for word in ("--set", one)]
-        return [
-            "--config", str(self.base), *settings, "--run", str(self.folder), "--resume", "auto"
-        ]  # fmt: skip
+        return self.task.arguments(str(self.base))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 def stand_in(arguments: list[str]) -> None:
     """Trains nothing: writes what a run leaves; as its folder's file `behave` says."""
-    folder = Path(arguments[arguments.index("--run") + 1])
+    folder = Path(arguments[arguments.index("--run-dir") + 1])
     settings = dict(word.split("=", 1) for word in arguments if "=" in word)
     seed, silent = int(settings["train.seed"]), settings["l2e.method"] == '"silence"'
     if (behave := folder / "behave").exists():

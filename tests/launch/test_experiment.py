@@ -6,6 +6,7 @@ Training itself is stood in for by a few lines; the whole command is run by test
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -169,6 +170,24 @@ def test_disk_that_will_not_hold_the_checkpoints(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(ValueError, match=r"0\.0 GB free"):
         record.check_folder(build(raw, tmp_path), tmp_path / "out", None)
+
+
+def test_the_array_job_has_the_runs_that_are_left(raw, tmp_path, monkeypatch):
+    from launch.training import data
+
+    monkeypatch.setattr(data, "fetch", lambda config, folder: None)
+    path, job = tmp_path / "plan.json", tmp_path / "job.sh"
+    path.write_text(json.dumps(raw))
+    one = plan.read(path, tmp_path / "out")
+    for run in one.runs[:2]:
+        stand_in(run.arguments())
+    arguments = [str(path), "--output", str(tmp_path / "out"), "--slurm", str(job)]
+    assert experiment.main(arguments) == 0
+    subprocess.run(["bash", "-n", str(job)], check=True)
+    assert "--array=0-3" in job.read_text()
+    assert job.read_text().count("--run-dir") == 4
+    for run in one.runs:
+        assert (f"--run-dir {run.folder} " in job.read_text()) == (run not in one.runs[:2])
 
 
 def test_dry_run_says_whether_the_seeds_are_enough(raw, tmp_path, capsys):
