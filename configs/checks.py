@@ -210,8 +210,12 @@ def check_data(config: Config) -> Iterator[Problem]:
         fix = "give the prefix that launch/prepare.py wrote, or builtin"
         yield Problem("data.path", None, "no corpus", fix)
         return
-    if data.path == BUILTIN:
-        return  # prepared at the start
+    if data.path == BUILTIN:  # prepared at the start, by a tokenizer of this size
+        if config.tokenizer.vocab_size > config.model.vocab_size:
+            reason = f"more ids than model.vocab_size = {config.model.vocab_size}"
+            fix = "lower it, or raise model.vocab_size"
+            yield Problem("tokenizer.vocab_size", config.tokenizer.vocab_size, reason, fix)
+        return
     if data.validation_path is not None and is_part(data.validation_path, data.path):
         reason = "is the training data, on which a loss says nothing of what was learned"
         fix = "hold out data, or leave it out for data.validation_fraction of the training set"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from configs import Config
+from configs.loading import follow_moves
 from launch.checkpoint.stored import StoredCheckpoint
 from launch.training.schedule import learning_rate
 
@@ -19,22 +21,30 @@ JUMP = 0.01
 
 def told_changes(checkpoint: Path, config: Config, step: int) -> Iterator[str]:
     """Each key that differs from the checkpoint's configuration, and a jump of the rate."""
-    before = StoredCheckpoint(checkpoint).config
+    before = copy.deepcopy(StoredCheckpoint(checkpoint).config)
     if "train" not in before:
         return  # weights alone, of no run
-    for difference in differences(before, json.loads(config.model_dump_json())):
-        yield f"other than the checkpoint's configuration: {difference}"
-    try:
-        old = learning_rate(Config.model_validate(before), step)
-    except ValidationError:  # an older version's keys
+    now = json.loads(config.model_dump_json())
+    follow_moves(before)
+    try:  # keys that have come since have their defaults
+        known = Config.model_validate(before)
+    except ValidationError:
+        yield from told(before, now)
         yield "the checkpoint's learning rate is unknown here: its configuration is an older form"
         return
-    new = learning_rate(config, step)
+    yield from told(json.loads(known.model_dump_json()), now)
+    old, new = learning_rate(known, step), learning_rate(config, step)
     if abs(new - old) > JUMP * max(new, old):
         yield (
             f"WARNING: the learning rate jumps from {old:.3g} to {new:.3g} at step {step + 1} "
             f"(optimizer.learning_rate, schedule.* or train.steps)"
         )
+
+
+def told(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """The differences as lines of a run."""
+    for difference in differences(before, now):
+        yield f"other than the checkpoint's configuration: {difference}"
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], name: str = "") -> Iterator[str]:

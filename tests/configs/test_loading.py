@@ -13,6 +13,7 @@ from configs.loading import keys
 SMALL = {
     "model": {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512},
     "data": {"path": "builtin", "sequence_length": 128},
+    "tokenizer": {"vocab_size": 512},
     "schedule": {"warmup_steps": 2},
     "train": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2},
 }
@@ -101,6 +102,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ({"data": {"path": "x" * 300}}, "data.path", "longer than a file's name"),
         ({"tokenizer": {"path": "a/" + "x" * 300}}, "tokenizer.path", "longer than a file's name"),
         ({"data": {"path": {"nowhere": 3 * 10**11}}}, "data.path", "nowhere"),
+        ({"tokenizer": {"vocab_size": 513}}, "tokenizer.vocab_size", "model.vocab_size = 512"),
         ({"checkpoint": {"steps": [-1]}}, "checkpoint.steps", "greater than or equal to 0"),
         ({"checkpoint": {"steps": 5}}, "checkpoint.steps", "list"),
         ({"train": SMALL["train"] | {"seed": 2**32}}, "train.seed", "4294967296"),

@@ -37,6 +37,7 @@ def held(dtype: str, stage: int, folder) -> tuple[int, int]:
         "model": MODEL,
         "train": train,
         "data": {"sequence_length": 16, "path": "builtin"},
+        "tokenizer": {"vocab_size": MODEL["vocab_size"]},
         "deepspeed": {"zero_optimization": zero},
     }
     path.write_text(json.dumps(sections))

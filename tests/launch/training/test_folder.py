@@ -134,6 +134,9 @@ def test_what_differs_is_listed_and_a_jump_of_the_rate_pointed_out(run):
     assert "jumps from 0.001 to 0.00025 at step 3" in warning
     assert told('{"model": {}}', l2e={"weight": 0.5}) == []  # weights alone
     older = json.loads(kept)
+    del older["checkpoint"], older["l2e"]["eps"]
+    older["l2e"]["monitor_interval"] = 0
+    assert told(json.dumps(older)) == []
     older["train"]["gone"] = 1
     assert "older form" in told(json.dumps(older))[-1]
 
