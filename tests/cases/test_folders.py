@@ -82,6 +82,7 @@ def test_links_are_followed_once(tmp_path, prepare) -> None:
     write_jsonl(write(folder / "a.jsonl"), TEXTS[:10])
     (folder / "linked").symlink_to(elsewhere)
     (folder / "loop").symlink_to(folder)
+    (elsewhere / "deep" / "up").symlink_to(elsewhere)
     (folder / "z_again.jsonl").symlink_to(folder / "a.jsonl")
     os.link(folder / "a.jsonl", folder / "z_hard.jsonl")
     done = prepare("--input", folder)
@@ -89,7 +90,8 @@ def test_links_are_followed_once(tmp_path, prepare) -> None:
     again = done.manifest["passed_over"]["the same file again"]
     assert again == [f"{folder / name} is {folder / 'a.jsonl'}" for name in
                      ("z_again.jsonl", "z_hard.jsonl")]  # fmt: skip
-    assert done.manifest["passed_over"]["the same folder again"] == [str(folder / "loop")]
+    loops = [str(folder / "loop"), str(folder / "linked" / "deep" / "up")]
+    assert done.manifest["passed_over"]["the same folder again"] == loops
     assert "not read, the same file again: 2 (" in done.printed
 
 

@@ -68,6 +68,16 @@ def test_joined_shares_are_what_one_run_writes(whole, tmp_path, of) -> None:
     assert contents(tmp_path / "joined") == expected
 
 
+def test_a_cut_between_two_lines_loses_neither(tmp_path, tokenizer) -> None:
+    """Four lines of one length: the second half begins with the first byte of the third."""
+    path = write_jsonl(tmp_path / "x.jsonl", ["one", "two", "six", "ten"])
+    what = Preparation(look_over([str(path)]).sources, tokenizer.path, str(tmp_path / "whole"))
+    prepare_corpus(what)
+    prefixes = [prepare_share(what, f"{k}/2", tmp_path / f"s{k}") for k in (1, 2)]
+    join(prefixes, str(tmp_path / "joined"), Limits())
+    assert contents(tmp_path / "joined") == contents(tmp_path / "whole")
+
+
 def test_every_byte_is_in_one_share_and_they_are_alike() -> None:
     plain = [Source(f"{i}.jsonl", "jsonl", span=(0, 1000 + i)) for i in range(5)]
     for of in (1, 2, 3, 16, 999):
