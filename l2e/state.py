@@ -270,7 +270,7 @@ class LayerState:
             threshold=threshold,
             balance=self.balance if balanced else None,
             replacement=replacement,
-            bias=None if bias is None else bias.detach().repeat(self.positions),
+            bias=bias if bias is None or self.positions == 1 else bias.repeat(self.positions),
             least=self.threshold if self.config.selection == "random" else None,
         )
 

@@ -361,7 +361,7 @@ def _backward(
     ahead = _load(pre_pointer, first, columns, last, tokens, neurons, EVEN, TILE_TOKENS)
     g_ahead = _load(gradient_pointer, first, columns, last, tokens, neurons, EVEN, TILE_TOKENS)
     for row in range(first, end, TILE_TOKENS):
-        x, g = _biased(ahead, bias, stored), _float(g_ahead)
+        x, g = _biased(ahead, bias, stored), g_ahead.to(tl.float32)
         following = row + TILE_TOKENS
         ahead = _load(pre_pointer, following, columns, last, tokens, neurons, EVEN, TILE_TOKENS)
         g_ahead = _load(
