@@ -102,8 +102,8 @@ def test_a_step_is_one_pass_each_way_and_waits_for_nothing(launches, measured, k
 
     def step(counter: TorchDispatchMode) -> None:
         with counter:
-            out, _, mask = inhibition.inhibit._init_fn(pre, bias, None, handle, False)
-            inhibition.inhibit_backward._init_fn(out, None, pre, bias, None, mask, handle)
+            out, _, mask = inhibition.inhibit._init_fn(pre, bias, None, handle, False, -1)
+            inhibition.inhibit_backward._init_fn(out, None, pre, bias, None, mask, handle, -1)
             controller.step()
 
     for _ in range(4):  # past its start
@@ -126,7 +126,7 @@ def test_the_plain_kernels_do_not_pass(monkeypatch):
     monkeypatch.setitem(kernels.SLICE_ENTRIES, "cpu", kernels.SLICE_ENTRIES["cuda"])
     pre = torch.randn(ROWS, NEURONS)
     with Counter(ROWS * NEURONS) as counter:
-        inhibition.inhibit._init_fn(pre, None, None, layer.handle, False)
+        inhibition.inhibit._init_fn(pre, None, None, layer.handle, False, -1)
         pre[pre > 3]
     assert len(counter.passes) > 5
     assert "index" in counter.waits
