@@ -45,6 +45,11 @@ class Plan(Section):
     question: str = key(..., "what the experiment is to answer")
     base: str = key(..., "configuration that all arms share, relative to the plan's folder")
     overrides: dict[str, Any] = key({}, "keys changed in all arms")
+    inhibit_fraction_from: str | None = key(
+        None,
+        "result of `analyze.py fkr` on a checkpoint, relative to the plan's folder: "
+        "l2e.inhibit_fraction is the k of its least FKR, unless an override names one",
+    )
     seeds: list[int] = key(
         ..., "seeds of initial weights and data order, the same in all arms", min_length=1
     )
@@ -149,7 +154,7 @@ def build(raw: dict[str, Any], path: Path, output: Path, control: bool = True) -
     if not problems:
         for arm in plan.arms:
             try:
-                runs += planned(plan, arm, path.parent / plan.base, output)
+                runs += planned(plan, arm, path.parent, output)
             except ValueError as error:
                 problems.append(f"arm {arm.name}: {error}")
     if not problems:
@@ -191,19 +196,46 @@ def mistakes(plan: Plan) -> Iterator[str]:
                 yield f"arm {arm.name}: {name} is the plan's to set, from its seeds"
 
 
-def planned(plan: Plan, arm: Arm, base: Path, output: Path) -> Iterator[PlannedRun]:
+def planned(plan: Plan, arm: Arm, folder: Path, output: Path) -> Iterator[PlannedRun]:
     """An arm's runs, its configuration checked with everything that pretrain.py checks.
 
     They share one folder of prepared data and index maps.
     """
-    shared = {"data.cache_dir": str(output / "data")} | plan.overrides | arm.overrides
+    base = folder / plan.base
+    shared: dict[str, Any] = {"data.cache_dir": str(output / "data")}
+    if plan.inhibit_fraction_from is not None:
+        shared["l2e.inhibit_fraction"] = k_of_least_fkr(folder / plan.inhibit_fraction_from)
+    shared |= plan.overrides | arm.overrides
     config = None
     for seed in plan.seeds[: arm.seeds]:
         keys = shared | {"train.seed": seed}
         assignments = tuple(f"{name}={json.dumps(value)}" for name, value in keys.items())
         config = load(base, assignments) if config is None else with_seed(config, seed)
-        folder = folder_of(output, arm.name, seed)
-        yield PlannedRun(arm.name, seed, folder, base, assignments, config)
+        own = folder_of(output, arm.name, seed)
+        yield PlannedRun(arm.name, seed, own, base, assignments, config)
+
+
+def k_of_least_fkr(path: Path) -> float:
+    """The inhibition level at which a checkpoint's FKR is least, as L2E proposes to choose it.
+
+    Raises:
+        ValueError: the file holds no FKR curve, or its least value lies at an end: no minimum.
+    """
+    try:
+        curve = json.loads(path.read_text(encoding="utf-8"))["curve"]
+        points = sorted((float(point["k"]), float(point["fkr"])) for point in curve)
+        _, k = min((fkr, k) for k, fkr in points)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"inhibit_fraction_from: {path} is no result of `analyze.py fkr` ({error!r})"
+        ) from None
+    if k in (points[0][0], points[-1][0]):
+        raise ValueError(
+            f"inhibit_fraction_from: FKR has no minimum in {path}, it is least at an end of what "
+            f"was measured, k = {k:.2%} of {points[0][0]:.2%} to {points[-1][0]:.2%}; leave it "
+            "out and set l2e.inhibit_fraction"
+        )
+    return k
 
 
 def folder_of(output: Path, arm: str, seed: int) -> Path:

@@ -67,6 +67,21 @@ def test_arms_alike_and_missing_controls(raw, tmp_path):
     assert len(build(raw, tmp_path, control=False).runs) == 6
 
 
+def test_k_of_the_least_fkr(raw, tmp_path):
+    raw["inhibit_fraction_from"] = "fkr.json"
+    curve = [{"k": k, "fkr": fkr} for k, fkr in ((0.001, 0.5), (0.03, 0.2), (0.2, 0.6))]
+    with pytest.raises(ValueError, match=r"no result of `analyze\.py fkr`"):
+        build(raw, tmp_path)
+    (tmp_path / "fkr.json").write_text(json.dumps({"curve": curve}))
+    assert build(raw, tmp_path).runs[0].config.l2e.inhibit_fraction == 0.03
+    (tmp_path / "fkr.json").write_text(json.dumps({"curve": curve[1:]}))
+    with pytest.raises(ValueError, match=r"no minimum .* k = 3\.00%"):
+        build(raw, tmp_path)
+    raw["overrides"]["l2e.inhibit_fraction"] = 0.01
+    with pytest.raises(ValueError, match="no minimum"):
+        build(raw, tmp_path)
+
+
 def test_arms_of_most_seeds_come_first_and_then_seed_by_seed(raw, tmp_path):
     raw["arms"].insert(0, {"name": "l2e", "overrides": {"l2e.method": "regularize"}, "seeds": 1})
     order = [(run.arm, run.seed) for run in build(raw, tmp_path).runs]
