@@ -20,6 +20,7 @@ from l2e import triton_kernels
 ROWS, NEURONS = 4096, 32
 # They allocate, or look at the same memory in another way.
 FREE = (
+    "permute",
     "empty",
     "view",
     "reshape",
