@@ -72,3 +72,10 @@ def takes(script: str, arguments: list[str], monkeypatch) -> None:
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     with pytest.raises(ParsedError):
         module.main()
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"

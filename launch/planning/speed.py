@@ -4,8 +4,8 @@ A micro-batch on one rank is matrix products, attention, what moves between them
 memory, and at least one launch a kernel; ranks exchange bytes over links, partly while they
 compute. Every constant below is a property of GPUs or of the training step, none of a model. Held
 against ten published speeds of other stacks (MPT with FSDP on A100 and H100, Megatron-LM on A100)
-it is 4 % off on average and 11 % at worst, and against this project's first measured step (70M on
-one H200) 10 %: see tests/launch/planning/test_speed.py.
+it is 6 % off on average and 17 % at worst, and against this project's own step (70M on one H200)
+6 %: see tests/launch/planning/test_speed.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ HIDDEN_BY = 0.6  # share of a step's computing beside which it can run: mostly t
 OUTSIDE_PASSES = 60  # reads and writes of [tokens, hidden] by a block's norms, sums and copies
 INSIDE_PASSES = 6  # of [tokens, intermediate] by its non-linearity
 LOSS_BYTES = 10  # a logit, beyond the matrix products
-L2E_BYTES = 16  # an inhibited activation, beyond the plain non-linearity (measured on an H200)
+L2E_BYTES = 6  # an inhibited activation, beyond the plain non-linearity (measured on an H200)
 BLOCK_KERNELS = 60  # launches of one block, forward and backward
 KERNEL_SECONDS = 4e-6  # least time of one launch
 
