@@ -558,12 +558,14 @@ def training(part: Part) -> None:
 def train(config: Any, folder: Path) -> list[float]:
     """The loss of each step."""
     from launch.training import data
+    from launch.training.position import Position
     from launch.training.schedule import learning_rate
 
-    corpus = data.open_corpus(config, folder, data.fetch(config, folder))
+    start = Position()
+    corpus = data.open_corpus(config, folder, data.fetch(config, folder), start)
     losses = []
     with engine_for(config) as engine:
-        batches = corpus.training_batches(0, engine.layout)
+        batches = corpus.training_batches(start, engine.layout)
         for number in range(config.train.steps):
             losses.append(engine.train_step(batches, learning_rate(config, number)))
     return [float(value) for value in losses]
