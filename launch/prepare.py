@@ -73,7 +73,7 @@ def main() -> None:
 
 def build(options: argparse.Namespace) -> None:
     """Prepare what the command line names; a corpus and its validation set for the built-in."""
-    _check(options)
+    check(options)
     fields = Fields(options.text_field, options.subset_field)
     if options.corpus == "builtin":
         outputs = {
@@ -82,11 +82,11 @@ def build(options: argparse.Namespace) -> None:
         }
     else:
         outputs = {options.output: look_over(options.input)}
-        _describe(outputs[options.output])
-    tokenizer = _tokenizer_file(options.tokenizer)
+        describe(outputs[options.output])
+    tokenizer = tokenizer_file(options.tokenizer)
     if options.train_tokenizer:
         tokenizer = tokenizer or Path(f"{options.output}.tokenizer.model")
-        texts = _sample(outputs[options.output].sources, fields, options.sample_mb)
+        texts = sample(outputs[options.output].sources, fields, options.sample_mb)
         size = options.vocab_size
         trained = train_sentencepiece(texts, tokenizer, size, options.tokenizer_model)
         print(f"{tokenizer}: trained, {trained.vocab_size:,} pieces")
@@ -107,33 +107,33 @@ def build(options: argparse.Namespace) -> None:
             passed_over=passed_over,
             share=share,
         )
-        _report(output, prepare(what))
+        report(output, prepare(what))
 
 
-def _describe(found: Found) -> None:
+def describe(found: Found) -> None:
     """A line for each format: what is read as what; and one for each reason not to read."""
     formats: dict[str, list[str]] = {}
     for source in found.sources:
         formats.setdefault(DESCRIPTIONS[source.format], []).append(source.name)
     for name, files in formats.items():
-        print(f"read as {name}: {_names(files)}")
+        print(f"read as {name}: {listed(files)}")
     for reason, files in found.passed_over.items():
-        print(f"not read, {reason}: {_names(files)}")
+        print(f"not read, {reason}: {listed(files)}")
 
 
-def _names(files: list[str]) -> str:
+def listed(files: list[str]) -> str:
     shown = ", ".join(files[:SHOWN_NAMES]) + (", ..." if len(files) > SHOWN_NAMES else "")
     return f"{len(files):,} ({shown})"
 
 
-def _tokenizer_file(name: str | None) -> Path | None:
+def tokenizer_file(name: str | None) -> Path | None:
     """The named file, fetched from the Hugging Face hub where that is meant."""
     if name is None:
         return None
     return hub.fetch_tokenizer(name) if is_hub(name) else Path(name)
 
 
-def _check(options: argparse.Namespace) -> None:
+def check(options: argparse.Namespace) -> None:
     """What argparse doesn't check; raises ValueError."""
     if not options.tokenizer and not options.train_tokenizer:
         raise ValueError("--tokenizer: missing; name a file, or train one with --train-tokenizer")
@@ -146,7 +146,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--tokenizer {options.tokenizer}: a trained one is written to a .model")
 
 
-def _sample(sources: list[Source], fields: Fields, megabytes: float):
+def sample(sources: list[Source], fields: Fields, megabytes: float):
     """Texts to train a tokenizer on: the first ones of each source, equally many bytes."""
     for source in sources:
         left = megabytes * 1e6 / len(sources)
@@ -159,7 +159,7 @@ def _sample(sources: list[Source], fields: Fields, megabytes: float):
                 break
 
 
-def _report(output: str, manifest: dict) -> None:
+def report(output: str, manifest: dict) -> None:
     print(
         f"{output}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens "
         f"({manifest['dtype']}), {manifest['text_bytes'] / 1e6:.1f} MB of text"
@@ -169,16 +169,16 @@ def _report(output: str, manifest: dict) -> None:
         field = manifest["job"]["fields"]["subset"]
         print(f"no record names its subset in {field!r}; --subset-field names another field")
     elif subsets:
-        print(f"subsets: {_names(list(subsets))}")
+        print(f"subsets: {listed(list(subsets))}")
     rejects = manifest["rejects"]
     if rejects["total"]:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in rejects["reasons"].items())
         print(f"{rejects['total']:,} records rejected ({reasons}): see {output}.rejects.jsonl")
-    for line in _wording(manifest.get("wording", {}), manifest):
+    for line in about_wording(manifest.get("wording", {}), manifest):
         print(line)
 
 
-def _wording(wording: dict, manifest: dict) -> Iterator[str]:
+def about_wording(wording: dict, manifest: dict) -> Iterator[str]:
     """What of the texts has no token, and what in them reads as the end of one."""
     if wording.get("unknown_ids"):
         characters = wording["unknown_characters"] / wording["characters"]
@@ -204,13 +204,13 @@ def join_shares(arguments: list[str]) -> None:
     parser = cli.verb_parser(JOIN, prog="prepare.py join")
     parser.add_argument("prefix", nargs="+", help="the --output of a share, each once")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="of the joined files")
-    _add_limits(parser)
+    add_limits(parser)
     options = parser.parse_args(arguments)
     limits = Limits(options.max_rejects, options.max_unknown)
-    _report(options.output, join(options.prefix, options.output, limits))
+    report(options.output, join(options.prefix, options.output, limits))
 
 
-def _add_limits(parser: argparse.ArgumentParser) -> None:
+def add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-rejects",
         type=cli.number(0, 1),
@@ -260,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--subset-field", default="meta.pile_set_name", help="where it keeps its subset's name"
     )
-    _add_limits(result)
+    add_limits(result)
     result.add_argument(
         "--end-of-text",
         metavar="TOKEN",
@@ -335,12 +335,12 @@ def stats(arguments: list[str]) -> None:
 
 def features(arguments: list[str]) -> None:
     """The verb `features`."""
-    options = _features_options(arguments)
+    options = features_options(arguments)
     what = FeaturePreparation(
         inputs=options.input,
         by=options.by,
         label=options.label,
-        groups=_groups(options.group),
+        groups=groups_of(options.group),
         passages=options.passages,
         characters=options.characters,
         per_document=options.per_document,
@@ -353,7 +353,7 @@ def features(arguments: list[str]) -> None:
         print(f"left out: {name}, which has {count} passages only")
 
 
-def _groups(assignments: list[str]) -> dict[str, list[str]]:
+def groups_of(assignments: list[str]) -> dict[str, list[str]]:
     """{"Perl": [".pl", ".pm"]} of "Perl=.pl,.pm"."""
     groups = {}
     for assignment in assignments:
@@ -364,7 +364,7 @@ def _groups(assignments: list[str]) -> dict[str, list[str]]:
     return groups
 
 
-def _features_options(arguments: list[str]) -> argparse.Namespace:
+def features_options(arguments: list[str]) -> argparse.Namespace:
     parser = cli.verb_parser(FEATURES, prog="prepare.py features")
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH")
     parser.add_argument(
