@@ -178,7 +178,7 @@ def write_hugging_face(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shapes = parameter_shapes(config)
-    shards = _plan(shapes, dtype, shard_bytes)
+    shards = cut_into_files(shapes, dtype, shard_bytes)
     written: list[Path] = []
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
@@ -197,20 +197,20 @@ def write_hugging_face(
     return written
 
 
-def _plan(
+def cut_into_files(
     shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
 ) -> list[list[str]]:
     """Names in order, cut into files before each would pass `shard_bytes`."""
-    shards: list[list[str]] = [[]]
+    files: list[list[str]] = [[]]
     used = 0
     for name, shape in shapes.items():
         size = prod(shape) * dtype.itemsize
-        if shards[-1] and used + size > shard_bytes:
-            shards.append([])
+        if files[-1] and used + size > shard_bytes:
+            files.append([])
             used = 0
-        shards[-1].append(name)
+        files[-1].append(name)
         used += size
-    return shards
+    return files
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> Path:

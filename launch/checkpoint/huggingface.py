@@ -38,7 +38,12 @@ from launch.checkpoint.tensorfile import TensorFile, TensorSpec, write_tensor_fi
 from launch.checkpoint.tokenizer_files import write_tokenizer
 from launch.engine.groups import single_process
 from model.config import ModelConfig
-from model.huggingface import HuggingFaceWeights, read_config, write_hugging_face
+from model.huggingface import (
+    HuggingFaceWeights,
+    cut_into_files,
+    read_config,
+    write_hugging_face,
+)
 
 # Text that every machine has: the documentation in Python's own library.
 REAL_TEXT = [str(module.__doc__) for module in (argparse, json, logging, shutil)]
@@ -206,15 +211,7 @@ def local_folder(source: str) -> Path:
 
 def write_weights(weights: HuggingFaceWeights, temporary: Path) -> Iterator[tuple[str, FileRecord]]:
     """The weights in float32, in files of about `SHARD_BYTES`, one tensor in memory at a time."""
-    files: list[list[str]] = [[]]
-    size = 0
-    for name, shape in weights.shapes.items():
-        spec = TensorSpec(shape, torch.float32)
-        if files[-1] and size + spec.bytes > SHARD_BYTES:
-            files.append([])
-            size = 0
-        files[-1].append(name)
-        size += spec.bytes
+    files = cut_into_files(weights.shapes, torch.float32, SHARD_BYTES)
     for number, names in enumerate(files, 1):
         path = temporary / file_name(MODEL, number, len(files))
         specs = {name: TensorSpec(weights.shapes[name], torch.float32) for name in names}
