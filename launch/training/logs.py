@@ -13,6 +13,7 @@ import torch
 
 from l2e.threshold import bin_edges
 
+LONGEST_LINE = 2**20  # bytes
 BINS_TOGETHER = 8  # the method's 32 bins an octave are finer than a picture can show
 
 
@@ -51,6 +52,20 @@ class MetricsFile:
         if written != len(line):
             self.file.truncate(before)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def rewrite(self, record: dict[str, Any]) -> None:
+        """Put `record` in the place of the last line, if that is of the same step.
+
+        Raises:
+            OSError: as `write`; the old line may be gone, and the same call mends it.
+        """
+        end = self.file.seek(0, os.SEEK_END)
+        self.file.seek(max(0, end - LONGEST_LINE))
+        *_, last = self.file.read().splitlines(keepends=True) or [b""]
+        if last.startswith(json.dumps({"step": record["step"]})[:-1].encode() + b","):
+            self.file.truncate(end - len(last))
+        self.file.seek(0, os.SEEK_END)
+        self.write(record)
 
 
 class TensorBoard:

@@ -38,6 +38,7 @@ class Recorder:
         )
         self.peak = hardware.peak_flops(engine.device, config.train.dtype) * run.process.world_size
         self.pending: list[dict[str, Any]] = []
+        self.newest: dict[str, Any] = {}  # the record written last
         self.since = time.monotonic()
         self.board: Unfailing[TensorBoard] | None = None
         self.bad_steps = BadSteps(config, run.say)
@@ -78,8 +79,18 @@ class Recorder:
         self.since += time.monotonic() - begin
 
     def annotate(self, values: dict[str, Any]) -> None:
-        """What was measured after the newest step, beside its own numbers."""
-        self.pending[-1] |= values
+        """What was measured after the newest step, beside its own numbers.
+
+        They may be written already, as before a save.
+        """
+        if self.pending:
+            self.pending[-1] |= values
+            return
+        self.newest |= values
+        if self.run.process.is_first:
+            self.file.write(methodcaller("rewrite", self.newest))
+            if self.board is not None:
+                self.board.write(methodcaller("write", {"step": self.newest["step"]} | values))
 
     def flush(self) -> None:
         """Fetch, check and write what has been remembered."""
@@ -102,6 +113,7 @@ class Recorder:
             record["peak_memory_bytes"] = peak_memory(self.engine.device)
             record["l2e"] = None
         records[-1]["l2e"] = l2e
+        self.newest = records[-1]
         self.bad_steps.count(records)
         self.write(records)
         if self.board is not None:
