@@ -31,6 +31,7 @@ from launch.checkpoint.optimizer_state import OptimizerState
 from launch.engine.engine import Engine, build
 from launch.engine.groups import process_group
 from launch.engine.processes import find
+from launch.planning.cost import parameters
 
 MEGABYTE = 10**6
 
@@ -66,7 +67,7 @@ def measure(engine: Engine, folder: Path) -> dict:
             if torch.is_tensor(value) and value.is_floating_point():
                 value.uniform_()
     held = state_bytes(engine)
-    size = 3 * 4 * engine.config.model.num_parameters
+    size = 3 * 4 * parameters(engine.config.model)
     disk = [disk_speed(folder, size)]
     before = resident("VmRSS")
     reset_peak()

@@ -27,6 +27,7 @@ def to_hf(options: argparse.Namespace) -> None:
     from launch.checkpoint.stored import open_checkpoint
     from launch.engine.groups import single_process
     from launch.engine.hardware import TORCH_DTYPES
+    from launch.planning.cost import parameters
 
     source = open_checkpoint(options.checkpoint)
     with single_process():
@@ -36,7 +37,7 @@ def to_hf(options: argparse.Namespace) -> None:
     if source.tokenizer is None and not options.no_tokenizer:
         print(f"{source.folder} has no tokenizer: none was written")
     print(
-        f"{options.output}: {source.folder.name}, {source.model_config.num_parameters:,} "
+        f"{options.output}: {source.folder.name}, {parameters(source.model_config):,} "
         f"parameters in {options.dtype}; its logits on real text are the model's to "
         f"{difference:.1e} of the largest"
     )
@@ -45,11 +46,12 @@ def to_hf(options: argparse.Namespace) -> None:
 def from_hf(options: argparse.Namespace) -> None:
     from launch.checkpoint.huggingface import from_huggingface
     from launch.checkpoint.stored import StoredCheckpoint
+    from launch.planning.cost import parameters
 
     from_huggingface(options.model, options.output)
     config = StoredCheckpoint(options.output).model_config
     print(
-        f"{options.output}: {config.num_parameters:,} parameters from {options.model}. Train on "
+        f"{options.output}: {parameters(config):,} parameters from {options.model}. Train on "
         f"with a configuration whose model section is that of {options.output}/config.json and "
         f"`--resume {options.output}`"
     )

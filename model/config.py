@@ -121,16 +121,6 @@ class ModelConfig(BaseModel):
         """Channels of each head that carry positions."""
         return int(self.head_dim * self.rotary_percent)
 
-    @property
-    def num_parameters(self) -> int:
-        """Number of parameters, all embeddings included, without a layout's padding."""
-        hidden, neurons = self.hidden_size, self.intermediate_size
-        attention = 4 * hidden * hidden + 4 * hidden
-        mlp = 2 * hidden * neurons + neurons + hidden
-        norm = 2 * hidden
-        blocks = self.num_layers * (attention + mlp + 2 * norm)
-        return blocks + norm + 2 * self.vocab_size * hidden
-
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """Embedding rows that a layout allocates: a multiple of 128 a rank.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from data.files import read_json
 from launch.checkpoint.stored import StoredCheckpoint
+from launch.planning.cost import parameters
 
 HEAD = """---
 library_name: transformers
@@ -39,7 +40,7 @@ def model_card(source: StoredCheckpoint, name: str, tokenizer: bool) -> str:
     parts = [
         HEAD,
         f"# {name}\n",
-        f"A GPT-NeoX language model of {shape.num_parameters:,} parameters: {shape.num_layers} "
+        f"A GPT-NeoX language model of {parameters(shape):,} parameters: {shape.num_layers} "
         f"blocks x {shape.hidden_size}, {shape.num_attention_heads} heads, a vocabulary of "
         f"{shape.vocab_size:,}, texts of up to {shape.max_position_embeddings:,} tokens.\n",
         table("Training", training(source)),

@@ -1,6 +1,7 @@
 """The analytic model of cost against counted parameters, counted FLOPs and published numbers."""
 
 from dataclasses import dataclass, replace
+from math import prod
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from l2e import L2EConfig, L2ELayer
 from launch.planning import cost
 from launch.planning.cost import LayoutPlan
 from model.block import Block
-from model.config import ModelConfig
+from model.config import PRESETS, ModelConfig
 from model.loss import CHUNK_BYTES
+from model.parameters import parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ def test_parameters_are_pythias(preset, published):
     with torch.device("meta"):
         counted = sum(p.numel() for p in transformers_model(PYTHIA[preset]).parameters())
     assert cost.parameters(PYTHIA[preset]) == counted == published
+
+
+@pytest.mark.parametrize("shape", [*({"preset": preset} for preset in PRESETS), vars(TINY)])
+def test_parameters_are_those_of_all_tensors(shape):
+    config = ModelConfig(**shape)
+    assert cost.parameters(config) == sum(map(prod, parameter_shapes(config).values()))
 
 
 @pytest.mark.parametrize(("preset", "giga"), [("70m", 0.343), ("410m", 2.73), ("2.8b", 17.9)])
