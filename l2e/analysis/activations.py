@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -181,7 +181,7 @@ def length_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarra
     return batches
 
 
-def pad(tokens: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(tokens: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids padded on the right, int64 [batch, positions], and where they are real, bool."""
     width = max(len(ids) for ids in tokens)
     ids = torch.zeros(len(tokens), width, dtype=torch.long)

@@ -7,11 +7,12 @@ the context: at Pythia-70M's shape the output embedding is almost half of all wo
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lm_eval.api.model import TemplateLM
@@ -19,6 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_te
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from l2e.analysis.activations import length_batches, pad
 from l2e.progress import Progress
 
 # Rows of fp32 logits held at once while scoring; 512 rows of 50k tokens are 100 MB.
@@ -147,8 +149,11 @@ class HarnessModel(TemplateLM):
             tokens = (context + continuation)[-(self.model.maximum_length + 1) :]
             sharing.setdefault(tuple(tokens[:-1]), []).append(index)
         scores: dict[int, Score] = {}
-        batches = list(batches_by_length(list(sharing), self.batch_tokens))
-        for batch in self._progress(batches[self.group_rank :: self.group_size], "scoring", quiet):
+        sequences = sorted(sharing)  # whatever the order of the pairs, the batches are the same
+        lengths = np.array([len(inputs) for inputs in sequences])
+        batches = length_batches(lengths, self.batch_tokens)
+        for rows in self._progress(batches[self.group_rank :: self.group_size], "scoring", quiet):
+            batch = [sequences[row] for row in rows]
             users = [[(index, pairs[index][1]) for index in sharing[inputs]] for inputs in batch]
             scores.update(self._score_batch(batch, users))
         for other in self._exchange(scores):
@@ -159,7 +164,8 @@ class HarnessModel(TemplateLM):
         self, batch: list[tuple[int, ...]], users: list[list[tuple[int, list[int]]]]
     ) -> dict[int, Score]:
         """Scores of one batch; `users` holds each sequence's (request, continuation) pairs."""
-        states = self.model.hidden(padded(batch, self.model.device))
+        ids, _ = pad(batch, self.model.device)  # on the right, where a causal model cannot see it
+        states = self.model.hidden(ids)
         selected: list[Tensor] = []
         rows: list[int] = []
         targets: list[int] = []
@@ -256,23 +262,3 @@ class HarnessModel(TemplateLM):
     def _progress(self, work: Sequence, what: str, quiet: bool) -> Iterable:
         shown = not quiet and self.group_rank == 0
         return Progress(work, desc=what, unit="batches", progress=shown, file=sys.__stderr__)
-
-
-def batches_by_length(
-    sequences: list[tuple[int, ...]], batch_tokens: int
-) -> Iterator[list[tuple[int, ...]]]:
-    """Longest first, neighbours in length together; at most `batch_tokens` with padding."""
-    batch: list[tuple[int, ...]] = []
-    for sequence in sorted(sequences, key=lambda tokens: (-len(tokens), tokens)):
-        if batch and (len(batch) + 1) * len(batch[0]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(sequence)
-    if batch:
-        yield batch
-
-
-def padded(batch: list[tuple[int, ...]], device: torch.device) -> Tensor:
-    """Tokens [batch, longest], zeros on the right, where a causal model cannot see them."""
-    longest = len(batch[0])
-    return torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in batch]).to(device)

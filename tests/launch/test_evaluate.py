@@ -15,7 +15,7 @@ import torch
 from transformers import GPTNeoXForCausalLM
 
 from launch.evaluation import models, scores, tasks
-from launch.evaluation.harness import HarnessModel, batches_by_length
+from launch.evaluation.harness import HarnessModel
 from tests.launch.models import huggingface_model, write_sciq
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,16 +80,6 @@ def test_log_likelihoods_equal_transformers(model, model_folder):
         assert found.log_likelihood == pytest.approx(likelihood, rel=1e-5)
         assert found.greedy is greedy
     assert HarnessModel(model, 256).score(pairs)[-1].greedy
-
-
-def test_batches_waste_little_and_lose_nothing():
-    sequences = [tuple(range(n)) for n in (3, 50, 49, 8, 7, 120, 2)]
-    batches = list(batches_by_length(sequences, 100))
-    assert sorted(len(s) for batch in batches for s in batch) == [2, 3, 7, 8, 49, 50, 120]
-    assert all(len(batch) * len(batch[0]) <= 100 or len(batch) == 1 for batch in batches)
-    assert [len(batch[0]) for batch in batches] == sorted(
-        (len(batch[0]) for batch in batches), reverse=True
-    )
 
 
 def test_text_too_long_for_a_batch_is_rolled(model):

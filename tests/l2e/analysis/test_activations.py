@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from l2e.analysis.activations import Collection, collect, first_tokens, tokenize
+from l2e.analysis.activations import (
+    Collection,
+    collect,
+    first_tokens,
+    length_batches,
+    tokenize,
+)
 from l2e.analysis.features import make_features
 from l2e.analysis.kinds import KINDS
 
@@ -39,6 +45,15 @@ def test_activations_equal_forward_hooks(network, letter_features, tmp_path):
             for layer in range(3):
                 actual = found.layer(kind, layer)[row]
                 np.testing.assert_allclose(actual, values[layer], rtol=1e-6, atol=1e-6)
+
+
+def test_batches_waste_little_and_lose_nothing():
+    lengths = np.array([3, 50, 49, 8, 7, 120, 2])
+    batches = [lengths[rows] for rows in length_batches(lengths, 100)]
+    assert sorted(np.concatenate(batches)) == [2, 3, 7, 8, 49, 50, 120]
+    assert all(len(batch) * batch[0] <= 100 or len(batch) == 1 for batch in batches)
+    longest = [batch.max() for batch in batches]
+    assert longest == [batch[0] for batch in batches] == sorted(longest, reverse=True)
 
 
 def test_float16_is_the_rounded_float32(neox, letter_features, tmp_path):
