@@ -62,6 +62,11 @@ def warnings(config: Config) -> Iterator[str]:
             f"schedule.warmup_steps = {schedule.warmup_steps}: longer than the run of "
             f"{train.steps} steps, which never reaches optimizer.learning_rate"
         )
+    if config.l2e.method != "none" and config.l2e.late_start_step >= train.steps:
+        yield (
+            f"l2e.late_start_step = {config.l2e.late_start_step}: the run of {train.steps} steps "
+            "ends before anything is inhibited"
+        )
     if outside := [step for step in config.checkpoint.steps if step > train.steps]:
         yield f"checkpoint.steps: {outside} are past the run's last step, {train.steps}"
     if train.stop_after is not None and train.stop_after > train.steps:

@@ -214,6 +214,11 @@ class Handle(Joinable):
         self.controller.step()
         if first:
             self._warn_of_unobserved()
+        elif not any(hook.module.training for hook in self._hooks):
+            self._warn_once(
+                "every attached module is in eval mode at this step, where nothing is observed or "
+                "inhibited: call model.train() after validation"
+            )
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused step that was skipped

@@ -101,7 +101,7 @@ def write_special_tokens(folder: Path, special: dict[str, Any]) -> None:
         write_json(generation, {"_from_model_config": True, **special})
 
 
-def in_hugging_face_form(source: str, folder: Path) -> str:
+def in_hugging_face_form(source: str, folder: str | Path) -> str:
     """`source` itself, or, for a run or checkpoint of this trainer, its copy in `folder`.
 
     The copy is exported once and found again as long as the checkpoint's files stay the same.
@@ -113,7 +113,7 @@ def in_hugging_face_form(source: str, folder: Path) -> str:
     stored = open_checkpoint(path)
     content = sha256(stored.folder / folders.MANIFEST)[:12]
     run = stored.folder.resolve().parents[1].name
-    exported = folder / f"{run}-{content}" / stored.folder.name
+    exported = Path(folder) / f"{run}-{content}" / stored.folder.name
     if not exported.is_dir():
         exported.parent.mkdir(parents=True, exist_ok=True)
         with single_process():

@@ -15,6 +15,7 @@ SMALL = {
     "data": {"path": "builtin", "sequence_length": 128},
     "tokenizer": {"vocab_size": 512},
     "schedule": {"warmup_steps": 2},
+    "l2e": {"late_start_step": 5},
     "train": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2},
 }
 SHIPPED = sorted(Path(configs.__file__).parent.glob("*.json"))
@@ -171,6 +172,7 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
 def test_what_is_seldom_meant_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     change = {
         "schedule": {"warmup_steps": 11},
+        "l2e": {"late_start_step": 10},
         "checkpoint": {"steps": [0, 10, 12]},
         "train": SMALL["train"] | {"stop_after": 20},
     }
@@ -178,10 +180,11 @@ def test_what_is_seldom_meant_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
     told = [record.getMessage() for record in caplog.records]
     assert [line.split(" ")[0].rstrip(":") for line in told] == [
         "schedule.warmup_steps",
+        "l2e.late_start_step",
         "checkpoint.steps",
         "train.stop_after",
     ]
-    assert "[12]" in told[1]
+    assert "[12]" in told[2]
 
 
 def test_validation_on_training_data_is_refused(tmp_path: Path) -> None:
@@ -261,7 +264,9 @@ def test_mistakes_of_the_methods_section_are_told_beside_all_others(tmp_path: Pa
 def test_keys_of_earlier_versions_are_read_and_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, old: dict, new: str
 ) -> None:
-    content = SMALL | ({"data": old["data"] | {"sequence_length": 128}} if "data" in old else old)
+    [(section, given)] = old.items()
+    kept = {key: value for key, value in SMALL[section].items() if key != "path"}
+    content = SMALL | {section: kept | given}
     config = configs.load(write(tmp_path, content))
     [record] = caplog.records
     assert record.getMessage().endswith(f"read as {new}")

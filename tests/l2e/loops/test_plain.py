@@ -194,6 +194,26 @@ def test_modules_that_nothing_reaches_are_named():
     assert restored.state_dict().keys() == handle.state_dict().keys()
 
 
+def test_a_model_left_in_eval_mode_is_told_once():
+    model = network()
+    handle = l2e.attach(model, "1", L2EConfig(method="none", layers="all"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x in batches(2):
+            model(x)
+            handle.step()
+    model.eval()  # to validate; and then forgotten
+
+    def go_on():
+        for x in batches(3):
+            model(x)
+            handle.step()
+
+    with pytest.warns(UserWarning, match=r"in eval mode.*model\.train") as told:
+        go_on()
+    assert len(told) == 1
+
+
 def test_a_loss_that_is_never_taken_is_told():
     model = network()
     handle = l2e.attach(model, "1", CONFIG)
