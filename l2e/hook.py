@@ -215,6 +215,7 @@ class ModelHook(OwnHook):
                 f"{', '.join(names)}; name one of them, or give the mask with handle.mask(tensor)"
             )
         self.steps_to_look = LOOKS_FOR_PADDING
+        self.missing_told = False
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is not self.module or not (
@@ -226,8 +227,21 @@ class ModelHook(OwnHook):
             value = args[self.position]
         if self.takes:
             self.forward_pass.counted = value
+            self._look_for_argument(args, kwargs)
         elif value is not None and not torch.compiler.is_compiling():
             self._look_for_padding(value)
+
+    def _look_for_argument(self, args: Any, kwargs: Any) -> None:
+        """A name that only **kwargs would take may be one that nobody gives."""
+        lost = self.position is None and self.argument not in kwargs and self.module.training
+        if lost and not self.missing_told and not torch.compiler.is_compiling():
+            self.missing_told = True
+            given = ", ".join([*kwargs]) or "none by name"
+            warnings.warn(
+                f"l2e: mask = {self.argument!r} is not among the arguments of this forward pass "
+                f"({given}): every sample of it counts",
+                stacklevel=2,
+            )
 
     def _look_for_padding(self, mask: Any) -> None:
         looks = self.module.training and self.steps_to_look > 0 and not self.forward_pass.paused

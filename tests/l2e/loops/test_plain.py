@@ -311,6 +311,33 @@ def test_masks_that_do_not_fit_are_refused():
         l2e.attach(model, "1", CONFIG, mask="attention_mask")
 
 
+def test_a_mask_that_no_pass_is_given_is_told_once():
+    """A forward that takes any keyword cannot refuse a wrong name at attach."""
+
+    class Lenient(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x, **anything):
+            return self.act(x)
+
+    model = Lenient()
+    handle = l2e.attach(model, "act", L2EConfig(method="none", layers="all"), mask="padding")
+
+    def train(**given):
+        for x in batches(3):
+            model(x, **given)
+            handle.step()
+
+    with pytest.warns(UserWarning, match=r"mask = 'padding' is not among .*\(mask\)") as told:
+        train(mask=None)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(padding=None)
+
+
 def test_padding_is_told_once():
     class Reads(nn.Module):
         def __init__(self):
