@@ -51,12 +51,18 @@ class Part:
     def __init__(self, path: Path, smoke: bool, end: float) -> None:
         self.path, self.smoke, self.end = path, smoke, end
         self.begin = time.monotonic()
+        self.left_over = torch.cuda.memory_allocated() if CUDA else 0  # bytes, by earlier parts
         self.found: dict[str, Any] = {"failed": []}
 
     @property
     def left(self) -> float:
         """Seconds until the bench has to stop."""
         return self.end - time.monotonic()
+
+    @property
+    def peak_gigabytes(self) -> float:
+        """Of this part's own memory on the GPU, since its peak was last reset."""
+        return (torch.cuda.max_memory_allocated() - self.left_over) / 1e9
 
     def save(self, **more: Any) -> None:
         """Keep `more` and print it."""
@@ -476,7 +482,7 @@ def step_times(part: Part, one: Callable[..., None], flops: float, tokens: int) 
             torch.cuda.reset_peak_memory_stats()
             one(kind)
             drain()
-            peaks.append(torch.cuda.max_memory_allocated() / 1e9)
+            peaks.append(part.peak_gigabytes)
         part.save(peak_memory_GB={"plain": peaks[0], "measured": peaks[1]})
 
 
@@ -631,7 +637,7 @@ def measuring(part: Part) -> None:
                     torch.cuda.reset_peak_memory_stats()
                 found[f"{kind}_ms"] = milliseconds(part, call, 5)
                 if CUDA:
-                    found[f"{kind}_peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
+                    found[f"{kind}_peak_GB"] = part.peak_gigabytes
             call()
             found["controller_step_ms"] = milliseconds(part, controller.step, 10)
             if CUDA:
@@ -711,7 +717,7 @@ def timed(part: Part, work: Workload, steps: dict[str, Step], off: str, begin: f
         if name != off:
             row["added_percent"] = added(taken, name, off).as_dict()
         part.save(**{name: row})
-    peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else None
+    peak = part.peak_gigabytes if CUDA else None
     part.save(**{f"{off}: build, compile, two steps": round(ready, 1), f"{off}: peak GB": peak})
 
 

@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         "--efficiency",
         type=cli.number(0, 1, above=True),
         help="share of the datasheet's FLOP/s that large matrix products keep up in training "
-        "(default: the GPU's own, 0.55 to 0.75; raise or lower it until a run of yours fits)",
+        "(default: the GPU's own, 0.50 to 0.70; raise or lower it until a run of yours fits)",
     )
     result.add_argument("--output", type=Path, metavar="FILE.json", help="write the numbers too")
     return result
@@ -90,7 +90,7 @@ def heading(config: Config, gpu: GPU, options: argparse.Namespace) -> str:
         f"({gpu.flops / 1e12:.0f} TFLOP/s, {gpu.memory_bandwidth / 1e12:.1f} TB/s)\n"
         f"{summary(config, options.gpus)}\n"
         f"expect real times within {UNCERTAINTY:.0%} of these; ten published speeds of other "
-        "stacks were met within 17 %, 6 % on average"
+        "stacks were met within 16 %, 7 % on average"
     )
 
 
