@@ -53,8 +53,13 @@ class Monitor(Section):
         "feature passages (.jsonl or .jsonl.gz) on which scale and fkr are measured in training",
     )
     interval: int = key(
-        0, "steps between these; 0: 100 or more, for at most 1 % of the time", "steps", ge=0
+        0,
+        "steps between these; 0: 100 or more, for at most 1 % of the time; always at the end",
+        "steps",
+        ge=0,
     )
+    passages: int = key(8, "passages of each feature that are measured", "passages", ge=1)
+    tokens: int = key(64, "tokens of each passage that are measured", "tokens", ge=2)
 
 
 class Data(Section):

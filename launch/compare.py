@@ -24,7 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from launch.cli import number, run_verb, verb_parser, whole
 
 if TYPE_CHECKING:
-    from launch.comparison.comparison import RecordedRun
+    from launch.comparison.runs import RecordedRun
 
 # Published tolerance: equal runs in float32 agree this well after any number of ranks (relative).
 TOLERANCE = 1e-5
@@ -33,8 +33,9 @@ TOLERANCE = 1e-5
 def main() -> int:
     options = parser().parse_args()
     from launch.comparison import comparison  # slow to import; --help should not wait
+    from launch.comparison.runs import read_run
 
-    runs = [comparison.read_run(folder) for folder in options.runs]
+    runs = [read_run(folder) for folder in options.runs]
     if len(runs) < 2:
         raise ValueError(f"{options.runs[0]}: name at least two runs to compare")
     if options.equal:

@@ -1,7 +1,7 @@
 """Run an experiment: arms x seeds, each run once, and say what can be concluded.
 
     python launch/experiment.py configs/experiments/tiny.json --output runs/tiny
-    python launch/experiment.py configs/experiments/study.json --output runs/study --dry-run
+    python launch/experiment.py configs/experiments/study.json --dry-run
     python launch/experiment.py configs/experiments/study.json --output runs/study --workers 12
     python launch/experiment.py configs/experiments/study.json --output runs/study --slurm job.sh
     python launch/experiment.py report runs/tiny
@@ -30,9 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
     if words[:1] == ["report"]:
         return report(report_parser().parse_args(words[1:]).folder)
     options = parser().parse_args(words)
+    if options.output is None and not options.dry_run:
+        parser().error("give --output DIR, the experiment's folder, or --dry-run")
     from launch.comparison import plan
 
-    experiment = plan.read(options.plan, options.output, not options.no_control)
+    output = options.output or Path("runs") / options.plan.stem
+    experiment = plan.read(options.plan, output, not options.no_control)
     if options.dry_run:
         from launch.comparison.preview import lines
 
@@ -98,12 +101,18 @@ def say(message: str) -> None:
 
 def report(folder: Path) -> int:
     """Say what an experiment's folder tells, of whatever runs are finished."""
-    from launch.comparison import findings
-
+    try:
+        from launch.comparison import findings
+        from launch.comparison.page import write_page
+    except ModuleNotFoundError as missing:  # scipy, matplotlib: training went without
+        print(
+            f"no page: {missing.name} is not installed here; the runs are safe. Install it "
+            f"(pip install {missing.name}), then: python launch/experiment.py report {folder}",
+            file=sys.stderr,
+        )
+        return 1
     found = findings.find(folder)
     print(findings.summary(found))
-    from launch.comparison.page import write_page  # matplotlib, which the summary can do without
-
     print(write_page(folder, found))
     return 0
 
@@ -111,7 +120,7 @@ def report(folder: Path) -> int:
 def parser() -> argparse.ArgumentParser:
     result = verb_parser(__doc__, prog="experiment.py")
     result.add_argument("plan", type=Path, metavar="PLAN.json", help="arms, seeds, comparison")
-    result.add_argument("--output", type=Path, required=True, metavar="DIR", help="its folder")
+    result.add_argument("--output", type=Path, metavar="DIR", help="its folder")
     result.add_argument(
         "--workers",
         type=positive,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,20 @@ from typing import Any
 import numpy as np
 
 from launch.comparison import record, statistics
-from launch.comparison.comparison import RecordedRun, last_mean, last_value, read_run
+from launch.comparison.comparison import scores_over_seeds
 from launch.comparison.plan import Plan, folder_of
+from launch.comparison.readouts import EQUAL_TIME, Readouts, curves, readouts
+from launch.comparison.runs import RecordedRun, read_run
 from launch.comparison.statistics import Difference
 
-LAYER_FIGURES = ("std", "kurtosis", "mean_ms", "mlp_to_residual", "selected_fraction")
-# Measured steps at the end whose mean stands for a layer's figure: one step's is noisy.
-LAST_MEASURED = 10
-Readouts = dict[str, float]
+Runs = dict[str, dict[int, RecordedRun]]  # by arm and seed
 
 
 def find(folder: Path) -> dict[str, Any]:
     """Everything the page says, from an experiment's folder, of whatever runs are finished."""
     plans = record.read(folder)
     plan = Plan.model_validate(plans[-1]["plan"])
-    runs = {
+    runs: Runs = {
         arm.name: {
             seed: read_run(path)
             for seed in plan.seeds[: arm.seeds]
@@ -36,6 +34,11 @@ def find(folder: Path) -> dict[str, Any]:
     values = {
         arm: {seed: readouts(run) for seed, run in seeds.items()} for arm, seeds in runs.items()
     }
+    times = equal_time(runs)
+    for arm, time in times.items():
+        for seed, run in runs[arm].items():
+            if losses := run.series("validation_loss"):
+                values[arm][seed][EQUAL_TIME] = at_step(losses, time["step"])
     return {
         "question": plan.question,
         "plans": plans,
@@ -46,9 +49,12 @@ def find(folder: Path) -> dict[str, Any]:
             if (missing := [s for s in plan.seeds[: arm.seeds] if s not in runs[arm.name]])
         },
         "arms": values,
+        "without": without(plan, values),
+        "equal_time": times,
         "differences": {
             against: differences(plan, values, against) for against in references(plan)
         },
+        "scores": {against: score_differences(runs, against) for against in references(plan)},
         "curves": {
             arm: {seed: curves(run) for seed, run in seeds.items()} for arm, seeds in runs.items()
         },
@@ -61,44 +67,50 @@ def references(plan: Plan) -> list[str]:
     return list(dict.fromkeys([plan.primary.against, *silent]))
 
 
-def readouts(run: RecordedRun) -> Readouts:
-    """A finished run's figures; of the inhibited layers their mean."""
-    found = {
-        "validation_loss": last_value(run.series("validation_loss")),
-        "training_loss": last_mean(run.series("lm_loss")),
-        "training_seconds": sum(run.series("step_seconds").values()),
+def without(plan: Plan, values: dict[str, dict[int, Readouts]]) -> dict[str, list[str]]:
+    """Readouts that the plan asks for, and the arms whose finished runs lack them."""
+    lacking = {
+        readout: [
+            arm
+            for arm, seeds in values.items()
+            if any(readout not in found for found in seeds.values())
+        ]
+        for readout in (plan.primary.readout, *plan.readouts)
     }
-    manifest = json.loads((run.folder / "manifest.json").read_text(encoding="utf-8"))
-    size = manifest["data"]["bytes_per_token"]
-    if size and found["validation_loss"] is not None:
-        found["bits_per_byte"] = found["validation_loss"] / math.log(2) / size
-    for figure in LAYER_FIGURES:
-        layers = run.layers(figure)
-        ends = [np.mean(list(steps.values())[-LAST_MEASURED:]) for steps in layers.values()]
-        found[figure] = float(np.mean(ends)) if ends else None
-        for layer, end in zip(layers, ends, strict=True):
-            found[f"{figure}, block {layer}"] = float(end)
-    for name, rise in (last_row(run).get("layer_worth") or {}).items():
-        title = "the inhibited layers' worth" if name == "together" else f"worth, block {name}"
-        found[title] = rise
-    found |= {name: score["score"] for name, score in run.scores.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    return {readout: arms for readout, arms in lacking.items() if arms}
 
 
-def last_row(run: RecordedRun) -> dict[str, Any]:
-    return run.steps[max(run.steps)]
+def equal_time(runs: Runs) -> dict[str, dict[str, float]]:
+    """{arm: its seconds a step, and the step that it has reached when the fastest arm ends}.
+
+    An arm's seconds a step are the median over all its runs' steps, which the first ones and
+    stalls do not move, without validation and saving.
+    """
+    pace = {
+        arm: float(np.median(seconds))
+        for arm, seeds in runs.items()
+        if (seconds := [s for run in seeds.values() for s in run.series("step_seconds").values()])
+    }
+    last = {arm: max(max(run.steps) for run in runs[arm].values()) for arm in pace}
+    end = min((pace[arm] * last[arm] for arm in pace), default=0.0)
+    return {arm: {"step_seconds": pace[arm], "step": end / pace[arm]} for arm in pace}
 
 
-def curves(run: RecordedRun) -> dict[str, dict[int, float]]:
-    """Figures over steps: {readout: {step: value}}, of layers their mean."""
-    found = {"validation_loss": run.series("validation_loss")}
-    for figure in LAYER_FIGURES:
-        layers = [*run.layers(figure).values()]
-        shared = set.intersection(*(set(steps) for steps in layers)) if layers else set()
-        found[figure] = {
-            step: float(np.mean([steps[step] for steps in layers])) for step in sorted(shared)
-        }
-    return found
+def at_step(losses: dict[int, float], step: float) -> float:
+    """A loss between two evaluations, on the line from the one to the other."""
+    return float(np.interp(step, list(losses), list(losses.values())))
+
+
+def score_differences(runs: Runs, against: str) -> dict[str, dict[str, dict[str, float]]]:
+    """{arm: {task: its difference from `against`'s}}, over seeds and items together."""
+    base = runs[against]
+    pairs = {
+        arm: [(base[seed], run) for seed, run in seeds.items() if seed in base]
+        for arm, seeds in runs.items()
+        if arm != against
+    }
+    found = {arm: scores_over_seeds(both) for arm, both in pairs.items() if len(both) > 1}
+    return {arm: told for arm, told in found.items() if told}
 
 
 def differences(
@@ -154,6 +166,10 @@ def provenance(runs: list[RecordedRun]) -> dict[str, list[str]]:
     return {name: sorted(values) for name, values in told.items()} | {"date": first_and_last}
 
 
+def in_words(told: dict[str, Any]) -> str:
+    return str(Difference(**{key: told[key] for key in Difference.__dataclass_fields__}))
+
+
 def summary(found: dict[str, Any]) -> str:
     """The primary readout's differences in lines."""
     plan = Plan.model_validate(found["plans"][-1]["plan"])
@@ -162,8 +178,13 @@ def summary(found: dict[str, Any]) -> str:
     for against, table in found["differences"].items():
         lines.append(f"{readout} minus {against}'s, paired over seeds, 95 % t-interval:")
         for arm, told in table.get(readout, {}).items():
-            fields = {key: told[key] for key in Difference.__dataclass_fields__}
-            lines.append(f"  {arm:<20} {Difference(**fields)}: {told['verdict']}")
+            lines.append(f"  {arm:<20} {in_words(told)}: {told['verdict']}")
+        if told := table.get(EQUAL_TIME, {}).get(plan.primary.arm):
+            lines.append(f"  {plan.primary.arm} at equal time: {in_words(told)}")
+    lines += [
+        f"not measured: {readout} (arms {', '.join(arms)})"
+        for readout, arms in found["without"].items()
+    ]
     lines += [
         f"missing: {arm}, seeds {', '.join(map(str, seeds))}"
         for arm, seeds in found["missing"].items()

@@ -14,9 +14,10 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
-from launch.comparison import findings
 from launch.comparison.plan import Plan
+from launch.comparison.readouts import EQUAL_TIME, LAST_MEASURED, WORTH
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto; padding: 0 1rem; }
@@ -29,7 +30,6 @@ th:first-child, td:first-child { text-align: left; }
 .answer { font-size: 1.15rem; border-left: .3rem solid #888; padding-left: 1rem; }
 pre { background: #f3f3f3; padding: .6rem; overflow-x: auto; font-size: .85rem; }
 """
-WORTH = "the inhibited layers' worth"
 # What each arm's table shows, and how its numbers are written.
 COLUMNS = {
     "validation_loss": ("validation loss", "{:.4f}"),
@@ -39,10 +39,26 @@ COLUMNS = {
     "mean_ms": ("mean MS", "{:.3f}"),
     "mlp_to_residual": ("MLP / residual", "{:.3f}"),
     "selected_fraction": ("selected", "{:.2%}"),
+    "gradient_ratio": ("gradient ratio", "{:.3g}"),
+    "fkr": ("FKR", "{:.2%}"),
+    "ks": ("K-S", "{:.3f}"),
     WORTH: ("worth", "{:+.4f}"),
+    EQUAL_TIME: ("validation loss at equal time", "{:.4f}"),
     "training_seconds": ("seconds", "{:.0f}"),
 }
-CURVES = ("validation_loss", "std", "kurtosis", "selected_fraction")
+Curve = dict[int, float]  # a value by step
+CURVES = ("std", "kurtosis", "selected_fraction")
+NOTES = f"""Means over the finished seeds, &plusmn; their standard deviation; of layers the mean
+over the inhibited ones, and of what training logs the mean over the last {LAST_MEASURED} measured
+steps. <i>Worth</i>: the rise of the validation loss when the MLPs of these layers are removed from
+the finished model. Where it is nothing, the layers were switched off, whatever their activations
+look like. <i>FKR</i> (at k = 2 %) and <i>K-S</i>: of the finished model on the plan's feature set;
+of layers that are switched off they mean nothing. <i>Gradient ratio</i>: L_MS's gradient over the
+language model's at the site."""
+EQUAL_TIME_NOTE = """<i>At equal time</i>: the validation loss when the fastest arm ends, on the
+line between two evaluations. A step takes the median of its arm's steps, without validation and
+saving; runs side by side share their machine, so it is the time they took there, not alone. The
+learning rate was laid out for all steps: an arm that is cut short had not come down yet."""
 
 
 def write_page(folder: Path, found: dict[str, Any]) -> Path:
@@ -62,16 +78,19 @@ def write_page(folder: Path, found: dict[str, Any]) -> Path:
         *(comparison(plan, found, against, figures) for against in found["differences"]),
         "<h2>Each arm</h2>",
         arms_table(plan, found),
-        "<p class='note'>Means over the finished seeds, &plusmn; their standard deviation; of "
-        f"layers the mean over the inhibited ones and the last {findings.LAST_MEASURED} "
-        "measured steps. <i>Worth</i>: the rise of the validation loss when the MLPs of these "
-        "layers are removed from the finished model. Where it is nothing, the layers were switched "
-        "off, whatever their activations look like.</p>",
+        f"<p class='note'>{NOTES}</p>",
+        layers_table(found),
         picture(draw_worth(plan, found, figures / "worth.png")),
+        "<h2>At equal time</h2>",
+        times_table(found),
+        f"<p class='note'>{EQUAL_TIME_NOTE}</p>",
+        "<h2>Other readouts</h2>",
+        *(others(plan, found, against) for against in found["differences"]),
+        *scores(found),
         "<h2>Over steps</h2>",
-        picture(draw_curves(found, figures / "curves.png")),
+        picture(draw_curves(plan, found, figures / "curves.png")),
         "<p class='note'>Lines are means over seeds, bands from the lowest to the highest. Arms "
-        "are compared in the section above, at the last step alone.</p>",
+        "are compared in the sections above, at the last step alone.</p>",
         "<h2>How it was made</h2>",
         *origin(found),
     ]
@@ -111,12 +130,15 @@ def interval(told: dict[str, Any]) -> str:
 
 def missing(found: dict[str, Any]) -> list[str]:
     """What is not there yet."""
-    if not found["missing"]:
-        return []
-    arms = [f"{arm} ({', '.join(map(str, seeds))})" for arm, seeds in found["missing"].items()]
-    return [
-        f"<p><b>Not finished:</b> {text('; '.join(arms))}. All that is said is without them.</p>"
-    ]
+    lines = []
+    if found["missing"]:
+        arms = [f"{arm} ({', '.join(map(str, seeds))})" for arm, seeds in found["missing"].items()]
+        told = f"{text('; '.join(arms))}. All that is said is without them."
+        lines.append(f"<p><b>Not finished:</b> {told}</p>")
+    for readout, arms in found["without"].items():
+        told = f"The plan asks for {readout}; runs of {', '.join(arms)} do not tell it."
+        lines.append(f"<p><b>Not measured:</b> {text(told)}</p>")
+    return lines
 
 
 def comparison(plan: Plan, found: dict[str, Any], against: str, figures: Path) -> str:
@@ -180,6 +202,96 @@ def arms_table(plan: Plan, found: dict[str, Any]) -> str:
     return f"{table(head, rows)}<ul>{''.join(controls)}</ul>"
 
 
+def layers_table(found: dict[str, Any]) -> str:
+    """What is known of single layers, means over seeds; folded up."""
+    rows = []
+    for arm, seeds in found["arms"].items():
+        names = {name: None for one in seeds.values() for name in one if ", block " in name}
+        blocks: dict[int, dict[str, float]] = {}
+        for name in names:
+            figure, _, block = name.partition(", block ")
+            known = [one[name] for one in seeds.values() if name in one]
+            blocks.setdefault(int(block), {})[figure] = float(np.mean(known))
+        rows += [(arm, block, figures) for block, figures in sorted(blocks.items())]
+    figures = {figure: None for *_, known in rows for figure in known}
+    if not figures:
+        return ""
+    cells = [
+        [arm, str(block), *(f"{known[name]:.4g}" if name in known else "" for name in figures)]
+        for arm, block, known in rows
+    ]
+    head = ["arm", "block", *(COLUMNS.get(name, (name,))[0] for name in figures)]
+    return f"<details><summary>Layer by layer</summary>{table(head, cells)}</details>"
+
+
+def times_table(found: dict[str, Any]) -> str:
+    """What a step of each arm took, where that left it, and its loss there against the others'."""
+    rows = []
+    for arm, time in found["equal_time"].items():
+        row = [arm, f"{1000 * time['step_seconds']:.1f}", f"{time['step']:.0f}"]
+        for table_ in found["differences"].values():
+            told = table_.get(EQUAL_TIME, {}).get(arm)
+            row.append(interval(told) if told else "")
+        rows.append(row)
+    minus = [f"validation loss minus {against}'s [95 %]" for against in found["differences"]]
+    return table(["arm", "ms/step", "step at equal time", *minus], rows)
+
+
+def others(plan: Plan, found: dict[str, Any], against: str) -> str:
+    """All arms minus one in the readouts beside the primary one."""
+    told = found["differences"][against]
+    names = plan.readouts or [name for name in COLUMNS if name in told]
+    names = [name for name in names if name in told and name != plan.primary.readout]
+    arms = [arm for arm in found["arms"] if any(arm in told[name] for name in names)]
+    if not arms:
+        return ""
+    rows = [
+        [arm, *(compact(told[name][arm]) if arm in told[name] else "" for name in names)]
+        for arm in arms
+    ]
+    head = [f"minus {against}", *(COLUMNS.get(name, (name,))[0] for name in names)]
+    note = (
+        "Paired over seeds: mean [95 %], and p by Holm over the arms of its column. Nothing "
+        "corrects for the number of columns."
+    )
+    return f"{table(head, rows)}<p class='note'>{note}</p>"
+
+
+def compact(told: dict[str, Any]) -> str:
+    if told["low"] is None:
+        return f"{told['mean']:+.3g} (one seed)"
+    return (
+        f"{told['mean']:+.3g} [{told['low']:+.3g}, {told['high']:+.3g}], p {number(told['p_holm'])}"
+    )
+
+
+def scores(found: dict[str, Any]) -> list[str]:
+    """Downstream scores of each arm, and its differences over seeds and items together."""
+    seeds = [one for arm in found["arms"].values() for one in arm.values()]
+    tasks = list({name: None for one in seeds for name in one if name.endswith("-shot")})
+    if not tasks:
+        return []
+    rows = []
+    for arm, runs in found["arms"].items():
+        known = [[one[task] for one in runs.values() if task in one] for task in tasks]
+        if any(known):
+            rows.append([arm, *(f"{100 * np.mean(k):.2f}" if k else "" for k in known)])
+    parts = ["<h2>Downstream</h2>", table(["accuracy (%)", *tasks], rows)]
+    for against, arms in found["scores"].items():
+        rows = [
+            [arm, *(points(told[task]) if task in told else "" for task in tasks)]
+            for arm, told in arms.items()
+        ]
+        parts.append(table([f"minus {against} (points)", *tasks], rows))
+    note = "Mean [95 %] of what other seeds and other items would say, both resampled."
+    return [*parts, f"<p class='note'>{note}</p>"]
+
+
+def points(told: dict[str, float]) -> str:
+    mean, low, high = (100 * told[key] for key in ("mean", "low", "high"))
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
 def origin(found: dict[str, Any]) -> list[str]:
     """Plan, commit, versions, machine, date."""
     first, *later = found["plans"]
@@ -222,33 +334,59 @@ def draw_differences(plan: Plan, told: dict[str, Any], against: str, path: Path)
         color = "C3" if chosen else "C0"
         axes.errorbar(one["mean"], row, xerr=reach, fmt="D", color=color, capsize=4, markersize=6)
     axes.set_yticks(range(len(told)), [f"{arm} ({one['seeds']})" for arm, one in told.items()])
-    axes.invert_yaxis()
+    axes.set_ylim(len(told) - 0.4, -0.6)  # the first arm on top
     axes.set_xlabel(f"{plan.primary.readout} minus {against}'s (nats/token), lower is better")
     return save(figure, path)
 
 
-def draw_curves(found: dict[str, Any], path: Path) -> Path:
+def draw_curves(plan: Plan, found: dict[str, Any], path: Path) -> Path:
+    """The validation loss minus the reference's, seed by seed, and what the layers do."""
+    against = plan.primary.against
     figure, grid = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained", sharex=True)
-    titles = {name: title for name, (title, _) in COLUMNS.items()}
-    for axes, name in zip(grid.flat, CURVES, strict=True):
-        for place, (arm, seeds) in enumerate(found["curves"].items()):
-            curves = [one[name] for one in seeds.values() if one.get(name)]
-            if not curves:
-                continue
-            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-            values = np.array([[curve[step] for step in steps] for curve in curves])
-            style = {"color": f"C{place % 10}", "linestyle": "-" if place < 10 else "--"}
-            axes.plot(steps, values.mean(0), label=arm, linewidth=1.3, **style)
-            axes.fill_between(
-                steps, values.min(0), values.max(0), color=style["color"], alpha=0.12, linewidth=0
-            )
-        axes.set_title(titles[name])
+    draw_bands(grid[0, 0], losses_minus(found["curves"], against))
+    grid[0, 0].set_title(f"validation loss minus {against}'s")
+    for axes, name in zip(grid.flat[1:], CURVES, strict=True):
+        arms = {
+            arm: [one[name] for one in seeds.values() if one.get(name)]
+            for arm, seeds in found["curves"].items()
+        }
+        draw_bands(axes, arms)
+        axes.set_title(COLUMNS[name][0])
         if name in ("std", "kurtosis"):
             axes.set_yscale("log")
     for axes in grid[1]:
         axes.set_xlabel("step")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper")
     return save(figure, path)
+
+
+def losses_minus(curves: dict[str, dict[int, Any]], against: str) -> dict[str, list[Curve]]:
+    """Each arm's validation losses minus those of the same seed's run of `against`."""
+    name, base = "validation_loss", curves[against]
+    return {
+        arm: [
+            {
+                step: loss - base[seed][name][step]
+                for step, loss in one[name].items()
+                if step in base[seed][name]
+            }
+            for seed, one in seeds.items()
+            if seed in base
+        ]
+        for arm, seeds in curves.items()
+    }
+
+
+def draw_bands(axes: Axes, arms: dict[str, list[Curve]]) -> None:
+    """Of each arm a line, the mean over its curves, and a band from the lowest to the highest."""
+    for place, (arm, curves) in enumerate(arms.items()):
+        if not any(curves):
+            continue
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        values = np.array([[curve[step] for step in steps] for curve in curves])
+        color, style = f"C{place % 10}", "-" if place < 10 else "--"
+        axes.plot(steps, values.mean(0), style, color=color, label=arm, linewidth=1.3)
+        axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)
 
 
 def draw_worth(plan: Plan, found: dict[str, Any], path: Path) -> Path:

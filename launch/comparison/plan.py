@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from pydantic import ValidationError
 
 from configs import Config, load
 from configs.schema import Section, key
+from l2e.problems import ConfigError
+from launch.comparison.readouts import problem_with
 from launch.planning import cost
 from launch.planning.jobs import Task
 
@@ -55,6 +59,12 @@ class Plan(Section):
     )
     arms: list[Arm] = key(..., "what is compared", min_length=2)
     primary: Comparison = key(..., "the comparison that answers the question")
+    readouts: list[str] = key(
+        [],
+        "what else every run must tell, each compared over the arms: bits_per_byte, fkr, ks "
+        "(these need monitor.features), 'TASK 0-shot' (needs evaluate.tasks), and others that "
+        "report.json names",
+    )
     smallest_difference: float = key(
         ..., "the smallest difference of the primary readout that matters", gt=0
     )
@@ -151,13 +161,19 @@ def build(raw: dict[str, Any], path: Path, output: Path, control: bool = True) -
         raise ValueError("\n".join([f"{path}: {len(told)} errors", *told])) from None
     problems = list(mistakes(plan))
     runs: list[PlannedRun] = []
-    if not problems:
-        for arm in plan.arms:
+    shared: dict[str, list[str]] = {}  # a mistake of the base configuration is every arm's
+    with each_warning_once():
+        for arm in plan.arms if not problems else []:
             try:
                 runs += planned(plan, arm, path.parent, output)
+            except ConfigError as error:
+                for problem in error.problems:
+                    shared.setdefault(str(problem), []).append(arm.name)
             except ValueError as error:
-                problems.append(f"arm {arm.name}: {error}")
+                shared.setdefault(str(error), []).append(arm.name)
+    problems += [f"{arms_in_words(plan, names)}: {problem}" for problem, names in shared.items()]
     if not problems:
+        problems += unmeasured(plan, runs)
         problems += arms_alike(runs)
         problems += controls_missing(runs) if control else []
     if problems:
@@ -167,6 +183,31 @@ def build(raw: dict[str, Any], path: Path, output: Path, control: bool = True) -
     order = {arm.name: place for place, arm in enumerate(plan.arms)}
     runs.sort(key=lambda run: (-most[run.arm], plan.seeds.index(run.seed), order[run.arm]))
     return Experiment(plan, raw, runs)
+
+
+@contextmanager
+def each_warning_once() -> Iterator[None]:
+    """Arms share most of their configuration, and what is to be said of it."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in said
+        said.add(message)
+        return new
+
+    logger = logging.getLogger("configs")
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
+
+
+def arms_in_words(plan: Plan, names: list[str]) -> str:
+    if len(names) == len(plan.arms):
+        return "all arms"
+    return f"arm{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 def explain(error: Any) -> str:
@@ -246,6 +287,16 @@ def folder_of(output: Path, arm: str, seed: int) -> Path:
 def with_seed(config: Config, seed: int) -> Config:
     """The same configuration with another seed, which no check depends on."""
     return config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+
+
+def unmeasured(plan: Plan, runs: list[PlannedRun]) -> Iterator[str]:
+    """Readouts that the plan is to compare and that its runs would not tell."""
+    for readout in dict.fromkeys([plan.primary.readout, *plan.readouts]):
+        told: dict[str, None] = {}
+        for run in runs:
+            if problem := problem_with(readout, run.config):
+                told.setdefault(problem)
+        yield from (f"readouts: {readout}: {problem}" for problem in told)
 
 
 def arms_alike(runs: list[PlannedRun]) -> Iterator[str]:

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from launch.comparison.comparison import RecordedRun
+from launch.comparison.runs import RecordedRun
 
 LAYER_FIGURES = {
     "mean_ms": "mean monosemantic scale",

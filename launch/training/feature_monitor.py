@@ -9,8 +9,6 @@ from configs import Config
 from data.tokenizer import load_tokenizer
 from launch.engine.engine import Engine
 
-PASSAGES = 8  # of each feature
-TOKENS = 64  # of each passage
 LEAST_INTERVAL = 100  # curves need no more points than this
 
 
@@ -28,10 +26,10 @@ class FeatureMonitor:
         train, length = config.train, config.data.sequence_length
         self.engine = engine
         self.monitor = Monitor(
-            read_features(config.monitor.features).sample(PASSAGES),
+            read_features(config.monitor.features).sample(config.monitor.passages),
             load_tokenizer(tokenizer),
             batch_size=train.micro_batch_size,
-            max_tokens=min(TOKENS, length),
+            max_tokens=min(config.monitor.tokens, length),
         )
         tokens_a_replica = train.global_batch_size * length // engine.layout.data_size
         cheap = self.monitor.interval(tokens_a_replica)

@@ -14,8 +14,7 @@ from l2e.analysis.activations import watch
 from l2e.analysis.features import read_features
 from l2e.analysis.monitor import Monitor
 from l2e.analysis.networks import Network
-from launch.training import feature_monitor as runtime_monitor
-from launch.training.feature_monitor import PASSAGES, FeatureMonitor
+from launch.training.feature_monitor import FeatureMonitor
 from tests.distributed.checkpointing import SEQUENCE, make_config, running, train
 from tests.distributed.processes import run_on_processes
 from tests.launch.models import byte_tokenizer
@@ -31,6 +30,7 @@ SETTINGS = {
     },
 }
 TOKENS = SEQUENCE - 4  # so that stages exchange other shapes than in training
+PASSAGES = 7
 NAMES = [name for settings in SETTINGS.values() for name in settings]
 
 
@@ -43,7 +43,7 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
     rows = [
         {"text": "".join(draw.choices(alphabet, k=draw.randint(6, 30))), "feature": feature}
         for feature, alphabet in letters.items()
-        for _ in range(PASSAGES)
+        for _ in range(PASSAGES + 1)
     ]
     path = folder / "letters.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -53,10 +53,10 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
 def measure_and_train(features: Path, tokenizer: Path, settings: dict[str, dict]) -> dict:
     """For each setting: what was measured after two steps, and the losses of all four."""
     outcomes = {}
-    runtime_monitor.TOKENS = TOKENS
+    wanted = {"features": str(features), "passages": PASSAGES, "tokens": TOKENS}
     for name, keys in settings.items():
         monitored = {"method": "regularize", "layers": "all", "late_start_step": 2, "weight": 0.01}
-        watched = make_config(**keys, l2e=monitored, monitor={"features": str(features)})
+        watched = make_config(**keys, l2e=monitored, monitor=wanted)
         with running(watched) as engine:
             monitor = FeatureMonitor(engine.config, engine, tokenizer)
             losses = train(engine, 0, 2)
@@ -97,9 +97,8 @@ def expected(files, outcomes) -> dict:
             model(tokens)
 
     features, tokenizer = files
-    monitor = Monitor(
-        read_features(features), load_tokenizer(tokenizer), batch_size=1, max_tokens=TOKENS
-    )
+    passages = read_features(features).sample(PASSAGES)
+    monitor = Monitor(passages, load_tokenizer(tokenizer), batch_size=1, max_tokens=TOKENS)
     return monitor.run(observe)["layers"]
 
 

@@ -6,6 +6,9 @@ import signal
 import threading
 from pathlib import Path
 
+LAYER = {"std": 0.2, "kurtosis": 3.0, "mean_ms": 1.0, "mlp_to_residual": 0.5}
+LAYER |= {"selected_fraction": 0.02, "gradient_ratio": 0.25}
+
 
 def stand_in(arguments: list[str]) -> None:
     """Trains nothing: writes what a run leaves; as its folder's file `behave` says."""
@@ -26,10 +29,22 @@ def stand_in(arguments: list[str]) -> None:
                     return
     folder.mkdir(parents=True, exist_ok=True)
     loss = 4 + 0.1 * seed + 0.001 * seed**2 * silent - 0.05 * silent
-    layer = {"std": 0.2, "kurtosis": 3.0, "mean_ms": 1.0, "mlp_to_residual": 0.5}
-    row = {"step": 60, "lm_loss": loss, "validation_loss": loss, "step_seconds": 1.0}
-    row |= {"l2e": {"1": layer | {"selected_fraction": 0.02}}, "layer_worth": {"together": 0.1}}
-    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    rows = [
+        {
+            "step": step,
+            "lm_loss": loss,
+            "validation_loss": loss + 0.01 * (60 - step),
+            "step_seconds": 0.8 if silent else 1.0,
+            "l2e": {"1": LAYER},
+        }
+        for step in (20, 40, 60)
+    ]
+    rows[-1]["layer_worth"] = {"together": 0.1}
+    rows[-1]["monitor"] = {
+        "0": {"mean_ms": 1.0, "ks": 0.5, "fkr": 0.9},
+        "1": {"mean_ms": 1.0, "ks": 0.2, "fkr": 0.3 - 0.1 * silent},
+    }
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     manifest = {"git_commit": "c", "versions": {"torch": "2"}, "hardware": "here", "created": "now"}
     manifest["data"] = {"bytes_per_token": 3.0, "training": {"tokens_sha256": "d", "seed": seed}}
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -12,6 +12,7 @@ from launch.checkpoint import folders
 from launch.checkpoint.tensorfile import TensorFile, TensorSpec
 from launch.compare import main
 from launch.comparison import comparison
+from launch.comparison.runs import read_run
 
 
 def make_run(
@@ -96,7 +97,7 @@ def test_other_items_are_not_paired(tmp_path):
     one, two = (make_run(tmp_path / name) for name in ("a", "b"))
     path = two / "results" / "evaluate.json"
     path.write_text(path.read_text().replace('"hash": "h"', '"hash": "other"'))
-    change = comparison.difference(comparison.read_run(one), comparison.read_run(two))
+    change = comparison.difference(read_run(one), read_run(two))
     assert change["scores"] == {}
 
 

@@ -4,15 +4,18 @@ Training itself is stood in for by a few lines; the whole command is run by test
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+import launch.comparison
 from launch import experiment
 from launch.comparison import findings, plan, record, workers
 from launch.comparison.page import write_page
@@ -151,6 +154,113 @@ def test_differences_pair_over_seeds(raw, tmp_path, capsys):
     assert "lower" in capsys.readouterr().out
 
 
+def trained(raw: dict, folder: Path) -> Path:
+    """An experiment's folder with all its runs finished."""
+    one = build(raw, folder)
+    for run in one.runs:
+        stand_in(run.arguments())
+    record.write(one, folder / "out", "c")
+    return folder / "out"
+
+
+def test_at_equal_time_the_slower_arm_is_read_earlier(raw, tmp_path):
+    """60 steps of silence take 48 s, in which none gets to step 48: 0.12 above its end."""
+    found = findings.find(trained(raw, tmp_path))
+    assert found["equal_time"]["none"] == pytest.approx({"step_seconds": 1.0, "step": 48})
+    assert found["equal_time"]["silence"] == pytest.approx({"step_seconds": 0.8, "step": 60})
+    told = found["differences"]["none"]["validation_loss_at_equal_time"]["silence"]
+    assert told["values"] == pytest.approx([-0.169, -0.166, -0.161])
+
+
+def test_readouts_beside_the_loss(raw, tmp_path):
+    """Of layers the inhibited ones' mean; what a run lacks is told where the plan asks for it."""
+    raw["readouts"] = ["fkr", "bits_per_byte", "gradient_ratio"]
+    raw["overrides"]["monitor.features"] = str(tmp_path / "features.jsonl")
+    (tmp_path / "features.jsonl").touch()
+    out = trained(raw, tmp_path)
+    found = findings.find(out)
+    assert found["without"] == {}
+    run = found["arms"]["silence"][1]
+    assert (run["fkr"], run["fkr, block 0"], run["ks"]) == pytest.approx((0.2, 0.9, 0.2))
+    assert run["gradient_ratio"] == 0.25
+    assert run["bits_per_byte"] == pytest.approx((4 + 0.1 + 0.001 - 0.05) / math.log(2) / 3)
+    told = found["differences"]["none"]["fkr"]["silence"]
+    assert (told["mean"], told["p_holm"]) == pytest.approx((-0.1, 0))
+    page = write_page(out, found).read_text()
+    assert "-0.1 [-0.1, -0.1], p " in page
+    path = out / "runs" / "none" / "seed_2" / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"fkr": 0.3', '"fkr": null'))  # a dead layer
+    found = findings.find(out)
+    assert found["without"] == {"fkr": ["none"]}
+    assert found["differences"]["none"]["fkr"]["silence"]["seeds"] == 2
+    assert "Not measured" in write_page(out, found).read_text()
+    assert "not measured: fkr (arms none)" in findings.summary(found)
+
+
+def test_scores_over_seeds_and_items(raw, tmp_path):
+    """Silence is right where none is, and on ten items more of the hundred."""
+    out = trained(raw, tmp_path)
+    for arm, right in (("none", 50), ("silence", 60)):
+        for seed in (1, 2, 3):
+            items = {"hash": "h", "acc": [1.0] * right + [0.0] * (100 - right)}
+            report = {
+                "results": {"sciq": {"acc": right / 100}},
+                "items": {"sciq": items},
+                "shots": {},
+            }
+            folder = out / "runs" / arm / f"seed_{seed}" / "results"
+            folder.mkdir()
+            (folder / "evaluate.json").write_text(json.dumps(report))
+    found = findings.find(out)
+    told = found["scores"]["none"]["silence"]["sciq 0-shot"]
+    assert (told["mean"], told["seeds"], told["items"]) == (pytest.approx(0.1), 3, 100)
+    assert told["error"] == pytest.approx((0.1 * 0.9 / 100) ** 0.5, rel=0.1)  # seeds add nothing
+    page = write_page(out, found).read_text()
+    assert "+10.00 [" in page
+    assert "<td>60.00</td>" in page
+
+
+def test_readouts_that_no_run_would_tell(raw, tmp_path):
+    raw["primary"]["readout"] = "validation_lass"
+    raw["readouts"] = ["ks", "sciq 0-shot", "std, block 1", "worth, block 1"]
+    raw["overrides"]["evaluate.layer_worth"] = False
+    with pytest.raises(ValueError) as caught:
+        build(raw, tmp_path)
+    assert "4 errors" in str(caught.value)
+    for told in ("lass: unknown; there are validation_loss,", "ks: set monitor.features to"):
+        assert told in str(caught.value)
+    for told in ("sciq 0-shot: set evaluate.tasks", "worth, block 1: set evaluate.layer_worth"):
+        assert told in str(caught.value)
+
+
+def test_what_all_arms_share_is_told_once(raw, tmp_path, caplog):
+    raw["arms"].append({"name": "more", "overrides": {"l2e.weight": -1}})
+    raw["overrides"] |= {"model.hidden_size": 63, "schedule.warmup_steps": 100}
+    with pytest.raises(ValueError) as caught:
+        build(raw, tmp_path)
+    assert "2 errors" in str(caught.value)
+    assert str(caught.value).count("num_attention_heads") == 1
+    assert "all arms: model.num_attention_heads" in str(caught.value)
+    assert "arm more: l2e.weight = -1" in str(caught.value)
+    raw["overrides"]["model.hidden_size"] = 64
+    del raw["arms"][-1]
+    caplog.clear()
+    build(raw, tmp_path)
+    assert caplog.text.count("schedule.warmup_steps") == 1
+
+
+def test_without_scipy_nothing_is_lost(raw, tmp_path, monkeypatch, capsys):
+    out = trained(raw, tmp_path)
+    for name in ("findings", "comparison", "statistics"):
+        monkeypatch.delitem(sys.modules, f"launch.comparison.{name}")
+    monkeypatch.delattr(launch.comparison, "findings")
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert experiment.main(["report", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "pip install scipy" in said
+    assert f"report {out}" in said
+
+
 def test_what_the_folder_holds_already(raw, tmp_path):
     """Another configuration, another corpus, another commit, a changed plan."""
     one = build(raw, tmp_path)
@@ -209,6 +319,8 @@ def test_dry_run_says_whether_the_seeds_are_enough(raw, tmp_path, capsys):
     path = tmp_path / "plan.json"
     for deviation, told in ((0.02, "TOO FEW"), (0.0001, "enough"), (None, "states no deviation")):
         path.write_text(json.dumps(raw | {"deviation": deviation}))
-        assert experiment.main([str(path), "--output", str(tmp_path / "o"), "--dry-run"]) == 0
+        assert experiment.main([str(path), "--dry-run"]) == 0
         assert told in capsys.readouterr().out
-    assert not (tmp_path / "o").exists()
+    with pytest.raises(SystemExit):
+        experiment.main([str(path)])
+    assert "--output DIR" in capsys.readouterr().err

@@ -1,0 +1,108 @@
+"""What is read off a finished run: one number each, and curves over steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from launch.comparison.runs import RecordedRun, last_mean, last_value
+
+if TYPE_CHECKING:
+    from configs import Config
+
+# Of each inhibited layer, logged in training.
+LAYER_FIGURES = (
+    "std",
+    "kurtosis",
+    "mean_ms",
+    "mlp_to_residual",
+    "selected_fraction",
+    "gradient_ratio",
+)
+# Of each layer, on the passages of a feature set.
+FEATURE_FIGURES = ("fkr", "ks")
+EQUAL_TIME = "validation_loss_at_equal_time"
+WORTH = "the inhibited layers' worth"
+NAMES = (
+    *("validation_loss", "bits_per_byte", EQUAL_TIME, "training_loss", "training_seconds"),
+    *(*LAYER_FIGURES, *FEATURE_FIGURES, WORTH),
+)
+# Measured steps at the end whose mean stands for a layer's figure: one step's is noisy.
+LAST_MEASURED = 10
+Readouts = dict[str, float]
+
+
+def problem_with(readout: str, config: Config) -> str | None:
+    """Why a run of this configuration would not tell a readout; None if it would."""
+    figure = re.sub(r", block \d+$", "", readout)
+    if readout.endswith("-shot"):
+        return None if config.evaluate.tasks else "set evaluate.tasks"
+    if figure not in (*NAMES, "worth"):
+        known = ", ".join(NAMES)
+        return f"unknown; there are {known}, each layer's as 'std, block 2', and 'TASK 0-shot'"
+    if figure in FEATURE_FIGURES and config.monitor.features is None:
+        return "set monitor.features to a feature set (launch/prepare.py features)"
+    if figure in (WORTH, "worth") and not config.evaluate.layer_worth:
+        return "set evaluate.layer_worth"
+    return None
+
+
+def readouts(run: RecordedRun) -> Readouts:
+    """A finished run's figures, but for those that other runs decide; of the inhibited layers
+    their mean."""
+    found = {
+        "validation_loss": last_value(run.series("validation_loss")),
+        "training_loss": last_mean(run.series("lm_loss")),
+        "training_seconds": sum(run.series("step_seconds").values()),
+    }
+    manifest = json.loads((run.folder / "manifest.json").read_text(encoding="utf-8"))
+    size = manifest["data"]["bytes_per_token"]
+    if size and found["validation_loss"] is not None:
+        found["bits_per_byte"] = found["validation_loss"] / math.log(2) / size
+    for figure in LAYER_FIGURES:
+        layers = run.layers(figure)
+        ends = [np.mean(list(steps.values())[-LAST_MEASURED:]) for steps in layers.values()]
+        found[figure] = float(np.mean(ends)) if ends else None
+        for layer, end in zip(layers, ends, strict=True):
+            found[f"{figure}, block {layer}"] = float(end)
+    found |= dict(on_features(run))
+    for name, rise in (last_row(run).get("layer_worth") or {}).items():
+        found[WORTH if name == "together" else f"worth, block {name}"] = rise
+    found |= {name: score["score"] for name, score in run.scores.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def on_features(run: RecordedRun) -> Iterator[tuple[str, float]]:
+    """What the monitor found after the last step: each layer's, and the inhibited ones' mean.
+
+    A layer of dead neurons has none.
+    """
+    layers = last_row(run).get("monitor") or {}
+    inhibited = run.layers("std").keys()
+    for figure in FEATURE_FIGURES:
+        known = {layer: row[figure] for layer, row in layers.items() if row[figure] is not None}
+        for layer, value in known.items():
+            yield f"{figure}, block {layer}", value
+        if inhibited and inhibited <= known.keys():
+            yield figure, float(np.mean([known[layer] for layer in inhibited]))
+
+
+def last_row(run: RecordedRun) -> dict[str, Any]:
+    return run.steps[max(run.steps)]
+
+
+def curves(run: RecordedRun) -> dict[str, dict[int, float]]:
+    """Figures over steps: {readout: {step: value}}, of layers their mean."""
+    found = {"validation_loss": run.series("validation_loss")}
+    for figure in LAYER_FIGURES:
+        layers = [*run.layers(figure).values()]
+        shared = set.intersection(*(set(steps) for steps in layers)) if layers else set()
+        found[figure] = {
+            step: float(np.mean([steps[step] for steps in layers])) for step in sorted(shared)
+        }
+    return found

@@ -1,0 +1,94 @@
+"""A run as its folder tells of it: metrics step by step, and scores."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Steps at the end whose mean stands for a run's loss.
+LAST_STEPS = 100
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A run's folder, its metrics by step, and its scores by (task, shots)."""
+
+    folder: Path
+    steps: dict[int, dict[str, Any]]
+    scores: dict[str, dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def series(self, key: str) -> dict[int, float]:
+        """{step: value} of a metric, where it was written and is a number."""
+        return {
+            step: row[key]
+            for step, row in self.steps.items()
+            if isinstance(row.get(key), int | float)
+        }
+
+    def layers(self, key: str) -> dict[str, dict[int, float]]:
+        """{layer: {step: value}} of an inhibited layer's metric."""
+        found: dict[str, dict[int, float]] = {}
+        for step, row in self.steps.items():
+            for layer, metrics in (row.get("l2e") or {}).items():
+                if isinstance(metrics.get(key), int | float):
+                    found.setdefault(layer, {})[step] = metrics[key]
+        return found
+
+
+def read_run(folder: Path) -> RecordedRun:
+    """Read a run's folder.
+
+    Raises:
+        ValueError: no metrics there, or a line that is not JSON.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no run (metrics.jsonl is missing); name the folder of a run")
+    steps = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            steps[int(row["step"])] = row  # of a step trained twice, the later one
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: no step's record ({error})") from None
+    if not steps:
+        raise ValueError(f"{path}: holds no steps yet")
+    return RecordedRun(folder, dict(sorted(steps.items())), read_scores(folder / "results"))
+
+
+def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
+    """{"sciq 0-shot": {"score", "error", "items", "hash", "step"}}, newest step of each."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        report = json.loads(path.read_text())
+        if not isinstance(report, dict) or not {"results", "shots", "items"} <= report.keys():
+            continue  # another tool's results
+        for task, items in report["items"].items():
+            name = f"{task} {report['shots'].get(task, 0)}-shot"
+            step = report.get("step") or 0
+            if "acc" not in items or found.get(name, {"step": -1})["step"] > step:
+                continue
+            metrics = report["results"][task]
+            found[name] = {
+                "score": metrics["acc"],
+                "error": metrics.get("acc_stderr"),
+                "items": items["acc"],
+                "hash": items["hash"],
+                "step": step,
+            }
+    return found
+
+
+def last_mean(values: dict[int, float]) -> float | None:
+    """Mean over the last `LAST_STEPS` steps."""
+    return float(np.mean(list(values.values())[-LAST_STEPS:])) if values else None
+
+
+def last_value(values: dict[int, float]) -> float | None:
+    return values[max(values)] if values else None
