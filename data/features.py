@@ -17,6 +17,7 @@ from typing import NamedTuple
 from data.corpus import Fields, Source, find_sources, read_units
 from data.formats import TEXT, compression_of
 from data.records import Record, parse
+from l2e.files import create
 from l2e.problems import Problem
 
 TRAIN_SHARE = 0.7
@@ -165,7 +166,8 @@ def _write(output: Path, features: Mapping[str, list[dict]]) -> None:
     content = gzip.compress(content, mtime=0) if output.suffix == ".gz" else content
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
+        with create(partial) as file:
+            file.write(content)
         partial.replace(output)
     except OSError as error:
         reason = f"can't be written ({error})"

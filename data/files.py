@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from l2e.files import create
+
 
 def sha256(path: Path) -> str:
     """Hash of a whole file, as 64 hexadecimal digits."""
@@ -64,7 +66,8 @@ def read_json(path: Path, say: Callable[[str], None] = print) -> dict[str, Any] 
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: readers see the old one or the new one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8")
+    with create(partial) as file:
+        file.write(text.encode())
     sync(partial)
     partial.replace(path)
     sync(path.parent)

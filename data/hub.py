@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from l2e.hub import parse
+from l2e.files import create
+from l2e.hub import parse, refuse_escapes
 
 
 def fetch_tokenizer(path: str) -> Path:
@@ -13,7 +14,9 @@ def fetch_tokenizer(path: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     name, revision = parse(path)
-    return Path(hf_hub_download(name, "tokenizer.json", revision=revision))
+    file = Path(hf_hub_download(name, "tokenizer.json", revision=revision))
+    refuse_escapes(file.parent)
+    return file
 
 
 def fetch_tokens(path: str, folder: Path) -> str:
@@ -27,8 +30,15 @@ def fetch_tokens(path: str, folder: Path) -> str:
     name, revision = parse(path)
     patterns = ["*.bin", "*.idx"]
     local = snapshot_download(name, revision=revision, repo_type="dataset", allow_patterns=patterns)
+    refuse_escapes(Path(local))
     kept = name if revision is None else f"{name}@{revision}"
     return join_parts(Path(local), folder / kept.replace("/", "--"))
+
+
+def link(name: Path, target: Path) -> None:
+    """Let `name` stand for a file of the hub's cache."""
+    name.unlink(missing_ok=True)
+    name.symlink_to(target.resolve())
 
 
 def join_parts(source: Path, prefix: Path) -> str:
@@ -43,12 +53,11 @@ def join_parts(source: Path, prefix: Path) -> str:
     if not done.exists():  # the index is linked last: it says that the tokens are whole
         target.parent.mkdir(parents=True, exist_ok=True)
         if len(parts) == 1:
-            target.unlink(missing_ok=True)
-            target.symlink_to(parts[0].resolve())
+            link(target, parts[0])
         else:
-            with target.open("wb") as joined:
+            with create(target) as joined:
                 for part in parts:
                     with part.open("rb") as file:
                         shutil.copyfileobj(file, joined, length=2**24)
-        done.symlink_to(indexes[0].resolve())
+        link(done, indexes[0])
     return str(prefix)

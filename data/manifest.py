@@ -61,6 +61,10 @@ class Subsets:
         path = Path(f"{prefix}.subsets")
         # A corpus of one subset has no such file.
         self.numbers = np.memmap(path, np.int32, "r") if path.exists() else None
+        documents = (read(prefix) or {}).get("documents")
+        if self.numbers is not None and documents not in (None, len(self.numbers)):
+            reason = f"counts {len(self.numbers)} documents, its manifest {documents}"
+            raise Problem("subsets", path, reason, "copy or prepare the corpus anew")
 
     def name_of(self, document: int) -> str:
         """The subset a document is from."""

@@ -8,7 +8,6 @@ a disk that keeps no locks, the first to finish wins and the rest use its maps.
 import hashlib
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import numpy as np
 
 from data.files import sync
 from data.lock import Held, Lock
+from l2e.files import fresh_folder, refuse_foreign
 from l2e.problems import Problem
 
 TIMEOUT = 3600.0  # seconds; a full Pile is shuffled in minutes
@@ -47,18 +47,26 @@ def build_once(
         with _locked(target, timeout):
             if not target.is_dir():
                 _build(target, identity, build)
-    return {path.stem: np.load(path, mmap_mode="r") for path in sorted(target.glob("*.npy"))}
+    refuse_foreign("data.cache_dir", target)
+    return {path.stem: _read(path) for path in sorted(target.glob("*.npy"))}
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError) as error:
+        fix = f"delete the folder {path.parent}: it is made anew"
+        raise Problem("shuffled map", path, f"cannot be read ({error})", fix) from error
 
 
 def _build(target: Path, identity: dict, build: Callable[[], Maps]) -> None:
     partial = None
     try:
-        partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
+        partial = fresh_folder(target.parent, f"{target.name}.partial-")
         for name, array in build().items():
             np.save(partial / f"{name}.npy", array)
             sync(partial / f"{name}.npy")
         (partial / "identity.json").write_text(json.dumps(identity, indent=2))
-        partial.chmod(0o755)
         try:
             partial.rename(target)
         except OSError:

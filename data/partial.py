@@ -4,7 +4,6 @@ What is in `state.json` is on the disk for good; whatever was written after it i
 the work goes on. So a process may die at any moment, and the result is the same to the byte.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,7 +15,9 @@ from typing import Self
 import numpy as np
 
 from data.files import sync, write_json
+from data.lock import Held, Lock
 from data.records import Reject
+from l2e.files import no_follow, refuse_foreign
 from l2e.problems import Problem
 
 TOKENS, LENGTHS, SUBSETS, REJECTS = "tokens", "lengths", "subsets", "rejects.jsonl"
@@ -60,20 +61,18 @@ class PartialCorpus:
         self._files: dict = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / "lock").open("w")
+            refuse_foreign("output", folder)
+            self._lock = Lock(folder / "lock")
+            sizes = self._restore()
+            if not self.finished:
+                for name in (TOKENS, LENGTHS, SUBSETS, REJECTS):
+                    self._files[name] = self._open(folder / name, sizes.get(name, 0))
+        except Held as held:
+            reason = f"another process is preparing it ({held})"
+            raise Problem("output", folder, reason, "wait for it, or end it") from None
         except OSError as error:
             reason = f"can't be written ({error})"
             raise Problem("output", folder, reason, "choose another --output") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Problem(
-                "output", folder, "another process is preparing it", "wait for it, or end it"
-            ) from error
-        sizes = self._restore()
-        if not self.finished:
-            for name in (TOKENS, LENGTHS, SUBSETS, REJECTS):
-                self._files[name] = self._open(folder / name, sizes.get(name, 0))
 
     def _clear(self) -> None:
         self.units = self.text_bytes = self.documents = self.tokens = 0
@@ -100,7 +99,7 @@ class PartialCorpus:
 
     def _open(self, path: Path, size: int):
         """Open a file to go on after its first `size` bytes."""
-        file = path.open("ab")
+        file = open(path, "ab", opener=no_follow)  # noqa: SIM115 - kept open
         found = file.seek(0, os.SEEK_END)
         if found < size:
             file.close()
@@ -149,7 +148,7 @@ class PartialCorpus:
     def __exit__(self, *_) -> None:
         for file in self._files.values():
             file.close()
-        self._lock.close()
+        self._lock.release()
 
     @property
     def rejects(self) -> int:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.formats import refuse_lfs_pointer
+from l2e.files import create
 from l2e.problems import Problem
 
 # Names under which tokenizers keep the token that ends a document, the Pile's first.
@@ -355,7 +356,7 @@ def train_sentencepiece(
     lines = (line for text in texts for line in text.splitlines(keepends=True) if line.strip())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as model:
+        with create(partial) as model:
             SentencePieceTrainer.train(
                 sentence_iterator=lines,
                 model_writer=model,

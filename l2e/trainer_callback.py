@@ -51,7 +51,8 @@ class StepCallback(TrainerCallback):
             folders.insert(0, Path(named))
         for folder in folders:
             if (folder / FILE).is_file():
-                self.handle.load_state_dict(torch.load(folder / FILE, map_location="cpu"))
+                state = torch.load(folder / FILE, map_location="cpu", weights_only=True)
+                self.handle.load_state_dict(state)
                 return
         raise ValueError(
             f"l2e: the Trainer resumes at step {step}, but there is no {FILE} in "

@@ -8,16 +8,18 @@ its shape. Weights are read one tensor at a time and written one shard at a time
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from l2e.files import inside, keep_umask, read_pickled
 from model.config import ModelConfig
 from model.parameters import parameter_shapes
 
@@ -67,8 +69,10 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{folder} has no config.json: name a folder in Hugging Face's form")
     try:
         given = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): fetch it again") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} holds no JSON object: fetch it again")
     problems = list(_unsupported(given))
     if problems:
         raise ValueError(f"{path} describes a model this trainer cannot run: {'; '.join(problems)}")
@@ -186,8 +190,9 @@ def write_hugging_face(
         file = "model.safetensors" if len(shards) == 1 else file
         # Rows past the logical vocabulary belong to a layout, not to the model.
         tensors = {name: read(name)[: shapes[name][0]].to(dtype).contiguous() for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        written.append(folder / file)
+        path, told = folder / file, {"format": "pt"}
+        keep_umask(path, partial(save_file, tensors, path, metadata=told))
+        written.append(path)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(map(prod, shapes.values())) * dtype.itemsize
@@ -222,13 +227,13 @@ class _Shard:
     """One weight file, safetensors or a pickle of tensors, memory-mapped."""
 
     def __init__(self, path: Path):
+        self._pickled = None
+        if path.suffix != ".safetensors":
+            self._pickled = read_pickled(path)
+            return
         try:
-            if path.suffix == ".safetensors":
-                self._file = safe_open(path, framework="pt")
-                self._pickled = None
-            else:
-                self._pickled = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}): fetch it again") from None
 
     def names(self) -> list[str]:
@@ -243,18 +248,24 @@ class _Shard:
         return self._file.get_tensor(name) if self._pickled is None else self._pickled[name]
 
 
+def _files_of(index: Path) -> list[str]:
+    """The files that an index says the weights are in."""
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of weights ({error}): fetch it again") from None
+
+
 def _shards(folder: Path) -> list[_Shard]:
     """The folder's weight files, opened: one, or those its index names."""
     for file in WEIGHT_FILES:
         index = folder / f"{file}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            missing = [name for name in names if not (folder / name).is_file()]
+            paths = [inside(folder, name, index) for name in _files_of(index)]
+            missing = [str(path) for path in paths if not path.is_file()]
             if missing:
-                raise ValueError(
-                    f"{index} names {', '.join(missing)}, not found in {folder}: fetch them"
-                )
-            return [_Shard(folder / name) for name in names]
+                raise ValueError(f"{index} names {', '.join(missing)}, not found: fetch them")
+            return [_Shard(path) for path in paths]
         if (folder / file).is_file():
             return [_Shard(folder / file)]
     raise ValueError(f"{folder} has no weights: expected {' or '.join(WEIGHT_FILES)}, or an index")

@@ -8,7 +8,6 @@ import copy
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch
 from l2e.analysis.features import FeatureSet, distinct
 from l2e.analysis.kinds import KINDS
 from l2e.analysis.networks import Network
+from l2e.files import fresh_folder, refuse_foreign
 from l2e.progress import Progress
 
 CHARACTERS_A_TOKEN = 32  # of a text, read at first; few tokens are longer
@@ -101,11 +101,12 @@ def collect(
         folder, key, features, dropped, settings.kinds, num_layers=len(network.layers)
     )
     if folder.is_dir():
+        refuse_foreign("cache", folder)
         print(f"activations found in {folder}")
         return result
 
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".collecting-", dir=cache))
+    temporary = fresh_folder(cache, ".collecting-")
     try:
         shape = (len(network.layers), len(tokens), network.neurons)
         arrays = {

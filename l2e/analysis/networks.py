@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from l2e.hub import parse
+from l2e.hub import parse, refuse_stray_links
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,6 +107,7 @@ def open_network(source: str, *, device: str = "cpu", dtype: str = "float32") ->
 
     path, revision = parse(source)
     try:
+        refuse_stray_links(source)
         model = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=getattr(torch, dtype)
         )

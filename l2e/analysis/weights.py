@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from l2e.files import read_pickled
+from l2e.hub import refuse_escapes
+
 # Types whose numbers are the weights themselves.
 PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -25,6 +28,7 @@ def fetch_model(source: str, revision: str | None = None) -> Path:
     if not list(folder.glob("*.safetensors")):
         patterns.append("pytorch_model*.bin")
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    refuse_escapes(folder)
     return folder
 
 
@@ -46,8 +50,8 @@ class Weights:
             self._read |= {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
         if not self._read:
             for path in sorted(self.folder.glob("pytorch_model*.bin")):
-                tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-                self._read |= {name: partial(tensors.get, name) for name in tensors}
+                tensors = read_pickled(path)
+                self._read |= {name: partial(tensors.__getitem__, name) for name in tensors}
         if not self._read:
             raise ValueError(f"{folder}: no *.safetensors or pytorch_model*.bin with weights found")
 

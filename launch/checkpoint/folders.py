@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data.files import sha256, sync
+from l2e.files import create, inside
 from launch.checkpoint.tensorfile import FileRecord
 
 MANIFEST = "manifest.json"
@@ -47,7 +48,7 @@ def begin(final: Path) -> Path:
 def write_text(path: Path, text: str) -> FileRecord:
     """Write a small file to the disk."""
     data = text.encode()
-    with open(path, "wb") as file:
+    with create(path) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -116,6 +117,8 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         raise ValueError(f"{path} is damaged: {error}") from None
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path}: format {manifest.get('format')}, this version reads {FORMAT}")
+    for name in files:
+        inside(folder, name, path)
     return files
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from launch.checkpoint import folders
 from model.config import ModelConfig
 from model.gpt_neox import GPTNeoX
+from model.parameters import parameter_shapes
 
 MODEL = "model"
 STATE = "state.json"
@@ -92,9 +93,24 @@ class StoredCheckpoint:
     def read(self, name: str, kind: str = MODEL) -> Tensor:
         return self.tensors[kind][name][:]
 
+    def check_shapes(self) -> None:
+        """Every tensor of the configured model is there, in its shape, before any is made room."""
+        found = {name: tuple(part.get_shape()) for name, part in self.tensors[MODEL].items()}
+        for name, shape in parameter_shapes(self.model_config).items():
+            if found.get(name) != shape:
+                raise ValueError(
+                    f"{self.folder}: {name} should be {list(shape)} by its {CONFIG}, and is "
+                    f"{list(found[name]) if name in found else 'missing'}; name another checkpoint"
+                )
+
     @torch.no_grad()
     def build_model(self) -> GPTNeoX:
-        """The whole model in float32, in evaluation; needs a layout of one process a model."""
+        """The whole model in float32, in evaluation; needs a layout of one process a model.
+
+        Raises:
+            ValueError: the tensors are not those of the checkpoint's configuration.
+        """
+        self.check_shapes()  # first: only what is really there is worth its memory
         model = GPTNeoX(self.model_config, seed=0)
         for name, parameter in model.named_parameters():
             value = self.read(name)

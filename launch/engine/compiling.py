@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -24,8 +28,26 @@ def compile_as_asked(model: nn.Module, config: Config, device: torch.device) -> 
             return f"not compiled: train.compile is 'auto', which is for GPUs, not {device.type}"
         for reason, _ in compile_obstacles(config):
             return f"not compiled: {reason}"
+    use_own_cache()
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     return compile_blocks(blocks, config.model, device, TORCH_DTYPES[config.train.dtype])
+
+
+def use_own_cache() -> None:
+    """Let the compiler keep its code, which it runs, where no other user can put any.
+
+    Its default is a folder of /tmp whose name anybody can guess, and make first.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    folder = Path(tempfile.gettempdir(), f"l2e_inductor_{os.geteuid()}")
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o022
+    if not (private and found.st_uid == os.geteuid()):
+        folder = Path(tempfile.mkdtemp(prefix="l2e_inductor_"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 @contextmanager

@@ -57,7 +57,11 @@ class Lines:
         if not data:
             return None
         *lines, self.rest = (self.rest + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+        try:
+            messages = [json.loads(line) for line in lines]
+        except ValueError:  # a stranger: whatever looks for open ports
+            return None
+        return messages if all(isinstance(one, dict) for one in messages) else None
 
 
 class Member:

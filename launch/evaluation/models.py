@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from data.tokenizer import load_tokenizer
-from l2e.hub import parse
+from l2e.hub import parse, refuse_stray_links
 from launch.checkpoint.stored import TOKENIZER_FILES, StoredCheckpoint
 from launch.evaluation.harness import Scored
 from model.attention import remembering
@@ -95,6 +95,7 @@ def huggingface_config(source: str | Path) -> transformers.GPTNeoXConfig:
     """config.json of a GPT-NeoX model in Hugging Face form."""
     name, revision = parse(source)
     try:
+        refuse_stray_links(source)
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(

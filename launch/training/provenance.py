@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -20,6 +21,14 @@ from launch.engine.hardware import describe
 from launch.training.folder import MANIFEST, is_own, replace
 from launch.training.run import Run
 
+# What of the environment may change numbers or speed, and nothing else of it: there are secrets.
+VARIABLES = (
+    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_WORKSPACE_CONFIG"),
+    *("NVIDIA_TF32_OVERRIDE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONHASHSEED", "TRITON_INTERPRET"),
+    *("NCCL_ALGO", "NCCL_PROTO", "NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE", "GLOO_SOCKET_IFNAME"),
+    *("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"),
+)
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "tokenizers")
 
 
@@ -48,10 +57,16 @@ def write(run: Run, engine: Engine, data: dict[str, Any], resume: Path | None) -
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "hardware": describe(engine.device),
+        "environment": environment(),
         "data": data,
         "initial_std": deviations,
     }
     replace(path, json.dumps(manifest, indent=2) + "\n")
+
+
+def environment() -> dict[str, str]:
+    """The variables of `VARIABLES` that are set."""
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def git_commit() -> str | None:

@@ -1,0 +1,100 @@
+"""Files that are not taken on trust: through no link, of no other user, running nothing.
+
+What is written beside a result, or kept for the next time, bears a name that anybody can guess. In
+a folder that others can write to, a link under that name would lead the writing elsewhere, and a
+folder under it would be read as one's own.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, BinaryIO
+
+from l2e.problems import Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROOT_USER = 0
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file to write, in the place of what bore its name; a link is not followed."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
+
+def keep_umask(path: Path, write: Callable[[], object]) -> None:
+    """`write()` the file, which then is as readable as others of the user's; some libraries' are
+    their writer's alone."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    write()
+    path.chmod(mode)
+
+
+def no_follow(path: str, flags: int) -> int:
+    """An `opener` of `open` that refuses a link under the file's name."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def fresh_folder(parent: Path, prefix: str) -> Path:
+    """A new folder in `parent`, whose name begins with `prefix` and is nobody else's.
+
+    As readable as the user's umask says: others may share what it becomes, or may not.
+    """
+    folder = parent / f"{prefix}{secrets.token_hex(8)}"
+    folder.mkdir()
+    return folder
+
+
+def refuse_foreign(key: str, path: Path) -> None:
+    """Raise ValueError where what is to be read as one's own is a link, or another user's.
+
+    Taken are one's own, root's, and those of whoever owns the folder around them, who could change
+    anything in it; a disk of the network may write down another owner than the one who writes.
+    """
+    fix = "delete it, or name a folder of your own"
+    if path.is_symlink():
+        raise Problem(key, path, f"is a link (to {os.readlink(path)}), which is not followed", fix)
+    owner = path.stat().st_uid
+    if owner not in (os.geteuid(), ROOT_USER, path.parent.stat().st_uid):
+        reason = f"belongs to another user (number {owner}), whose work is not taken for yours"
+        raise Problem(key, path, reason, fix)
+
+
+def inside(folder: Path, name: object, source: Path) -> Path:
+    """The file of `folder` that the file `source` names; raises ValueError if that leads out of it.
+
+    Only the name is looked at: what lies in the folder may be a link of the user's own.
+    """
+    parts = PurePath(name).parts if isinstance(name, str) else ()
+    if not parts or "\0" in str(name) or ".." in parts or PurePath(*parts).is_absolute():
+        raise Problem(
+            "file name",
+            source,
+            f"names {name!r}, which is no file in {folder}",
+            "get an undamaged copy from a source you trust",
+        )
+    return folder.joinpath(*parts)
+
+
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a PyTorch file, memory-mapped; nothing in it is run.
+
+    Raises ValueError for a damaged file, and for one that holds anything but tensors by name.
+    """
+    import torch  # seconds, which the other files don't need
+
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # an unpickler may fail in any way
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} cannot be read ({reason}): fetch it again") from None
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError(f"{path} holds something else than tensors by name: fetch it again")
+    return tensors
