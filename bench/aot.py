@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 
 from l2e import triton_kernels
 from model import triton_loss
-from model.config import ModelConfig
+from model.config import ModelConfig, padded_vocab_size
 from model.loss import CHUNK_BYTES
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
@@ -208,7 +208,7 @@ def weight_gradient_bytes(preset: str) -> float:
     The first chunk's product writes it; each other one's is written, and read and added to it.
     """
     config, (batch, length) = ModelConfig(preset=preset), SHAPES[preset]
-    chunk = CHUNK_BYTES["cuda"] // (BYTES["bf16"] * config.padded_vocab_size(1))
+    chunk = CHUNK_BYTES["cuda"] // (BYTES["bf16"] * padded_vocab_size(config.vocab_size))
     chunks = math.ceil(batch * length / chunk)
     return (4 + (chunks - 1) * 16) * config.hidden_size / (batch * length)
 

@@ -144,7 +144,7 @@ def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int | None) -> list[Prob
             "model.vocab_size",
             vocab_size,
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids",
-            f"set model.vocab_size to {-(-tokenizer.vocab_size // 128) * 128} or another tokenizer",
+            f"set model.vocab_size to {tokenizer.vocab_size} or more, or another tokenizer",
         )
     ]
 

@@ -37,6 +37,15 @@ Preset = Literal["14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9
 VOCABULARY_MULTIPLE = 128
 
 
+def padded_vocab_size(vocab_size: int, tensor_parallel: int = 1) -> int:
+    """Rows of the embeddings that a layout allocates, over all tensor-parallel ranks.
+
+    Rows past `vocab_size` take no part in the softmax, so every layout has the same loss.
+    """
+    multiple = VOCABULARY_MULTIPLE * tensor_parallel
+    return -(-vocab_size // multiple) * multiple
+
+
 class ModelConfig(BaseModel):
     """One GPT-NeoX model. `preset` fills in a Pythia size; every key given beside it wins."""
 
@@ -120,11 +129,3 @@ class ModelConfig(BaseModel):
     def rotary_dims(self) -> int:
         """Channels of each head that carry positions."""
         return int(self.head_dim * self.rotary_percent)
-
-    def padded_vocab_size(self, tensor_parallel: int) -> int:
-        """Embedding rows that a layout allocates: a multiple of 128 a rank.
-
-        Rows past `vocab_size` take no part in the softmax, so every layout has the same loss.
-        """
-        multiple = VOCABULARY_MULTIPLE * tensor_parallel
-        return -(-self.vocab_size // multiple) * multiple

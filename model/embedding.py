@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import ModelConfig, padded_vocab_size
 from model.init import initializer
 from model.linears import (
     ColumnLinear,
@@ -20,7 +20,7 @@ class InputEmbedding(TokenEmbedding):
 
     def __init__(self, config: ModelConfig, *, seed: int, sequence_parallel: bool = False):
         super().__init__(
-            config.padded_vocab_size(tensor_parallel_size()),
+            padded_vocab_size(config.vocab_size, tensor_parallel_size()),
             config.hidden_size,
             initializer("gpt_neox.embed_in.weight", config, seed),
             sequence_parallel=sequence_parallel,
@@ -42,7 +42,7 @@ class OutputEmbedding(ColumnLinear):
     def __init__(self, config: ModelConfig, *, seed: int, sequence_parallel: bool = False):
         super().__init__(
             config.hidden_size,
-            config.padded_vocab_size(tensor_parallel_size()),
+            padded_vocab_size(config.vocab_size, tensor_parallel_size()),
             initializer("embed_out.weight", config, seed),
             bias=False,
             sequence_parallel=sequence_parallel,

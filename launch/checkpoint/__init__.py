@@ -11,7 +11,7 @@ rank that loads reads its slices. What a folder `step_0000100` holds:
     state.json                            step, tokens, layout, loss scale, optimizer
     tokenizer.json or tokenizer.model     the run's tokenizer
     config.json                           the run's configuration
-    manifest.json                         size and SHA-256 of every file
+    files.json                            size and SHA-256 of every file
 """
 
 from launch.checkpoint.loading import load

@@ -1,7 +1,7 @@
 """Folders that are either whole or not there: how checkpoints reach the disk.
 
-A checkpoint `step_0000100` is written into `step_0000100.tmp`. When all its files and their
-manifest (sizes and SHA-256) are on the disk, the folder is renamed, and only then does the file
+A checkpoint `step_0000100` is written into `step_0000100.tmp`. When all its files and the list of
+them (sizes and SHA-256) are on the disk, the folder is renamed, and only then does the file
 `latest` name it. A process killed at any moment leaves the earlier checkpoints as they were.
 """
 
@@ -18,7 +18,8 @@ from data.files import sha256, sync
 from l2e.files import create, inside
 from launch.checkpoint.tensorfile import FileRecord
 
-MANIFEST = "manifest.json"
+FILES = "files.json"
+FILES_BEFORE = "manifest.json"  # its name in checkpoints written before it had one of its own
 LATEST = "latest"
 FORMAT = 1
 # A checkpoint, or one that a new save of the same step was about to replace when it was killed.
@@ -71,7 +72,7 @@ def copy_file(source: Path, target: Path) -> FileRecord:
 def commit(temporary: Path, final: Path, records: Mapping[str, FileRecord]) -> None:
     """Make `temporary` the checkpoint `final`. Every file in it must be on the disk already."""
     files = {name: asdict(record) for name, record in sorted(records.items())}
-    write_text(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
+    write_text(temporary / FILES, json.dumps({"format": FORMAT, "files": files}, indent=1))
     sync(temporary)
     replaced = final.with_name(final.name + ".replaced")
     if final.exists():
@@ -98,25 +99,32 @@ def cannot_write(path: Path, error: OSError) -> str:
     )
 
 
-def read_manifest(folder: Path) -> dict[str, FileRecord]:
+def file_list(folder: Path) -> Path | None:
+    """The list of a checkpoint's files, with which it is finished; None where there is none."""
+    return next(
+        (folder / name for name in (FILES, FILES_BEFORE) if (folder / name).is_file()), None
+    )
+
+
+def read_records(folder: Path) -> dict[str, FileRecord]:
     """File name -> record of a finished checkpoint.
 
     Raises:
-        ValueError: no manifest, or not one.
+        ValueError: no list of files, or not one.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
+    path = file_list(folder)
+    if path is None:
         raise ValueError(
-            f"{folder} is no finished checkpoint: {MANIFEST} is missing (a save that was "
+            f"{folder} is no finished checkpoint: {FILES} is missing (a save that was "
             "interrupted, or another kind of folder)"
         )
     try:
-        manifest = json.loads(path.read_text())
-        files = {name: FileRecord(**record) for name, record in manifest["files"].items()}
+        listed = json.loads(path.read_text())
+        files = {name: FileRecord(**record) for name, record in listed["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {manifest.get('format')}, this version reads {FORMAT}")
+    if listed.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {listed.get('format')}, this version reads {FORMAT}")
     for name in files:
         inside(folder, name, path)
     return files
@@ -125,7 +133,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
 def damage(folder: Path, names: Iterable[str] | None = None) -> list[str]:
     """What is wrong with a checkpoint's files (those of `names`; default: all); [] if intact."""
     try:
-        records = read_manifest(folder)
+        records = read_records(folder)
     except ValueError as error:
         return [str(error)]
     found = []
@@ -136,13 +144,14 @@ def damage(folder: Path, names: Iterable[str] | None = None) -> list[str]:
         elif path.stat().st_size != record.bytes:
             found.append(f"{path} has {path.stat().st_size} bytes instead of {record.bytes}")
         elif sha256(path) != record.sha256:
-            found.append(f"{path} has changed: its SHA-256 is not the manifest's")
+            found.append(f"{path} has changed: its SHA-256 is not the one that was written")
     return found
 
 
 def unlisted(folder: Path, records: Mapping[str, FileRecord]) -> str:
-    extra = sorted({path.name for path in folder.iterdir()} - set(records) - {MANIFEST})
-    return f" (in its place, unknown to the manifest: {', '.join(extra)})" if extra else ""
+    known = {*records, FILES, FILES_BEFORE}
+    extra = sorted({path.name for path in folder.iterdir()} - known)
+    return f" (in its place, unlisted: {', '.join(extra)})" if extra else ""
 
 
 def checkpoints(folder: Path) -> list[Path]:

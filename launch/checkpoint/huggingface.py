@@ -111,7 +111,9 @@ def in_hugging_face_form(source: str, folder: str | Path) -> str:
     if not (is_run or is_checkpoint):
         return source
     stored = open_checkpoint(path)
-    content = sha256(stored.folder / folders.MANIFEST)[:12]
+    files = folders.file_list(stored.folder)
+    assert files is not None  # it could be opened
+    content = sha256(files)[:12]
     run = stored.folder.resolve().parents[1].name
     exported = Path(folder) / f"{run}-{content}" / stored.folder.name
     if not exported.is_dir():
@@ -236,7 +238,7 @@ def reshard(source: StoredCheckpoint, output: Path, tensor: int, pipeline: int) 
         config = source.config
         layout = {"tensor": tensor, "pipeline": pipeline}
         config["parallel"] = config.get("parallel", {}) | layout
-        names = [name for name in folders.read_manifest(source.folder) if name != CONFIG]
+        names = [name for name in folders.read_records(source.folder) if name != CONFIG]
         records = copy_files(temporary, [source.folder / name for name in names])
         records[CONFIG] = folders.write_text(temporary / CONFIG, json.dumps(config, indent=1))
         folders.commit(temporary, output, records)

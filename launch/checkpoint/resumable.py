@@ -56,7 +56,7 @@ def verify(folder: Path) -> list[str]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return folders.damage(folder)
     try:
-        names = sorted(folders.read_manifest(folder))
+        names = sorted(folders.read_records(folder))
     except ValueError as error:
         return [str(error)]
     own = folders.damage(folder, names[dist.get_rank() :: dist.get_world_size()])

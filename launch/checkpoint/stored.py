@@ -125,11 +125,11 @@ def open_checkpoint(path: str | Path) -> StoredCheckpoint:
         ValueError: no checkpoint there, or a damaged one.
     """
     folder = Path(path)
-    if not (folder / folders.MANIFEST).is_file() or (folder / "checkpoints").is_dir():
+    if (folder / "checkpoints").is_dir() or folders.file_list(folder) is None:
         found = folders.current(folder / "checkpoints")
         if not found:
             raise ValueError(
-                f"{path}: neither a checkpoint (no {folders.MANIFEST}) nor the folder of a run "
+                f"{path}: neither a checkpoint (no {folders.FILES}) nor the folder of a run "
                 "with checkpoints"
             )
         folder = found[0]

@@ -99,7 +99,7 @@ def huggingface_config(source: str | Path) -> transformers.GPTNeoXConfig:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{source}: neither one of our checkpoints (manifest.json) nor a model in Hugging "
+            f"{source}: neither one of our checkpoints (files.json) nor a model in Hugging "
             f"Face form ({str(error).strip().splitlines()[0]})"
         ) from None
     if config.model_type != "gpt_neox":

@@ -70,7 +70,7 @@ def find_models(checkpoint: str, steps: str) -> list[tuple[int | None, str]]:
 
 def load(source: str, options: argparse.Namespace) -> Scored:
     dtype, device = TORCH_DTYPES[options.dtype], torch.device(options.device)
-    if (Path(source) / folders.MANIFEST).is_file():
+    if folders.file_list(Path(source)) is not None:
         return models.from_checkpoint(open_checkpoint(source), dtype, device)
     return models.from_huggingface(source, dtype, device)
 

@@ -7,8 +7,9 @@ arithmetic and a test can hold each of them against a counted or measured value.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 from typing import Protocol
+
+from model.config import padded_vocab_size
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32 = 4
@@ -74,12 +75,6 @@ class LayoutPlan:
 # --- parameters -----------------------------------------------------------------------------
 
 
-def padded_vocabulary(vocab_size: int, tensor: int = 1) -> int:
-    """Rows of the embeddings: a multiple of 128 on every tensor-parallel rank."""
-    multiple = 128 * tensor
-    return ceil(vocab_size / multiple) * multiple
-
-
 def block_matmul_parameters(model: ModelShape) -> int:
     """Weights of a block's four linears: QKV, attention output, h->4h, 4h->h."""
     return 4 * model.hidden_size**2 + 2 * model.hidden_size * model.intermediate_size
@@ -99,7 +94,7 @@ def block_parameters(model: ModelShape, tensor: int = 1) -> int:
 
 def embedding_parameters(model: ModelShape, tensor: int = 1) -> int:
     """Parameters of one embedding (input or output, they are untied) on one rank."""
-    return padded_vocabulary(model.vocab_size, tensor) // tensor * model.hidden_size
+    return padded_vocab_size(model.vocab_size, tensor) // tensor * model.hidden_size
 
 
 def parameters(model: ModelShape) -> int:
@@ -178,7 +173,7 @@ def logits_memory(model: ModelShape, layout: LayoutPlan) -> int:
     gradient comes, and the two gradients it computes at once, the hidden states' and, in fp32, the
     output embedding's (twice while chunks are added up).
     """
-    columns = padded_vocabulary(model.vocab_size, layout.tensor) // layout.tensor
+    columns = padded_vocab_size(model.vocab_size, layout.tensor) // layout.tensor
     element = BYTES[layout.dtype]
     chunk = min(layout.logits_bytes, layout.micro_tokens * columns * element)
     hidden_gradient = layout.micro_tokens * model.hidden_size * element

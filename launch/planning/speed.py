@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from launch.planning import cost
 from launch.planning.cost import BYTES, LayoutPlan, ModelShape
+from model.config import padded_vocab_size
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def block_seconds(model: ModelShape, layout: LayoutPlan, clock: Clock) -> float:
 
 def head_seconds(model: ModelShape, layout: LayoutPlan, clock: Clock) -> float:
     """The output embedding and the cross-entropy of one micro-batch."""
-    columns = cost.padded_vocabulary(model.vocab_size, layout.tensor) / layout.tensor
+    columns = padded_vocab_size(model.vocab_size, layout.tensor) / layout.tensor
     loss = clock.moved(layout.micro_tokens * columns * LOSS_BYTES)
     return clock.linear(layout.micro_tokens, model.hidden_size, columns) + loss
 

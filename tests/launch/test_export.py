@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.checkpoint import huggingface
-from launch.checkpoint.folders import FORMAT, MANIFEST, read_manifest, write_text
+from launch.checkpoint.folders import FILES, FORMAT, read_records, write_text
 from launch.checkpoint.stored import StoredCheckpoint
 from launch.export import main
 from tests.launch.models import huggingface_model
@@ -108,7 +108,7 @@ def test_special_tokens_are_the_tokenizers(folders, tmp_path):
         (checkpoint / name).unlink(missing_ok=True)
     records = present(checkpoint)
     records["state.json"] = write_text(checkpoint / "state.json", json.dumps(state))
-    write_manifest(checkpoint, records)
+    write_records(checkpoint, records)
     export("to-hf", "--checkpoint", checkpoint, "--output", tmp_path / "exported")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     assert model.config.bos_token_id is None  # the tokenizer has none
@@ -118,15 +118,15 @@ def test_special_tokens_are_the_tokenizers(folders, tmp_path):
 
 
 def present(checkpoint: Path) -> dict:
-    """The manifest's records of the files that are there."""
-    records = read_manifest(checkpoint)
+    """The records of the files that are there."""
+    records = read_records(checkpoint)
     return {name: record for name, record in records.items() if (checkpoint / name).is_file()}
 
 
-def write_manifest(checkpoint: Path, records: dict) -> None:
+def write_records(checkpoint: Path, records: dict) -> None:
     """Let the checkpoint be what it has been changed to."""
     files = {name: dataclasses.asdict(record) for name, record in records.items()}
-    (checkpoint / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}))
+    (checkpoint / FILES).write_text(json.dumps({"format": FORMAT, "files": files}))
 
 
 def test_an_export_has_a_model_card_that_loads_it(folders, tmp_path, monkeypatch):

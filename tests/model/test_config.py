@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from model import PRESETS, ModelConfig
+from model.config import padded_vocab_size
 from model.gpt_neox import GPTNeoX
 from model.parameters import parameter_shapes
 
@@ -85,4 +86,8 @@ def test_wrong_shapes_are_refused(given, message):
 
 def test_padded_vocabulary_is_pythias():
     config = ModelConfig(preset="70m", vocab_size=50277)
-    assert [config.padded_vocab_size(ranks) for ranks in (1, 2, 4)] == [50304, 50432, 50688]
+    assert [padded_vocab_size(config.vocab_size, ranks) for ranks in (1, 2, 4)] == [
+        50304,
+        50432,
+        50688,
+    ]

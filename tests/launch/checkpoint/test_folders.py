@@ -97,9 +97,20 @@ def test_every_kind_of_damage_names_the_file(tmp_path):
     assert second.name in problem
     assert "model-00002-of-00004.safetensors" in problem
 
-    (final / folders.MANIFEST).unlink()
+    (final / folders.FILES).unlink()
     (problem,) = folders.damage(final)
     assert "no finished checkpoint" in problem
+
+
+def test_a_checkpoint_written_before_is_as_good(tmp_path):
+    """Its list of files had the name of the run's manifest."""
+    final = save(tmp_path, 1)
+    (final / "files.json").rename(final / "manifest.json")
+    assert folders.damage(final) == []
+    (final / "model-00001-of-00002.safetensors").unlink()
+    (problem,) = folders.damage(final)
+    assert "is missing" in problem
+    assert "manifest.json" not in problem
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

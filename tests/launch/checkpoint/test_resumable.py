@@ -3,7 +3,7 @@
 import pytest
 
 from launch.checkpoint import find_resumable
-from launch.checkpoint.folders import MANIFEST
+from launch.checkpoint.folders import FILES
 from tests.launch.checkpoint.test_folders import save
 
 
@@ -21,7 +21,7 @@ def test_auto_takes_the_newest_intact_one_and_says_so(tmp_path, capsys):
     assert find_resumable(tmp_path, "auto") == steps[2]
     assert find_resumable(tmp_path, "none") is None
     name = damage(steps[2])
-    (steps[1] / MANIFEST).unlink()
+    (steps[1] / FILES).unlink()
     assert find_resumable(tmp_path, "auto") == steps[0]
     said = capsys.readouterr().out
     assert f"{steps[2]} is damaged and passed over" in said

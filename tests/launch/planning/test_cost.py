@@ -78,11 +78,6 @@ def test_flops_equal_those_torch_counts_in_a_training_step():
     assert counter.get_total_flops() == cost.flops_per_token(TINY, length) * batch * length
 
 
-@pytest.mark.parametrize(("tensor", "rows"), [(1, 50304), (2, 50432), (4, 50688)])
-def test_vocabulary_is_padded_as_pythias(tensor, rows):
-    assert cost.padded_vocabulary(50277, tensor) == rows
-
-
 @pytest.mark.parametrize("pipeline", [1, 2, 4])
 def test_stages_hold_the_whole_model_once(pipeline):
     layout = LayoutPlan(pipeline=pipeline)
