@@ -146,16 +146,16 @@ def layer_variants(dtype: str) -> Iterator[tuple[str, Any, dict[str, object]]]:
         title = activation or "identity"
         for method in ("regularize", "deactivate", "none"):
             chosen = common | {"METHOD": method, "SELECTING": True, "SUMMING": True}
-            yield f"forward {title} {method}", triton_kernels._forward, chosen
+            yield f"forward {title} {method}", triton_kernels.forward_kernel, chosen
             for balanced in (False, True) if method == "regularize" else (False,):
                 chosen = common | {"METHOD": method, "BALANCED": balanced}
                 name = f"backward {title} {method}{' scale_invariant' if balanced else ''}"
-                yield name, triton_kernels._backward, chosen
+                yield name, triton_kernels.backward_kernel, chosen
         observing = common | {"METHOD": "regularize", "SELECTING": False, "SUMMING": True}
-        yield f"forward {title} before selection", triton_kernels._forward, observing
+        yield f"forward {title} before selection", triton_kernels.forward_kernel, observing
         again = common | {"METHOD": "regularize", "SELECTING": True, "SUMMING": False}
-        yield f"forward {title} recomputed", triton_kernels._forward, again
-        yield f"measure {title}", triton_kernels._measure, common
+        yield f"forward {title} recomputed", triton_kernels.forward_kernel, again
+        yield f"measure {title}", triton_kernels.measure_kernel, common
 
 
 def layer_row(target: str, dtype: str, name: str, kernel: Any, constants: dict) -> dict:
@@ -180,8 +180,8 @@ def loss_rows(target: str, dtype: str) -> list[dict]:
     """The two passes of the softmax over a chunk of logits."""
     rows = []
     for name, kernel in (
-        ("softmax normaliser", triton_loss._normaliser),
-        ("softmax gradient", triton_loss._gradient),
+        ("softmax normaliser", triton_loss.normaliser_kernel),
+        ("softmax gradient", triton_loss.gradient_kernel),
     ):
         constants = {"BLOCK": triton_loss.BLOCK}
         compiled = compile_for(target, kernel, dtype, triton_loss.WARPS, **constants)

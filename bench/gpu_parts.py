@@ -292,10 +292,10 @@ def layer_times(part: Part, tokens: int, neurons: int, copy: float) -> dict[str,
         ours = triton_kernels.PROGRAMS_PER_PROCESSOR, triton_kernels.WARPS
         for programs, warps in ((6, 4), (7, 4), (8, 2), (10, 2), (14, 2), (16, 2), (24, 1)):
             triton_kernels.PROGRAMS_PER_PROCESSOR, triton_kernels.WARPS = programs, warps
-            triton_kernels._programs_at_once.cache_clear()
+            triton_kernels.programs_at_once.cache_clear()
             found[f"programs {programs}, warps {warps}"] = both(triton_kernels, 10)
         triton_kernels.PROGRAMS_PER_PROCESSOR, triton_kernels.WARPS = ours
-        triton_kernels._programs_at_once.cache_clear()
+        triton_kernels.programs_at_once.cache_clear()
     return found
 
 
@@ -306,13 +306,13 @@ def loss(part: Part) -> None:
     """The cross-entropy against float64, and its time beside its matrix products'."""
     from megatron.core import parallel_state
 
-    from model.loss import _fused_softmax, cross_entropy
+    from model.loss import cross_entropy, fused_softmax
 
     with one_process(DEVICE):
         group = parallel_state.get_tensor_model_parallel_group()
         for name, dtype in DTYPES.items():
             with part.attempt(name):
-                fused = _fused_softmax(DEVICE, dtype, group) is not None
+                fused = fused_softmax(DEVICE, dtype, group) is not None
                 errors = loss_errors(part, dtype, group)
                 part.save(**{f"loss_{name}": {"triton": fused} | errors})
                 if not max(errors.values()) <= {"fp32": 1e-5}.get(name, 1e-2):

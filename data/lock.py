@@ -32,7 +32,7 @@ class Lock:
     def __init__(self, path: Path):
         self.path = path
         self._file = _open(path)
-        while not self._is_ours():  # its last holder took the file away meanwhile
+        while not self.is_ours():  # its last holder took the file away meanwhile
             os.close(self._file)
             self._file = _open(path)
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -40,7 +40,7 @@ class Lock:
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, holder.encode(), 0)
 
-    def _is_ours(self) -> bool:
+    def is_ours(self) -> bool:
         """Take the lock; whether it is that of the file which bears the name now."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

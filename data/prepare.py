@@ -112,7 +112,7 @@ def prepare(what: Preparation) -> dict:
     }
 
     def fill(partial: PartialCorpus) -> None:
-        _tokenize(what, partial, tokenizer)
+        tokenize(what, partial, tokenizer)
         about = {
             "dtype": np.dtype(tokenizer.dtype).name,
             "tokenizer_path": str(what.tokenizer),
@@ -145,7 +145,7 @@ def write_whole(
         try:
             if not partial.finished:
                 fill(partial)
-            return _move_into_place(output, partial)
+            return move_into_place(output, partial)
         except Interrupted:
             raise
         except ValueError:
@@ -184,7 +184,7 @@ def _already_done(output: str, job: dict) -> dict | None:
     )
 
 
-def _tokenize(what: Preparation, partial: PartialCorpus, tokenizer: Tokenizer) -> None:
+def tokenize(what: Preparation, partial: PartialCorpus, tokenizer: Tokenizer) -> None:
     """Everything the sources still have, into the partial corpus, in their order."""
     starts, total = _source_starts(what.sources)
     progress = Progress(total=total or None, desc="preparing", unit="B", unit_scale=True)
@@ -363,7 +363,7 @@ def finish(partial: PartialCorpus, sources: list[Source], about: dict) -> None:
     )
 
 
-def _move_into_place(output: str, partial: PartialCorpus) -> dict:
+def move_into_place(output: str, partial: PartialCorpus) -> dict:
     """Rename the finished files, the manifest last; a second call goes on with the rest."""
     folder = partial.folder
     targets = {TOKENS: bin_path(output), INDEX: idx_path(output)}

@@ -293,38 +293,38 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import SentencePieceProcessor
 
         super().__init__(path, content, end_of_text)
-        self._model = SentencePieceProcessor(model_proto=content)
-        self.vocab_size = self._model.vocab_size()
-        self.unknown = self._model.unk_id()
-        mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        self.model = SentencePieceProcessor(model_proto=content)
+        self.vocab_size = self.model.vocab_size()
+        self.unknown = self.model.unk_id()
+        mark = [self.model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._mark_ids = mark if self.unknown not in mark else None
 
     def unsaid(self, text: str) -> Unsaid:
-        found = self._model.encode_as_offset_mapping(text)
+        found = self.model.encode_as_offset_mapping(text)
         return _count(text, found["ids"], found["offsets"], self.unknown)
 
     def name_of(self, token: int) -> str:
-        return self._model.id_to_piece(token)
+        return self.model.id_to_piece(token)
 
     def _id_of(self, name: str) -> int | None:
-        found = self._model.piece_to_id(name)
+        found = self.model.piece_to_id(name)
         return None if found == self.unknown else found
 
     def _ends(self) -> list[str]:
-        end = self._model.eos_id()
+        end = self.model.eos_id()
         if end >= 0:
-            return [self._model.id_to_piece(end)]
+            return [self.model.id_to_piece(end)]
         return [name for name in END_OF_TEXT if self._id_of(name) is not None]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [
             ids if SPACE_MARK not in text or self._mark_ids is None else self._encode_marked(text)
-            for text, ids in zip(texts, self._model.encode(list(texts)), strict=True)
+            for text, ids in zip(texts, self.model.encode(list(texts)), strict=True)
         ]
 
     def _encode_marked(self, text: str) -> list[int]:
         """A text with U+2581 in it: sentencepiece itself would turn it into a space."""
-        first, *rest = (self._model.encode(part) for part in text.split(SPACE_MARK))
+        first, *rest = (self.model.encode(part) for part in text.split(SPACE_MARK))
         return first + [i for part in rest for i in self._mark_ids + part]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -333,11 +333,11 @@ class SentencePieceTokenizer(Tokenizer):
         part: list[int] = []
         for i in map(int, ids):
             if i == self.eod:
-                parts += [self._model.decode(part), self._model.id_to_piece(i)]
+                parts += [self.model.decode(part), self.model.id_to_piece(i)]
                 part = []
             else:
                 part.append(i)
-        return "".join([*parts, self._model.decode(part)])
+        return "".join([*parts, self.model.decode(part)])
 
 
 def train_sentencepiece(

@@ -248,7 +248,7 @@ def _store(
 
 
 @triton.jit
-def _forward(
+def forward_kernel(
     pre_pointer,
     bias_pointer,
     mean_pointer,
@@ -318,7 +318,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def backward_kernel(
     pre_pointer,
     bias_pointer,
     gradient_pointer,
@@ -390,7 +390,7 @@ def _backward(
 
 
 @triton.jit
-def _measure(
+def measure_kernel(
     pre_pointer,
     bias_pointer,
     mean_pointer,
@@ -449,13 +449,13 @@ def _measure(
 
 def forward(pre: Tensor, arguments: kernels.KernelArguments, sums: Tensor | None) -> Tensor:
     """`kernels.forward` in one pass over `pre`."""
-    launch = _Launch(pre, arguments)
+    launch = Launch(pre, arguments)
     out = torch.empty_like(pre)
     partial = None
     if sums is not None:
         partial = launch.partial(3 * launch.neurons + launch.tiles)
     launch(
-        _forward,
+        forward_kernel,
         pre,
         launch.or_any(arguments.bias),
         arguments.mean,
@@ -477,13 +477,13 @@ def backward(
     grad: Tensor, pre: Tensor, arguments: kernels.KernelArguments, loss_gradient: Tensor | float
 ) -> kernels.Gradients:
     """`kernels.backward` in one pass over `pre` and `grad`."""
-    launch = _Launch(pre, arguments)
+    launch = Launch(pre, arguments)
     out = torch.empty_like(pre)
     partial = None if arguments.bias is None else launch.partial(launch.neurons)
     if not isinstance(loss_gradient, Tensor):
         loss_gradient = torch.full((), loss_gradient, dtype=torch.float32, device=pre.device)
     launch(
-        _backward,
+        backward_kernel,
         pre,
         launch.or_any(arguments.bias),
         grad.contiguous(),
@@ -511,14 +511,14 @@ def measure(
     """`kernels.measure` in one pass over `pre`."""
     if len(pre) == 0:
         return
-    launch = _Launch(pre, arguments)
+    launch = Launch(pre, arguments)
     fourth_partial = launch.partial(launch.neurons)
     largest_partial = launch.partial(launch.tiles)
     counts_partial = torch.zeros(
         launch.programs * launch.tiles, BINS, dtype=torch.int32, device=pre.device
     )
     launch(
-        _measure,
+        measure_kernel,
         pre,
         launch.or_any(arguments.bias),
         arguments.mean,
@@ -542,7 +542,7 @@ def tiles(element: int) -> dict[str, int]:
     return {"TILE_TOKENS": tokens, "TILE_NEURONS": 32 * vector, "VECTOR": vector}
 
 
-class _Launch:
+class Launch:
     """One kernel's launch over [tokens, neurons]: every program takes some tokens of one tile.
 
     So many programs as run at once: no last wave leaves a GPU half idle.
@@ -553,7 +553,7 @@ class _Launch:
         self.tokens, self.neurons = pre.shape
         self.tile = tiles(pre.element_size())
         self.tiles = triton.cdiv(self.neurons, self.tile["TILE_NEURONS"])
-        most = max(1, _programs_at_once(pre.device) // self.tiles)
+        most = max(1, programs_at_once(pre.device) // self.tiles)
         step = self.tile["TILE_TOKENS"]
         self.program_tokens = step * max(1, triton.cdiv(self.tokens, most * step))
         self.programs = triton.cdiv(self.tokens, self.program_tokens)
@@ -586,7 +586,7 @@ class _Launch:
 
 
 @cache
-def _programs_at_once(device: torch.device) -> int:
+def programs_at_once(device: torch.device) -> int:
     if device.type != "cuda":
         return PROGRAMS_INTERPRETED
     processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -53,7 +53,7 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         first_row = dist.get_rank(group) * weight.shape[0]
         vocabulary = min(max(vocab_size - first_row, 0), weight.shape[0])  # of this shard
-        tokens, fused = hidden.shape[0], _fused_softmax(hidden.device, hidden.dtype, group)
+        tokens, fused = hidden.shape[0], fused_softmax(hidden.device, hidden.dtype, group)
         element = hidden.element_size() if fused else torch.float32.itemsize
         chunk_tokens = min(_chunk_tokens(weight, element), tokens)
         # One or two buffers for all chunks: new memory each time costs page faults.
@@ -114,7 +114,7 @@ class _PlainSoftmax:
 
 
 @cache
-def _fused_softmax(
+def fused_softmax(
     device: torch.device, dtype: torch.dtype, group: dist.ProcessGroup
 ) -> Softmax | None:
     """Triton's softmax where every rank has a GPU and it agrees with float64; None elsewhere.

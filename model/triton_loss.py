@@ -35,7 +35,7 @@ def _load(logits, columns, rows, vocabulary):
 
 
 @triton.jit
-def _normaliser(
+def normaliser_kernel(
     logits_pointer,
     labels_pointer,
     peak_pointer,
@@ -65,7 +65,7 @@ def _normaliser(
 
 
 @triton.jit
-def _gradient(
+def gradient_kernel(
     logits_pointer,
     labels_pointer,
     peak_pointer,
@@ -106,13 +106,13 @@ def softmax(
     peak, total, target = logits.new_empty(3, tokens, dtype=torch.float32)
     targets = targets.contiguous()
     with torch.cuda.device_of(logits):
-        _normaliser[(tokens,)](
+        normaliser_kernel[(tokens,)](
             logits, targets, peak, total, target, rows, vocabulary, BLOCK=BLOCK, num_warps=WARPS
         )
         if group is not None and dist.get_world_size(group) > 1:
             _join(peak, total, target, group)
         if wants_gradient:
-            _gradient[(tokens,)](
+            gradient_kernel[(tokens,)](
                 logits, targets, peak, total, rows, vocabulary, BLOCK=BLOCK, num_warps=WARPS
             )
     return total.log() + (peak - target)

@@ -1,7 +1,11 @@
-"""`python -m tests.house`: imports run downward only, in no circle, and to modules that exist.
+"""`python -m tests.house`: how the files of the house may know of each other.
 
-The arrows are those of docs/architecture.md. An import inside a function counts as one at the top;
-one for type checkers alone counts for the direction, not for a circle.
+Imports run downward only, in no circle, and to modules that exist. The arrows are those of
+docs/architecture.md. An import inside a function counts as one at the top; one for type checkers
+alone counts for the direction, not for a circle.
+
+A name with a leading underscore is its own file's: no other file imports it, reaches it as an
+attribute, or puts another thing in its place.
 """
 
 from __future__ import annotations
@@ -56,7 +60,7 @@ def wrong_in(root: Path) -> list[str]:
     """Every import under `root` that should not be."""
     modules = find_modules(root)
     arrows = [arrow for name, path in modules.items() for arrow in imports(name, path, modules)]
-    return [*upward(arrows), *missing(arrows, modules), *circles(arrows)]
+    return [*upward(arrows), *missing(arrows, modules), *circles(arrows), *trespasses(root)]
 
 
 def find_modules(root: Path) -> dict[str, Path]:
@@ -142,6 +146,51 @@ def way_back(start: str, below: dict[str, set[str]]) -> list[str] | None:
                 seen.add(target)
                 paths.append([*path, target])
     return None
+
+
+def trespasses(root: Path) -> Iterator[str]:
+    """Private names that a file other than their own uses."""
+    folders = [*sorted({name.partition(".")[0] for name in BELOW}), "bench", "docs", "tests"]
+    paths = [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    own = {path: set(private_names(tree)) for path, tree in trees.items()}
+    everyones = set().union(*own.values())
+    for path, tree in trees.items():
+        for name, line in uses(tree):
+            if name in everyones - own[path]:
+                yield f"{path.relative_to(root)}:{line} uses {name}, which is another file's own"
+
+
+def is_private(name: str) -> bool:
+    """A trailing underscore, too, makes the name one of Python's or of a notebook's."""
+    return name.startswith("_") and not name.endswith("_")
+
+
+def private_names(tree: ast.AST) -> Iterator[str]:
+    """What a file defines or sets under a private name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            name = node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            name = node.attr
+        else:
+            continue
+        if is_private(name):
+            yield name
+
+
+def uses(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """What a file imports, reaches as an attribute, or replaces by name, and on which line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            yield node.attr, node.lineno
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "getattr")):
+            names = [word.value for word in node.args if isinstance(word, ast.Constant)]
+            yield from ((name, node.lineno) for name in names if isinstance(name, str))
 
 
 if __name__ == "__main__":

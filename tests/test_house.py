@@ -7,7 +7,8 @@ import pytest
 from tests import house
 
 TIDY = {
-    "l2e/layer.py": "import torch",
+    "l2e/layer.py": "import torch\ndef _made(): ...\nclass Layer:\n    _parts = ()",
+    "bench/speed.py": "import torch\ntorch._dynamo.reset()\ndef _made(): ...\n_made()",
     "data/corpus.py": "from l2e.layer import Layer",
     "launch/engine/engine.py": "def build():\n    from data import corpus",
     "launch/pretrain.py": "from launch.engine.engine import build",
@@ -37,6 +38,9 @@ def complaints(root: Path, changes: dict[str, str]) -> list[str]:
             {"data/index.py": "import data.order", "data/order.py": "from data import index"},
             "a circle: data.index imports data.order imports data.index",
         ),
+        ({"data/index.py": "from l2e.layer import _made"}, "data/index.py:1 uses _made"),
+        ({"tests/test_layer.py": "layer.Layer()._parts"}, "tests/test_layer.py:1 uses _parts"),
+        ({"bench/speed.py": "\nmonkey.setattr(layer, '_made', 5)"}, "bench/speed.py:2 uses _made"),
     ],
 )  # fmt: skip
 def test_each_disorder_is_told(tmp_path: Path, changes: dict[str, str], told: str) -> None:

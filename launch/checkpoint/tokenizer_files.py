@@ -48,14 +48,14 @@ def write_tokenizer(
 
 def named(original: SentencePieceTokenizer) -> dict[str, str]:
     """The special pieces that a sentencepiece model has."""
-    model = original._model
+    model = original.model
     ids = {"bos_token": model.bos_id(), "unk_token": model.unk_id(), "pad_token": model.pad_id()}
     return {name: model.id_to_piece(number) for name, number in ids.items() if number >= 0}
 
 
 def from_sentencepiece(original: SentencePieceTokenizer) -> Tokenizer:
     """A byte-pair sentencepiece model as merges, best score first, as it applies them itself."""
-    model = original._model
+    model = original.model
     pieces = {model.id_to_piece(number): number for number in range(model.vocab_size())}
     merges = []
     for piece, number in pieces.items():

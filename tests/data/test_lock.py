@@ -64,14 +64,14 @@ def test_a_file_that_its_holder_took_away_is_made_anew(tmp_path, monkeypatch):
     """The next one has opened the file when its holder removes it."""
     path = tmp_path / "lock"
     first = Lock(path)
-    original = Lock._is_ours
+    original = Lock.is_ours
 
     def late(self):
-        monkeypatch.setattr(Lock, "_is_ours", original)
+        monkeypatch.setattr(Lock, "is_ours", original)
         first.release()
         return original(self)
 
-    monkeypatch.setattr(Lock, "_is_ours", late)
+    monkeypatch.setattr(Lock, "is_ours", late)
     second = Lock(path)
     assert path.exists()
     with pytest.raises(Held):

@@ -176,7 +176,7 @@ def test_a_crash_between_renames_is_mended(what, tmp_path, monkeypatch, moved):
 
 def test_preparing_again_does_nothing(what, monkeypatch, capsys):
     first = prepare(what)
-    monkeypatch.setattr(preparing, "_tokenize", None)
+    monkeypatch.setattr(preparing, "tokenize", None)
     assert prepare(what) == first
     assert "already prepared" in capsys.readouterr().out
 
@@ -188,7 +188,7 @@ def test_what_was_prepared_before_ends_were_part_of_a_job_is_known(what, monkeyp
         del written[key]
     del written["job"]["end_of_text"]
     Path(f"{what.output}.manifest.json").write_text(json.dumps(written))
-    monkeypatch.setattr(preparing, "_tokenize", None)
+    monkeypatch.setattr(preparing, "tokenize", None)
     assert prepare(what) == written
     assert "already prepared" in capsys.readouterr().out
 
@@ -205,7 +205,7 @@ def test_another_jobs_output_is_not_touched(what, tmp_path):
 
 def test_another_jobs_remains_are_not_mixed_in(what, tmp_path, monkeypatch, small_batches):
     monkeypatch.setattr(PartialCorpus, "remove", lambda self: None)
-    monkeypatch.setattr(preparing, "_move_into_place", lambda *_: None)
+    monkeypatch.setattr(preparing, "move_into_place", lambda *_: None)
     prepare(what)
     write_jsonl(tmp_path / "in" / "c.jsonl", ["more"])
     more = replace(what, sources=find_sources([str(tmp_path / "in" / "*.jsonl")]))

@@ -75,7 +75,7 @@ def launches(monkeypatch) -> list[str]:
             if tensor.dim() and len(tensor) == launch.programs:
                 tensor.zero_()
 
-    monkeypatch.setattr(triton_kernels._Launch, "__call__", note)
+    monkeypatch.setattr(triton_kernels.Launch, "__call__", note)
     chosen = backends.choose(L2EConfig(kernels="plain"), torch.device("cpu"), torch.float32)
     fused = replace(
         chosen,
@@ -114,7 +114,11 @@ def test_a_step_is_one_pass_each_way_and_waits_for_nothing(launches, measured, k
     controller.measure = measured
     counter = Counter(ROWS * NEURONS)
     step(counter)
-    assert launches == ["_forward", *(["_measure"] if measured else []), "_backward"]
+    assert launches == [
+        "forward_kernel",
+        *(["measure_kernel"] if measured else []),
+        "backward_kernel",
+    ]
     assert counter.passes == []
     # The layer's handle is a number on the host, read once a call.
     assert counter.waits == ["_local_scalar_dense"] * 2

@@ -290,11 +290,9 @@ def test_scale_invariance_balances_the_pull(distribution):
 
 
 def test_collapse_is_warned_of_once():
-    layer, controller = build(16)
+    layer, controller = build(16, forget_step=1)
     observe(layer, controller, [normal(50, 16, seed=s) for s in range(3)])
     controller.metrics()
-    state = controller.states[0]
-    state.mean_var = state.mean_var / 200
-    controller._metrics["1"]["std"] = state.mean_var.sqrt()
+    observe(layer, controller, [normal(50, 16, seed=s) / 200 for s in range(12)])
     with pytest.warns(UserWarning, match=r"layer 1: .* fell to .*scale_invariant"):
         controller.metrics()

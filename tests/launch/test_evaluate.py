@@ -120,7 +120,9 @@ def test_generation_reads_each_token_once(model, model_folder):
 
     prompt = model.tokenizer.encode("once upon a time")
     watched = dataclasses.replace(model, hidden=hidden, end_of_document=-1)
-    text = HarnessModel(watched)._generate(prompt, 128, ["@@@"])
+    settings = {"max_gen_toks": 128, "until": ["@@@"]}
+    request = SimpleNamespace(args=("once upon a time", settings), task_name="t", doc_id=0)
+    (text,) = HarnessModel(watched).generate_until([request])
     assert sum(read) == len(prompt) + 127
     assert sum(len(prompt) + i for i in range(128)) > 10 * sum(read)
     theirs = GPTNeoXForCausalLM.from_pretrained(model_folder)

@@ -22,7 +22,7 @@ def softmax(request, monkeypatch):
         pytest.importorskip("triton")
         from model import triton_loss
 
-        monkeypatch.setattr(loss_module, "_fused_softmax", lambda *_: triton_loss.softmax)
+        monkeypatch.setattr(loss_module, "fused_softmax", lambda *_: triton_loss.softmax)
     return request.param
 
 
@@ -137,15 +137,15 @@ def test_on_a_gpu_logits_are_touched_by_products_and_the_two_kernels_alone(monke
         def __getitem__(self, grid):
             return lambda logits, *_, **__: launched.append((self.name, grid, logits.shape))
 
-    for name in ("_normaliser", "_gradient"):
+    for name in ("normaliser_kernel", "gradient_kernel"):
         monkeypatch.setattr(triton_loss, name, Noted(name))
-    monkeypatch.setattr(loss_module, "_fused_softmax", lambda *_: triton_loss.softmax)
+    monkeypatch.setattr(loss_module, "fused_softmax", lambda *_: triton_loss.softmax)
     monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 2 * ROWS * 25)
     with Touched(25 * ROWS) as touched:
         ours(*sample(dtype=torch.bfloat16))
     assert set(touched.names) <= {"mm"}
     names = [name for name, *_ in launched]
-    assert names == ["_normaliser", "_gradient"] * 2
+    assert names == ["normaliser_kernel", "gradient_kernel"] * 2
     assert {(grid, shape) for _, grid, shape in launched} == {((25,), (25, ROWS))}
 
 
