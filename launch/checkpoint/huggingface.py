@@ -24,6 +24,7 @@ from launch.checkpoint.folders import FileRecord
 from launch.checkpoint.model_card import write_model_card
 from launch.checkpoint.stored import (
     CONFIG,
+    GENERATION,
     IDENTITY_FILES,
     L2E,
     MODEL,
@@ -74,7 +75,8 @@ def to_huggingface(
         special = source.state.get("special_tokens", {})
         if tokenizer is not None:
             special = write_tokenizer(tokenizer, temporary, REAL_TEXT, source.end_of_text) | special
-        copy_files(temporary, [source.folder / "generation_config.json"])
+        else:
+            copy_files(temporary, [source.folder / GENERATION])
         write_special_tokens(temporary, special)
         write_model_card(source, temporary, output.name, tokenizer is not None)
         tokens = sample_tokens(tokenizer, config)
@@ -94,7 +96,7 @@ def to_huggingface(
 
 def write_special_tokens(folder: Path, special: dict[str, Any]) -> None:
     """The ids that begin and end a text, into the export's configurations; null where unknown."""
-    path, generation = folder / "config.json", folder / "generation_config.json"
+    path, generation = folder / "config.json", folder / GENERATION
     unknown = {"bos_token_id": None, "eos_token_id": None}
     write_json(path, json.loads(path.read_text()) | unknown | special)
     if special and not generation.is_file():

@@ -22,7 +22,8 @@ RANDOM = "random.safetensors"
 # The tokenizer lies beside the weights, here and in Hugging Face's form, under one of these names.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # What says beside a tokenizer, in Hugging Face's form, which of its tokens are special.
-IDENTITY_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+GENERATION = "generation_config.json"
+IDENTITY_FILES = ("tokenizer_config.json", "special_tokens_map.json", GENERATION)
 
 
 def identity_files(tokenizer: Path) -> list[Path]:

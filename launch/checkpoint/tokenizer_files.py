@@ -1,13 +1,15 @@
 """A tokenizer in the form `transformers.AutoTokenizer` reads, whichever kind it is here."""
 
+import json
 import shutil
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from data.files import write_json
 from data.tokenizer import SPACE_MARK, SentencePieceTokenizer, load_tokenizer
-from launch.checkpoint.stored import identity_files
+from launch.checkpoint.stored import GENERATION, IDENTITY_FILES, identity_files
 
 
 def write_tokenizer(
@@ -15,9 +17,10 @@ def write_tokenizer(
 ) -> dict[str, int]:
     """Write tokenizer.json and its configuration into `folder`; the ids of its special tokens.
 
-    `texts` are encoded by both; they must agree to the last id. end_of_text: the token that ends a
-    document, where the file leaves that open. What lies beside the file in Hugging Face's form
-    stays as it is; elsewhere only those tokens are special that the file has.
+    `texts` are encoded by both; they must agree to the last id. end_of_text: the token that ended
+    the documents of the training, which ends those of the exported model, whatever lies beside the
+    file. The rest of that, in Hugging Face's form, stays as it is; elsewhere only those tokens are
+    special that the file has.
 
     Raises:
         ValueError: a sentencepiece model that tokenizer.json cannot express.
@@ -29,12 +32,15 @@ def write_tokenizer(
     else:
         backend = Tokenizer.from_file(str(source))
         special = {}
-    end = backend.id_to_token(original.eod)
+    end = original.name_of(original.eod)
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, **special)
     fast.save_pretrained(folder)
     for path in identity_files(source):
         shutil.copyfile(path, folder / path.name)
     fast = PreTrainedTokenizerFast.from_pretrained(folder)
+    if end_of_text is not None and fast.eos_token != end:
+        end_texts_with(end, original.eod, folder)
+        fast = PreTrainedTokenizerFast.from_pretrained(folder)
     for text in texts:
         if fast.encode(text, add_special_tokens=False) != original.encode(text):
             raise ValueError(
@@ -44,6 +50,14 @@ def write_tokenizer(
             )
     ids = {"bos_token_id": fast.bos_token_id, "eos_token_id": fast.eos_token_id}
     return {name: number for name, number in ids.items() if number is not None}
+
+
+def end_texts_with(name: str, number: int, folder: Path) -> None:
+    """Let what lies beside the tokenizer call this token the end of a text."""
+    for file in IDENTITY_FILES:
+        end = {"eos_token_id": number} if file == GENERATION else {"eos_token": name}
+        if (folder / file).is_file():
+            write_json(folder / file, json.loads((folder / file).read_text("utf-8")) | end)
 
 
 def named(original: SentencePieceTokenizer) -> dict[str, str]:
