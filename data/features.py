@@ -83,7 +83,7 @@ def build_features(what: FeaturePreparation, output: Path) -> dict:
             f"fewer than two features have so many ({counts})",
             "ask for fewer passages, or give more input",
         )
-    _write(output, full)
+    write(output, full)
     documents = {name: len({row["source"] for row in rows}) for name, rows in full.items()}
     return {"passages": what.passages, "documents": documents, "left_out": left_out}
 
@@ -155,7 +155,7 @@ def _labelled_files(what: FeaturePreparation) -> list[tuple[str, Path]]:
     return sorted(labelled, key=lambda pair: _number("order", str(pair[1]), what.seed))
 
 
-def _write(output: Path, features: Mapping[str, list[dict]]) -> None:
+def write(output: Path, features: Mapping[str, list[dict]]) -> None:
     """All passages, feature by feature; the file appears whole or not at all."""
     partial = output.with_name(output.name + ".partial")
     lines = (

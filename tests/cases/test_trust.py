@@ -168,7 +168,7 @@ def test_a_checkpoints_manifest_names_files_of_its_folder(tmp_path) -> None:
     """`reshard` copies what it names: reading and writing would both leave their folder."""
     (tmp_path / "secret").write_text("mine")
     made = checkpoint(tmp_path / "step_0000001")
-    path = made / folders.MANIFEST
+    path = made / folders.FILES
     told = json.loads(path.read_text())
     told["files"]["../secret"] = {"bytes": 4, "sha256": "0"}
     path.write_text(json.dumps(told))
@@ -255,9 +255,9 @@ def write_json(path: Path) -> None:
 
 
 def write_features(path: Path) -> None:
-    from data.features import _write
+    from data.features import write
 
-    _write(path, {"a": [{"text": "b"}]})
+    write(path, {"a": [{"text": "b"}]})
 
 
 def train_tokenizer(path: Path) -> None:
