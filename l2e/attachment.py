@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,18 +17,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
-from l2e.config import L2EConfig, select_layers
-from l2e.controller import FIGURES, Controller
-from l2e.hook import ForwardPass, ModelHook, ModuleHook
+from l2e import matching
+from l2e.config import L2EConfig
+from l2e.controller import FIGURES, MEASURED, Controller
+from l2e.hook import ForwardPass, ModelHook, ModuleHook, OwnerHook
 from l2e.layer import L2ELayer
 from l2e.outputs import Key
+from l2e.reminder import StepReminder
 from l2e.sharding import Sharding
 
 if TYPE_CHECKING:
     from l2e.trainer_callback import StepCallback
-
-# Names that wrappers put between a module's own, which neither patterns nor states should see.
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def attach(
@@ -37,7 +35,7 @@ def attach(
     pattern: str,
     config: L2EConfig,
     *,
-    neuron_dim: int = -1,
+    neuron_dim: int | None = None,
     output: Key | None = None,
     mask: str | None = None,
     inject: bool = False,
@@ -57,9 +55,11 @@ def attach(
 
     Args:
         pattern: of module names, with * for any text; `config.layers` chooses among those that
-            match, in the model's order.
+            match, in the model's order. The model itself never matches; of modules inside one
+            another the outermost does.
         neuron_dim: the dimension of an output that counts its neurons (1 for images
-            [batch, channels, height, width]).
+            [batch, channels, height, width]); by default the last one of outputs with up to three
+            dimensions, and of a linear layer's. Others are asked for.
         output: the key, field or index of the part that is meant of an output with several
             (a tuple, dict, ModelOutput); by default its first floating-point tensor.
         mask: the argument of the model's forward that tells which samples count (true or 1), of
@@ -75,19 +75,17 @@ def attach(
         sharding: process groups; by default all processes of a torch.distributed that is
             initialised at the first step are data-parallel ranks, as under DDP and FSDP.
 
+    A module that is called several times between two steps (a recurrent cell, micro-batches)
+    counts all of its calls as samples of its own neurons.
+
     Raises:
-        ValueError: no module matches, `config.layers` names one that is not there, or an argument
-            does not fit the model; later, in a forward pass, that an output has no neurons where
-            the arguments say.
+        ValueError: no module matches, one is attached to already, `config.layers` names one that
+            is not there, or an argument does not fit the model; later, in a forward pass, that an
+            output has no neurons where the arguments say.
     """
-    if not isinstance(config, L2EConfig):
-        raise ValueError(
-            f"l2e.attach: config is a {type(config).__name__}: expected an l2e.L2EConfig; "
-            "of a dict of its keys, L2EConfig(**keys)"
-        )
-    chosen = _chosen(model, pattern, config)
+    _check_types(model=model, config=config, neuron_dim=neuron_dim, output=output, mask=mask)
     return Handle(
-        chosen,
+        matching.chosen(model, pattern, config),
         config,
         model=model,
         neuron_dim=neuron_dim,
@@ -117,8 +115,8 @@ class Handle(Joinable):
         modules: dict[str, nn.Module],
         config: L2EConfig,
         *,
-        model: nn.Module | None = None,
-        neuron_dim: int = -1,
+        model: nn.Module,
+        neuron_dim: int | None = None,
         output: Key | None = None,
         mask: str | None = None,
         inject: bool = False,
@@ -127,6 +125,9 @@ class Handle(Joinable):
         sharding: Sharding | None = None,
     ) -> None:
         super().__init__()
+        for name, module in modules.items():
+            _refuse_attached(name, module)
+        self.optimizer = None if optimizer is None else _innermost(optimizer)
         self.names = list(modules)
         self.layers = [
             L2ELayer(None, config, activation=None, name=name, inhibited_layers=len(modules))
@@ -136,20 +137,22 @@ class Handle(Joinable):
         self.controller.gradient_scale = 1.0 if inject else 0.0
         self.inject = inject
         self._groups_known = sharding is not None
-        self._pass = ForwardPass(observe_no_grad, collects=not inject)
-        self._model_hooks = [] if model is None else [ModelHook(model, self._pass, mask)]
+        self._reminder = StepReminder(model)
+        self._pass = ForwardPass(observe_no_grad, not inject, self._reminder)
+        self._model_hook = ModelHook(model, self._pass, mask)
         self._hooks = [
             ModuleHook(module, layer, self._pass, neuron_dim, output)
             for module, layer in zip(modules.values(), self.layers, strict=True)
         ]
+        self._owner_hooks = OwnerHook.of(model, self._hooks)
         self._loss: Tensor | None = None
         self._loss_was_taken = False
         self._warned: set[str] = set()
         self._registered: list[Any] = [
-            *(h.module.register_forward_pre_hook(h, with_kwargs=True) for h in self._model_hooks),
+            model.register_forward_pre_hook(self._model_hook, with_kwargs=True),
+            *(hook.module.register_forward_pre_hook(hook) for hook in self._owner_hooks),
             *(hook.module.register_forward_hook(hook) for hook in self._hooks),
         ]
-        self.optimizer = None if optimizer is None else _innermost(optimizer)
         if self.optimizer is not None:
             stepped = self.optimizer.register_step_post_hook(self._after_optimizer_step)
             self._registered.append(stepped)
@@ -163,6 +166,7 @@ class Handle(Joinable):
         whose graph another backward pass has used has no part in it.
         """
         if any(hook.terms for hook in self._hooks):
+            self._reminder.loss_taken()
             self._loss = self._of_terms()
             self._loss_was_taken = True
         return torch.zeros(()) if self._loss is None else self._loss
@@ -201,15 +205,15 @@ class Handle(Joinable):
         self._step()
 
     def _step(self) -> None:
+        self._refuse_to_be_left_behind()
         Join.notify_join_context(self)
         if not self._groups_known:
             self._groups_known = True
             world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
             self.controller.place(Sharding(data_group=world))
         self._warn_of_unused_loss()
-        self._forget_terms()
-        for model_hook in self._model_hooks:
-            model_hook.steps_to_look -= 1
+        self._forget_pass()
+        self._model_hook.steps_to_look -= 1
         first = self.controller.unobserved is None
         self.controller.step()
         if first:
@@ -231,7 +235,7 @@ class Handle(Joinable):
         After an out-of-memory error or a loss that is not finite, before `step()`.
         """
         self._live()
-        self._forget_terms()
+        self._forget_pass()
         self.controller.discard()
 
     @contextmanager
@@ -252,19 +256,35 @@ class Handle(Joinable):
                 its neurons ([batch, sequence]), or with 1 neuron; sizes are the same or 1.
         """
         self._live()
-        if any(hook.takes for hook in self._model_hooks):
+        if self._model_hook.takes:
             raise ValueError(
                 "l2e: this handle takes its mask from an argument of the model; attach without "
                 "mask= to give masks yourself"
             )
+        if not (counted is None or isinstance(counted, Tensor)):
+            raise ValueError(
+                f"l2e: handle.mask({type(counted).__name__}): expected a tensor, true or 1 for "
+                "each sample that counts, or None"
+            )
         self._pass.counted = counted
 
     def metrics(self) -> dict[str, dict[str, float]]:
-        """As `Controller.metrics`; of a module that was not observed yet all are NaN."""
+        """As `Controller.metrics`, less what was not measured; of a module without samples NaN.
+
+        tau, selected_fraction and std are there after every step; the others, which cost time, of
+        the last step before which `handle.controller.measure = True` was set.
+        """
         self._live()
         found = self.controller.metrics()
         nothing = dict.fromkeys(FIGURES, float("nan"))
-        return {state.name: found.get(state.name, nothing) for state in self.controller.states}
+        measured = {
+            n for figures in found.values() for n, value in figures.items() if value == value
+        }
+        told = [name for name in FIGURES if name in measured or name not in MEASURED]
+        return {
+            state.name: {name: found.get(state.name, nothing)[name] for name in told}
+            for state in self.controller.states
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         """As `Controller.state_dict`; the model's own state dict holds nothing of the method."""
@@ -280,15 +300,17 @@ class Handle(Joinable):
         self._live()
         own = [state.name for state in self.controller.states]
         saved = {name.rpartition(".")[0] for name in tensors} - {""}
-        self.controller.load_state_dict(_renamed(tensors, saved, own))
+        self.controller.load_state_dict(matching.renamed(tensors, saved, own))
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`, and the copies that were made of it."""
+        self._live()
         for registered in self._registered:
             registered.remove()
-        for hook in (*self._model_hooks, *self._hooks):
+        self._reminder.detach()
+        for hook in (self._model_hook, *self._owner_hooks, *self._hooks):
             hook.clean_copies()
-        self._forget_terms()
+        self._forget_pass()
 
     def trainer_callback(self) -> StepCallback:
         """For `transformers.Trainer(callbacks=[...])`; needs attach(..., inject=True).
@@ -330,10 +352,21 @@ class Handle(Joinable):
                 "to the new handle's load_state_dict()"
             )
 
-    def _forget_terms(self) -> None:
+    def _forget_pass(self) -> None:
+        self._reminder.reset()
+        self._pass.circumstances.clear()
         for hook in self._hooks:
             hook.terms.clear()
         self._loss = None if self._loss is None else self._loss.detach()
+
+    def _refuse_to_be_left_behind(self) -> None:
+        """A wrapper alone in a Join shadows its own collectives where inputs are out, not these."""
+        if self._model_hook.joined and not self._join_config.enable:
+            raise ValueError(
+                "l2e: the model runs inside join(), which does not know this handle, so that ranks "
+                "out of inputs would not step along: use `with Join([ddp_model, handle]):` of "
+                "torch.distributed.algorithms.join instead"
+            )
 
     def _warn_once(self, text: str) -> None:
         if text not in self._warned:
@@ -384,65 +417,36 @@ def _empty_handle() -> Handle:
     return Handle.__new__(Handle)
 
 
-def _chosen(model: nn.Module, pattern: str, config: L2EConfig) -> dict[str, nn.Module]:
-    """The modules that match and that `config.layers` names, by name, in the model's order."""
-    if not isinstance(pattern, str) or not pattern:
-        raise ValueError(
-            f"l2e.attach: pattern = {pattern!r}: expected one pattern of module names, such as "
-            '"transformer.h.*.mlp.act"; * stands for any text, [ab] for one of several letters'
-        )
-    places: dict[int, set[int]] = {}
-    modules: dict[str, nn.Module] = {}
-    names: dict[int, list[str]] = {}
-    for raw, module in model.named_modules(remove_duplicate=False):
-        name = ".".join(part for part in raw.split(".") if part not in WRAPPERS)
-        parent = model.get_submodule(raw.rpartition(".")[0])
-        places.setdefault(id(module), set()).add(id(parent))
-        names.setdefault(id(module), []).append(raw)
-        if fnmatchcase(name, pattern) or fnmatchcase(raw, pattern):
-            modules[name] = module
-    first_names = {id(module): name for name, module in reversed(modules.items())}
-    modules = {name: module for name, module in modules.items() if first_names[id(module)] == name}
-    if not modules:
-        leaves = [name for name, module in model.named_modules() if not list(module.children())]
-        raise ValueError(
-            f"l2e.attach: no module's name matches {pattern!r}; names of this model are, for "
-            f"example, {', '.join(leaves[:: max(1, len(leaves) // 8)][:8])}"
-        )
-    for module in modules.values():
-        if len(places[id(module)]) > 1:
-            raise ValueError(
-                f"l2e.attach: one module serves as {', '.join(names[id(module)])}, so that their "
-                "statistics could not be told apart: give each place a module of its own "
-                "(copy.deepcopy), or match others"
-            )
-    matched = list(modules)
-    return {
-        matched[number]: modules[matched[number]]
-        for number in select_layers(config.layers, len(matched))
-    }
+def _check_types(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        kinds, remedy = ARGUMENTS[name]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            shown = repr(value) if isinstance(value, str | int | float) else type(value).__name__
+            raise ValueError(f"l2e.attach: {name} is {shown}: expected {remedy}")
 
 
-def _renamed(tensors: dict[str, Tensor], saved: set[str], own: list[str]) -> dict[str, Tensor]:
-    """A state with the names that this model gives its layers."""
-    if not saved or set(own) <= saved:
-        return tensors
-    for name in saved:
-        if name.endswith(f".{own[0]}"):
-            old, new = name.removesuffix(own[0]), ""
-        elif own[0].endswith(f".{name}"):
-            old, new = "", own[0].removesuffix(name)
-        else:
-            continue
-        if set(own) <= {new + other.removeprefix(old) for other in saved}:
-            return {
-                key if key == "step" else new + key.removeprefix(old): value
-                for key, value in tensors.items()
-            }
-    raise ValueError(
-        f"l2e state of layers {', '.join(sorted(saved))}: this handle's are {', '.join(own)}; "
-        "attach with the pattern that the state was saved under"
-    )
+# What the arguments of `attach` may be, and what to do about others.
+ARGUMENTS: dict[str, tuple[tuple[type, ...], str]] = {
+    "model": ((nn.Module,), "a torch.nn.Module"),
+    "config": ((L2EConfig,), "an l2e.L2EConfig; of a dict of its keys, L2EConfig(**keys)"),
+    "neuron_dim": ((int, type(None)), "the number of one dimension of the outputs"),
+    "output": ((str, int, type(None)), "the key, field or index of one part of the outputs"),
+    "mask": (
+        (str, type(None)),
+        "the name of an argument of the model's forward; give tensors before each forward pass, "
+        "with handle.mask(tensor)",
+    ),
+}
+
+
+def _refuse_attached(name: str, module: nn.Module) -> None:
+    hooks = [hook for hook in module._forward_hooks.values() if isinstance(hook, ModuleHook)]
+    if any(hook.module is module for hook in hooks):
+        raise ValueError(
+            f"l2e.attach: module {name} has a handle already, beside which this one would count "
+            "and change what that one has changed: detach() that first (the handle of an earlier "
+            "attach), or match other modules"
+        )
 
 
 def _innermost(optimizer: Any) -> torch.optim.Optimizer:

@@ -4,6 +4,7 @@ Help, unit and bounds stand in each field's metadata, so that a configuration sc
 can be generated from it and the texts live in one place.
 """
 
+import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
@@ -90,6 +91,17 @@ class L2EConfig:
     threshold_rate: float = key(0.5, "first step size of the moving threshold", gt=0, le=1)
     threshold_rate_floor: float = key(0.02, "its last step size", gt=0, le=1)
 
+    def __new__(cls, *values: Any, **keys: Any) -> "L2EConfig":
+        known = [f.name for f in fields(cls)]
+        unknown = [
+            Problem(name, value, "unknown key", _suggest(name, known))
+            for name, value in keys.items()
+            if name not in known
+        ]
+        if unknown:
+            raise ConfigError("L2EConfig", unknown)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         problems = [p for f in fields(self) for p in _problems(f, hints[f.name], self)]
@@ -122,6 +134,11 @@ class L2EConfig:
                 f"selection {self.selection!r}",
                 "use method = 'deactivate' and selection = 'topk'",
             )
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
 
 
 def _problems(field: Field, hint: Any, config: L2EConfig) -> Iterator[Problem]:

@@ -10,11 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Joinable
+from torch.nn.parallel import DistributedDataParallel
 
-from l2e import inhibition, outputs
+from l2e import inhibition, matching, outputs
 from l2e.layer import L2ELayer
+from l2e.reminder import StepReminder
 
-WIDTHS = ("out_features", "out_channels", "num_features")  # how torch's modules name their neurons
+# How torch's modules name the number of their neurons, which are an output's last dimension, or
+# the first after the batch.
+WIDTHS = {"out_features": -1, "out_channels": 1, "num_features": 1, "num_channels": 1}
 LOOKS_FOR_PADDING = 10  # steps; each look waits for the device
 
 
@@ -27,15 +32,25 @@ class ForwardPass:
         collects: the losses are kept for `Handle.loss()`; otherwise the backward pass injects
             their gradient.
         counted: true where a sample counts; None: all do.
+        reminder: learns that something was observed.
+        circumstances: whether it was paused, and the mask, of each kind of pass with gradients
+            since the last backward pass that recomputed one (activation checkpointing).
     """
 
-    def __init__(self, observe_no_grad: bool, collects: bool) -> None:
+    def __init__(self, observe_no_grad: bool, collects: bool, reminder: StepReminder) -> None:
         self.paused = False
         self.observe_no_grad, self.collects = observe_no_grad, collects
         self.counted: Tensor | None = None
+        self.reminder = reminder
+        self.circumstances: list[tuple[bool, Tensor | None]] = []
+        self.recomputed = False
 
     def observes(self, module: nn.Module, name: str) -> bool:
-        if not module.training or self.paused:
+        if not module.training:
+            return False
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._follow_recomputation()
+        if self.paused:
             return False
         if torch.is_grad_enabled() or self.observe_no_grad:
             return True
@@ -47,6 +62,26 @@ class ForwardPass:
                 "its graph from handle.loss(): use use_reentrant=False, or attach(..., inject=True)"
             )
         return True
+
+    def _follow_recomputation(self) -> None:
+        """Activation checkpointing runs a pass again, which has to be the pass it was.
+
+        Raises:
+            ValueError: passes of different kinds were run, and one of them is recomputed.
+        """
+        recomputing = inhibition.in_backward()
+        if self.recomputed and not recomputing:  # the first pass after a backward pass
+            self.circumstances.clear()
+        self.recomputed = recomputing
+        now = (self.paused, self.counted)
+        if not any(paused == now[0] and mask is now[1] for paused, mask in self.circumstances):
+            self.circumstances.append(now)
+        if recomputing and len(self.circumstances) > 1:
+            raise ValueError(
+                "l2e: activation checkpointing recomputes one of several passes that had different "
+                "masks, or of which some were paused, and cannot tell which: call backward() after "
+                "each such pass, before the next, and inside the same `with handle.paused():`"
+            )
 
 
 class OwnHook:
@@ -102,6 +137,7 @@ class ModuleHook(OwnHook):
     Attributes:
         terms: of the forward passes since they were last taken: the sum over selected entries of
             log (z - mean)^2, and the number of entries that counted.
+        calls: since its owner's forward began; None before it first did.
     """
 
     def __init__(
@@ -109,15 +145,18 @@ class ModuleHook(OwnHook):
         module: nn.Module,
         layer: L2ELayer,
         forward_pass: ForwardPass,
-        neuron_dim: int,
+        neuron_dim: int | None,
         output: outputs.Key | None,
     ) -> None:
         super().__init__(module)
         self.layer, self.name = layer, layer.state.name
         self.forward_pass = forward_pass
         self.neuron_dim, self.output = neuron_dim, output
-        self.width = next((w for a in WIDTHS if isinstance(w := getattr(module, a, None), int)), 0)
+        widths = [(getattr(module, name, None), dim) for name, dim in WIDTHS.items()]
+        self.width, self.width_dim = next((w for w in widths if isinstance(w[0], int)), (0, None))
         self.terms: list[tuple[Tensor, Tensor | int]] = []
+        self.calls: int | None = None
+        self.told = False
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if module is not self.module:
@@ -125,10 +164,11 @@ class ModuleHook(OwnHook):
             return None
         if not self.forward_pass.observes(module, self.name):
             return None
-        compiling = torch.compiler.is_compiling()
-        if (
-            not compiling and torch.is_inference_mode_enabled()
-        ):  # the layer's state outlives this pass
+        self.forward_pass.reminder.observed = True
+        if torch.compiler.is_compiling():
+            return self._apply(output)
+        self._count_call()
+        if torch.is_inference_mode_enabled():  # the layer's state outlives this pass
             with torch.inference_mode(False), torch.no_grad():
                 return self._apply(output)
         return self._apply(output)
@@ -137,13 +177,14 @@ class ModuleHook(OwnHook):
         path, z = outputs.find(output, self.output, self.name)
         if z.is_meta:
             return None
+        neuron_dim = self._dimension(z)
         self._check(z)
         counted = self.forward_pass.counted
         if self.layer.config.method == "none":
-            logs = inhibition.observe(z.detach(), counted, self.layer.handle, self.neuron_dim)
+            logs = inhibition.observe(z.detach(), counted, self.layer.handle, neuron_dim)
             self._keep(logs, z, counted)
             return None
-        inhibited, logs, _ = self.layer.operate(z, None, counted, self.neuron_dim)
+        inhibited, logs, _ = self.layer.operate(z, None, counted, neuron_dim)
         if self.forward_pass.collects:
             self._keep(logs, z, counted)
         return outputs.replace(output, path, inhibited)
@@ -158,20 +199,51 @@ class ModuleHook(OwnHook):
             entries = (counted != 0).sum() * (z.numel() // counted.numel())
         self.terms.append((logs, entries))
 
-    def _check(self, z: Tensor) -> None:
-        """Refuse what the method cannot be applied to, in one sentence."""
-        if not -z.dim() <= self.neuron_dim < z.dim():
-            raise ValueError(
-                f"l2e: module {self.name}: neuron_dim = {self.neuron_dim}, but its output has "
-                f"shape {list(z.shape)}; name the dimension that counts its neurons"
+    def _count_call(self) -> None:
+        """Tell of what has no weights and stands in several places of its owner's forward."""
+        if self.calls is None or inhibition.in_backward():
+            return
+        self.calls += 1
+        if self.calls == 2 and not self.told and next(self.module.parameters(), None) is None:
+            self.told = True
+            warnings.warn(
+                f"l2e: module {self.name} has no weights and is called several times in one pass, "
+                "as if all calls saw the same neurons: that is right for a step over time; where "
+                "they stand behind different layers, give each place a module of its own",
+                stacklevel=2,
             )
-        found = z.shape[self.neuron_dim]
+
+    def _dimension(self, z: Tensor) -> int:
+        """The dimension of an output that counts its neurons.
+
+        Raises:
+            ValueError: it was not named and cannot be known, or another one has them.
+        """
+        shape = f"l2e: module {self.name}: its output has shape {list(z.shape)}"
+        if self.neuron_dim is None:
+            channels = self.width_dim == 1 and z.dim() > 2
+            if channels or (z.dim() > 3 and self.width_dim is None):
+                raise ValueError(
+                    f"{shape}: tell attach which dimension counts its neurons, neuron_dim = 1 for "
+                    "[batch, channels, height, width] or -1 for the last one"
+                )
+        dim = -1 if self.neuron_dim is None else self.neuron_dim
+        if not -z.dim() <= dim < z.dim():
+            raise ValueError(
+                f"{shape}, which has no dimension neuron_dim = {dim}; name the one that counts its "
+                "neurons"
+            )
+        found = z.shape[dim]
         if self.width not in (0, found):
             raise ValueError(
                 f"l2e: module {self.name} has {self.width} neurons, but dimension neuron_dim = "
-                f"{self.neuron_dim} of its output {list(z.shape)} counts {found}; use neuron_dim = "
+                f"{dim} of its output {list(z.shape)} counts {found}; use neuron_dim = "
                 f"{next((d for d, n in enumerate(z.shape) if n == self.width), 1)}"
             )
+        return dim
+
+    def _check(self, z: Tensor) -> None:
+        """Refuse what the method cannot be applied to, in one sentence."""
         if torch.compiler.is_compiling():
             return
         if z.layout is not torch.strided or z.is_nested or hasattr(z, "device_mesh"):
@@ -193,12 +265,35 @@ class ModuleHook(OwnHook):
             )
 
 
+class OwnerHook(OwnHook):
+    """Before the forward pass of a module that calls attached ones: their calls count anew."""
+
+    def __init__(self, module: nn.Module, hooks: list[ModuleHook]) -> None:
+        super().__init__(module)
+        self.hooks = hooks
+
+    @classmethod
+    def of(cls, model: nn.Module, hooks: list[ModuleHook]) -> list[OwnerHook]:
+        owned: dict[nn.Module, list[ModuleHook]] = {}
+        for hook in hooks:
+            owned.setdefault(matching.owner(model, hook.module), []).append(hook)
+        return [cls(module, hooks) for module, hooks in owned.items()]
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            for hook in self.hooks:
+                hook.calls = 0
+
+
 class ModelHook(OwnHook):
     """Before the model's forward pass: takes its mask, or tells once that there is padding.
 
     Args:
         mask: the argument of the model's forward that is true where a sample counts; None: look
             for padding in `attention_mask`.
+
+    Attributes:
+        joined: the last pass ran under a wrapper that takes part in a Join of uneven inputs.
     """
 
     def __init__(self, model: nn.Module, forward_pass: ForwardPass, mask: str | None) -> None:
@@ -216,16 +311,24 @@ class ModelHook(OwnHook):
             )
         self.steps_to_look = LOOKS_FOR_PADDING
         self.missing_told = False
+        self.joined = False
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is not self.module or not (
             torch.is_grad_enabled() or self.forward_pass.observe_no_grad
         ):
             return
+        if not torch.compiler.is_compiling():
+            self.joined = _joined(module)
         value = kwargs.get(self.argument)
         if value is None and self.position is not None and self.position < len(args):
             value = args[self.position]
         if self.takes:
+            if not (value is None or isinstance(value, Tensor)):
+                raise ValueError(
+                    f"l2e: mask = {self.argument!r}: this forward pass is given a "
+                    f"{type(value).__name__}: expected a tensor, true or 1 for what counts, or None"
+                )
             self.forward_pass.counted = value
             self._look_for_argument(args, kwargs)
         elif value is not None and not torch.compiler.is_compiling():
@@ -255,6 +358,13 @@ class ModelHook(OwnHook):
                 "out",
                 stacklevel=2,
             )
+
+
+def _joined(module: nn.Module) -> bool:
+    wrapper = module
+    if not isinstance(wrapper, Joinable):
+        wrapper = DistributedDataParallel._get_active_ddp_module()
+    return wrapper is not None and wrapper._join_config.enable
 
 
 def _has_tangent(z: Tensor) -> bool:

@@ -90,18 +90,85 @@ def uneven():
     return handle.state_dict()
 
 
-def everything():
+class Padded(nn.Module):
+    """Takes a mask, and runs its layer under activation checkpointing where asked."""
+
+    def __init__(self, checkpoint):
+        super().__init__()
+        self.net, self.checkpoint = network(), checkpoint
+
+    def forward(self, x, mask=None):
+        if not self.checkpoint:
+            return self.net(x)
+        return torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=False)
+
+
+def padded_batches():
+    """[samples, positions, 4] and which count; in some steps none of the second half does."""
+    for step, x in enumerate(batches(6, rows=64)):
+        mask = torch.rand(8, 8, generator=torch.Generator().manual_seed(step)) > 0.4
+        mask[4:] &= step % 3 != 1
+        yield x.view(8, 8, 4), mask
+
+
+def masked(checkpoint):
+    """Each rank has its own padding, and rank 1 now and then nothing else."""
+    model = Padded(checkpoint).train()
+    handle = l2e.attach(model, "net.1", CONFIG, mask="mask")
+    run = DistributedDataParallel(model)
+    for x, mask in padded_batches():
+        own, counts = (part.chunk(2)[dist.get_rank()] for part in (x, mask))
+        (run(own, counts).mean() + handle.loss()).backward()
+        handle.step()
+    return handle.state_dict()
+
+
+def left_behind():
+    """What a handle says inside a wrapper's own join()."""
+    model = network()
+    handle = l2e.attach(model, "1", CONFIG)
+    run = DistributedDataParallel(model)
+    try:
+        with run.join():
+            for x in batches(2 + dist.get_rank()):
+                (loss_of(run, x) + handle.loss()).backward()
+                handle.step()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def grouped_late(folder):
+    """The process group is made after attach, as by a launcher's first use of it."""
+    rank, count = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    model = network()
+    handle = l2e.attach(model, "1", CONFIG)
+    store = f"file://{folder / 'late'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
+    for x in batches(6, rows=64):
+        (loss_of(model, x.chunk(2)[rank]) + handle.loss()).backward()
+        handle.step()
+    return handle.state_dict()
+
+
+def everything(folder):
     return {
+        "masked": masked(False),
+        "recomputed": masked(True),
+        "left behind": left_behind(),
         "ddp": accumulated("ddp"),
         "fsdp": accumulated("fsdp"),
         "branches": branches(),
         "uneven": uneven(),
+        "late": grouped_late(folder),
     }
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return run_on_processes(everything, 2, tmp_path_factory.mktemp("loops"))
+    folder = tmp_path_factory.mktemp("loops")
+    return run_on_processes(everything, 2, folder, folder)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -157,3 +224,37 @@ def test_ranks_out_of_inputs_step_along(ranks):
     assert float(state["1.samples"]) == reference.m
     np.testing.assert_allclose(state["1.mean"], reference.mean, rtol=1e-4, atol=1e-5)
     assert float(state["1.tau"]) == pytest.approx(reference.tau, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["masked", "recomputed"])
+def test_masks_differ_from_rank_to_rank(ranks, kind):
+    state, other = (rank[kind] for rank in ranks)
+    assert all(torch.equal(state[name], other[name]) for name in state)
+    twin = Twin(network(), ["1"])
+    for x, mask in padded_batches():
+        twin.model(x)
+        twin.pull(mask)
+        twin.step()
+    reference = twin.references["1"]
+    assert float(state["net.1.samples"]) == reference.m
+    np.testing.assert_allclose(state["net.1.mean"], reference.mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state["net.1.var"], reference.var, rtol=1e-4)
+    assert float(state["net.1.tau"]) == pytest.approx(reference.tau, rel=1e-4)
+
+
+def test_a_wrappers_own_join_is_refused(ranks):
+    for rank in ranks:
+        assert "with Join([ddp_model, handle]):" in rank["left behind"]
+
+
+def test_a_group_that_is_made_after_attach_is_found(ranks):
+    twin = Twin(network(), ["1"])
+    for x in batches(6, rows=64):
+        twin.model(x)
+        twin.pull()
+        twin.step()
+    for state in (rank["late"] for rank in ranks):
+        reference = twin.references["1"]
+        assert float(state["1.samples"]) == reference.m
+        np.testing.assert_allclose(state["1.var"], reference.var, rtol=1e-4)
+        assert float(state["1.tau"]) == pytest.approx(reference.tau, rel=1e-4)

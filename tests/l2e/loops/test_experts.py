@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import l2e
+from l2e import backends
 from tests.l2e.loops.twin import CONFIG, Twin, batches, train_both
 
 
@@ -47,11 +48,24 @@ def test_experts_without_tokens_contribute_nothing():
     assert train_both(model, twin, handle, data(10), lambda m, x: m(x).square().mean())
 
 
-@pytest.mark.parametrize("selection", ["threshold", "topk"])
+@pytest.mark.parametrize("selection", ["threshold", "topk", "random"])
 @pytest.mark.parametrize("method", ["none", "regularize", "deactivate", "silence"])
 @pytest.mark.parametrize("axes", ["unit", "position"])
 def test_zero_rows_in_every_method(method, selection, axes):
-    config = dataclasses.replace(CONFIG, method=method, selection=selection, neuron_axes=axes)
+    keys = {"method": method, "selection": selection, "neuron_axes": axes}
+    assert_empty_calls_change_nothing(dataclasses.replace(CONFIG, **keys))
+
+
+@pytest.mark.parametrize("method", ["none", "regularize", "deactivate"])
+def test_zero_rows_in_triton_kernels(method):
+    pytest.importorskip("triton")
+    config = dataclasses.replace(CONFIG, method=method, kernels="triton")
+    chosen = backends.choose(config, torch.device("cpu"), torch.float32, neurons=8, biased=False)
+    assert chosen.name == "triton"  # interpreted where there is no GPU
+    assert_empty_calls_change_nothing(config)
+
+
+def assert_empty_calls_change_nothing(config):
     states = []
     for empty_calls in (False, True):
         model = nn.Sequential(nn.Linear(4, 8)).train()

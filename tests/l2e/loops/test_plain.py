@@ -189,9 +189,11 @@ def test_modules_that_nothing_reaches_are_named():
     assert list(metrics) == ["a", "b", "c"]
     assert metrics["c"].keys() == metrics["a"].keys()
     assert all(value != value for value in metrics["b"].values())
+    saved = handle.state_dict()
+    handle.detach()
     restored = l2e.attach(model, "?", CONFIG)
-    restored.load_state_dict(handle.state_dict())
-    assert restored.state_dict().keys() == handle.state_dict().keys()
+    restored.load_state_dict(saved)
+    assert restored.state_dict().keys() == saved.keys()
 
 
 def test_a_model_left_in_eval_mode_is_told_once():
@@ -308,7 +310,7 @@ def test_masks_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=message):
             model(batches(1)[0])
     with pytest.raises(ValueError, match=r"no such argument.*handle.mask"):
-        l2e.attach(model, "1", CONFIG, mask="attention_mask")
+        l2e.attach(model, "0", CONFIG, mask="attention_mask")
 
 
 def test_a_mask_that_no_pass_is_given_is_told_once():
@@ -603,7 +605,7 @@ def test_arguments_that_do_not_fit_are_refused():
     for model, pattern, config, message in (
         (network(), "", CONFIG, "pattern = ''"),
         (network(), ["0", "1"], CONFIG, r"pattern = \['0', '1'\]"),
-        (network(), "1", {"weight": 1.0}, r"config is a dict.*L2EConfig\(\*\*keys\)"),
+        (network(), "1", {"weight": 1.0}, r"config is dict.*L2EConfig\(\*\*keys\)"),
         (twice, "a.1", CONFIG, "one module serves as a.1, b.1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -618,6 +620,7 @@ def test_an_alias_of_a_module_is_no_second_place():
     model["alias"] = model["inner"]
     handle = l2e.attach(model, "*.1", CONFIG)
     assert handle.names == ["inner.1"]
+    handle.detach()
     assert l2e.attach(model, "alias.1", CONFIG).names == ["alias.1"]
 
 
@@ -626,7 +629,13 @@ def test_an_alias_of_a_module_is_no_second_place():
     [
         (nn.Conv2d(3, 6, 3), (2, 3, 9, 9), -1, "module 0 has 6 neurons.*neuron_dim = 1"),
         (nn.Linear(4, 8), (2, 5, 4), 1, "module 0 has 8 neurons.*neuron_dim = 2"),
-        (nn.Identity(), (2, 5), 2, r"neuron_dim = 2, but its output has shape \[2, 5\]"),
+        (nn.Identity(), (2, 5), 2, r"shape \[2, 5\], which has no dimension neuron_dim = 2"),
+        # Which dimension it is cannot be seen, and is asked for.
+        (nn.Conv2d(3, 6, 3), (2, 3, 9, 9), None, r"module 0: .*\[2, 6, 7, 7\].*neuron_dim = 1"),
+        (nn.Conv1d(3, 6, 3), (2, 3, 8), None, r"module 0: .*\[2, 6, 6\].*neuron_dim = 1"),
+        (nn.BatchNorm2d(3), (2, 3, 3, 3), None, r"module 0: .*\[2, 3, 3, 3\].*neuron_dim = 1"),
+        (nn.GELU(), (2, 6, 7, 7), None, "tell attach which dimension.*-1 for the last"),
+        (nn.Upsample(scale_factor=2), (2, 3, 4, 5, 6), None, "tell attach which dimension"),
     ],
 )
 def test_a_wrong_neuron_dim_is_refused(module, shape, neuron_dim, message):
@@ -651,8 +660,10 @@ def test_a_state_fits_whatever_prefix_wraps_the_model():
     wrapped = nn.ModuleDict({"module": nn.ModuleDict({"net": model})})
     outer = l2e.attach(wrapped, "*.1", CONFIG)
     outer.load_state_dict(state)
+    saved = outer.state_dict()
+    outer.detach()
     back = l2e.attach(model, "1", CONFIG)
-    back.load_state_dict(outer.state_dict())
+    back.load_state_dict(saved)
     for name, value in back.state_dict().items():
         assert torch.equal(value, state[name])
     with pytest.raises(ValueError, match="layers 1: this handle's are 0"):

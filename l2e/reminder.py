@@ -1,0 +1,64 @@
+"""Tells once that a model is trained on while nobody steps its handle."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+UPDATES = 3  # steps of one optimizer without a step of the handle, before it is told
+ROUNDS = 50  # losses taken without one, where no torch optimizer has the model's parameters
+
+
+class StepReminder:
+    """Counts what happens between two steps of a handle."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+        self.told = False
+        self.reset()
+        # The registry of all optimizers' hooks keeps neither this nor the model alive.
+        live = weakref.ref(self)
+
+        def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if not torch.compiler.is_compiling() and (reminder := live()) is not None:
+                reminder.optimizer_stepped(optimizer)
+
+        self._registered = register_optimizer_step_post_hook(stepped)
+        self.detach = weakref.finalize(self, self._registered.remove)
+
+    def reset(self) -> None:
+        """The handle has stepped."""
+        self.observed, self.rounds = False, 0
+        self.updates: dict[int, int] = {}
+
+    def optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.told or not self.observed or not self._trains(optimizer):
+            return
+        count = self.updates[id(optimizer)] = self.updates.get(id(optimizer), 0) + 1
+        if count == UPDATES:
+            self._tell(f"{type(optimizer).__name__} stepped {count} times")
+
+    def loss_taken(self) -> None:
+        self.rounds += 1
+        if self.rounds == ROUNDS and not self.told:
+            self._tell(f"handle.loss() was taken {ROUNDS} times")
+
+    def _trains(self, optimizer: torch.optim.Optimizer) -> bool:
+        model = self.model()
+        own = set() if model is None else {id(p) for p in model.parameters()}
+        return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+
+    def _tell(self, what: str) -> None:
+        self.told = True
+        warnings.warn(
+            f"l2e: {what} without handle.step(), so the statistics stand still and nothing will "
+            "be inhibited: call handle.step() once after each optimizer step, or "
+            "attach(..., optimizer=optimizer); a Trainer needs "
+            "callbacks=[handle.trainer_callback()]",
+            stacklevel=2,
+        )
