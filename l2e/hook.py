@@ -152,8 +152,9 @@ class ModuleHook(OwnHook):
         self.layer, self.name = layer, layer.state.name
         self.forward_pass = forward_pass
         self.neuron_dim, self.output = neuron_dim, output
-        widths = [(getattr(module, name, None), dim) for name, dim in WIDTHS.items()]
-        self.width, self.width_dim = next((w for w in widths if isinstance(w[0], int)), (0, None))
+        named = [name for name in WIDTHS if isinstance(getattr(module, name, None), int)]
+        self.width: int = getattr(module, named[0]) if named else 0
+        self.width_dim = WIDTHS[named[0]] if named else None
         self.terms: list[tuple[Tensor, Tensor | int]] = []
         self.calls: int | None = None
         self.told = False

@@ -156,12 +156,14 @@ def _activations(network: Network, config: L2EConfig) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _attached(modules: dict[str, nn.Module], config: L2EConfig) -> Iterator[Handle]:
+def _attached(
+    network: Network, modules: dict[str, nn.Module], config: L2EConfig
+) -> Iterator[Handle]:
     """The method at work on these modules alone: dropout elsewhere stays off."""
     from l2e.attachment import Handle
     from l2e.sharding import Sharding
 
-    handle = Handle(modules, config, observe_no_grad=True, sharding=Sharding())
+    handle = Handle(modules, config, model=network.model, observe_no_grad=True, sharding=Sharding())
     for module in modules.values():
         module.train()
     try:
@@ -177,7 +179,7 @@ def _statistics(
 ) -> dict[str, Tensor]:
     import torch
 
-    with _attached(modules, config) as handle, torch.no_grad():
+    with _attached(network, modules, config) as handle, torch.no_grad():
         for batch in batches:
             network.model(batch)
             handle.step()
@@ -214,7 +216,7 @@ def _step(
     import torch
     from torch import nn
 
-    with _attached(modules, config) as handle:
+    with _attached(network, modules, config) as handle:
         handle.load_state_dict(statistics)
         logits = network.model(batch).logits[:, :-1].flatten(0, 1)
         network.model.zero_grad()
