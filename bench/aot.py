@@ -95,7 +95,10 @@ def compile_for(
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     gpu = GPUTarget("cuda", TARGETS[target], 32)
-    binary = triton.compile(source, target=gpu, options={"num_warps": num_warps}).asm["cubin"]
+    options = {"num_warps": num_warps}
+    if constants.get("SQUARES"):
+        options["maxnreg"] = triton_kernels.REGISTERS
+    binary = triton.compile(source, target=gpu, options=options).asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
@@ -148,9 +151,12 @@ def layer_variants(dtype: str) -> Iterator[tuple[str, Any, dict[str, object]]]:
             chosen = common | {"METHOD": method, "SELECTING": True, "SUMMING": True}
             yield f"forward {title} {method}", triton_kernels.forward_kernel, chosen
             for balanced in (False, True) if method == "regularize" else (False,):
-                chosen = common | {"METHOD": method, "BALANCED": balanced}
+                chosen = common | {"METHOD": method, "BALANCED": balanced, "SQUARES": False}
                 name = f"backward {title} {method}{' scale_invariant' if balanced else ''}"
                 yield name, triton_kernels.backward_kernel, chosen
+                if method == "regularize":
+                    compared = chosen | {"SQUARES": True}
+                    yield f"{name} compared", triton_kernels.backward_kernel, compared
         observing = common | {"METHOD": "regularize", "SELECTING": False, "SUMMING": True}
         yield f"forward {title} before selection", triton_kernels.forward_kernel, observing
         again = common | {"METHOD": "regularize", "SELECTING": True, "SUMMING": False}

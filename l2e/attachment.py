@@ -19,7 +19,7 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
 from l2e import matching
 from l2e.config import L2EConfig
-from l2e.controller import FIGURES, MEASURED, Controller
+from l2e.controller import MEASURED, Controller
 from l2e.hook import ForwardPass, ModelHook, ModuleHook, OwnerHook
 from l2e.layer import L2ELayer
 from l2e.outputs import Key
@@ -276,11 +276,11 @@ class Handle(Joinable):
         """
         self._live()
         found = self.controller.metrics()
-        nothing = dict.fromkeys(FIGURES, float("nan"))
+        nothing = self.controller.nothing()
         measured = {
             n for figures in found.values() for n, value in figures.items() if value == value
         }
-        told = [name for name in FIGURES if name in measured or name not in MEASURED]
+        told = [name for name in nothing if name in measured or name not in MEASURED]
         return {
             state.name: {name: found.get(state.name, nothing)[name] for name in told}
             for state in self.controller.states

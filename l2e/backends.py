@@ -31,7 +31,7 @@ class Backend:
     name: str
     reason: str
     forward: Callable[[Tensor, KernelArguments, Tensor | None], Tensor]
-    backward: Callable[[Tensor, Tensor, KernelArguments, Tensor | float], Gradients]
+    backward: Callable[[Tensor, Tensor, KernelArguments, Tensor | float, Tensor | None], Gradients]
     measure: Callable[[Tensor, KernelArguments, Tensor, Tensor, Tensor, Tensor], None]
 
     def __str__(self) -> str:
@@ -153,8 +153,12 @@ def _disagreement(fused, variant: Variant) -> str | None:
 def _results(backend, pre: Tensor, grad: Tensor, arguments: KernelArguments) -> dict[str, Tensor]:
     sums = torch.zeros(3 * pre.shape[1] + 1, device=pre.device)
     output = backend.forward(pre, arguments, sums)
-    gradient, bias_gradient = backend.backward(grad, pre, arguments, 0.3)
+    gradient, bias_gradient = backend.backward(grad, pre, arguments, 0.3, None)
     results = {"output": output, "sums": sums, "gradient": gradient}
+    if arguments.method == "regularize":  # a variant of its own
+        squares = torch.zeros(2, device=pre.device)
+        results["gradient, compared"] = backend.backward(grad, pre, arguments, 0.3, squares)[0]
+        results |= {"arrived": squares[0], "direction": squares[1]}
     if bias_gradient is not None:
         results["bias gradient"] = bias_gradient
     return results

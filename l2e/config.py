@@ -8,12 +8,14 @@ import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from l2e.problems import ConfigError, Problem
 
 LayerChoice = Literal["mid2", "mid_third", "top_bottom", "all"]
+
+DEFAULT_WEIGHT = 0.0003  # of L_MS
 
 BOUNDS = {
     "ge": ("at least", lambda value, bound: value >= bound),
@@ -56,7 +58,15 @@ class L2EConfig:
         "deactivate: the gradient of a selected activation is multiplied by -delta "
         "(0: naive a, -1: naive b, 1 and more: reversed deactivation)",
     )
-    weight: float = key(0.0003, "weight of L_MS in the loss", ge=0)
+    weight: float | None = key(
+        None, "weight of L_MS in the loss; default: 0.0003, unless gradient_ratio sets it", ge=0
+    )
+    gradient_ratio: float | None = key(
+        None,
+        "instead of weight: in each inhibited layer such a weight that L_MS's gradient to the "
+        "activations is this many times as large as the gradient that arrives there",
+        gt=0,
+    )
     layers: LayerChoice | list[int] = key(  # noqa: RUF009
         "mid2", "inhibited blocks: mid2, mid_third, top_bottom, all, or a list of block numbers"
     )
@@ -103,6 +113,8 @@ class L2EConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        if self.weight is None and self.gradient_ratio is None:
+            object.__setattr__(self, "weight", DEFAULT_WEIGHT)  # frozen for everybody else
         hints = get_type_hints(type(self))
         problems = [p for f in fields(self) for p in _problems(f, hints[f.name], self)]
         if not problems:
@@ -119,6 +131,8 @@ class L2EConfig:
                 "decays to it",
                 "lower it, or raise threshold_rate",
             )
+        if self.gradient_ratio is not None:
+            yield from self._contradictions_of_ratio(self.gradient_ratio)
         if self.scale_invariant and self.method != "regularize":
             yield Problem(
                 "scale_invariant",
@@ -135,6 +149,22 @@ class L2EConfig:
                 "use method = 'deactivate' and selection = 'topk'",
             )
 
+    def _contradictions_of_ratio(self, ratio: float) -> Iterator[Problem]:
+        if self.weight is not None:
+            yield Problem(
+                "gradient_ratio",
+                ratio,
+                f"sets the weight of L_MS, and weight = {self.weight} does too",
+                "give one of the two, and null for the other",
+            )
+        if self.method != "regularize":
+            yield Problem(
+                "gradient_ratio",
+                ratio,
+                f"sets the weight of L_MS, which method = {self.method!r} has not",
+                "use method = 'regularize', or leave gradient_ratio out (null)",
+            )
+
 
 def _suggest(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
@@ -149,7 +179,7 @@ def _problems(field: Field, hint: Any, config: L2EConfig) -> Iterator[Problem]:
         return
     for name, (words, holds) in BOUNDS.items():
         bound = field.metadata.get(name)
-        if bound is not None and not holds(value, bound):
+        if None not in (bound, value) and not holds(value, bound):
             yield Problem(field.name, value, f"must be {words} {bound}", fix)
 
 
@@ -175,6 +205,8 @@ def _describe(hint: Any) -> str:
         return ", or ".join(_describe(option) for option in get_args(hint))
     if origin is list:
         return f"a list of {get_args(hint)[0].__name__}"
+    if hint is NoneType:
+        return "null"
     return {"float": "a number", "int": "a whole number", "bool": "true or false"}[hint.__name__]
 
 

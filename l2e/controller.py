@@ -19,8 +19,9 @@ from l2e.state import LayerState, Phase, Sums
 from l2e.statistics import Statistics
 
 COLLAPSED = 0.1  # of the standard deviation at the first inhibited step
-MEASURED = ("mean_ms", "max_ms", "kurtosis", "mlp_to_residual")
-FIGURES = (*MEASURED, "tau", "selected_fraction", "std")
+OF_MS_LOSS = ("weight", "gradient_ratio")
+MEASURED = ("mean_ms", "max_ms", "kurtosis", "mlp_to_residual", "gradient_ratio")
+FIGURES = (*MEASURED, "weight", "tau", "selected_fraction", "std")
 PATIENCE = 10  # steps that a layer may be without its start before a warning
 
 
@@ -45,7 +46,7 @@ class Controller:
         self.states = [layer.state for layer in layers]
         self.unobserved: list[str] | None = None
         self._warned: set[str] = set()
-        self._metrics: dict[str, dict[str, Tensor]] = {}
+        self._metrics: dict[str, dict[str, Tensor | float]] = {}
         self._histograms: dict[str, Tensor] = {}
         self._ms_loss = torch.zeros(())
         names = [state.name for state in self.states]
@@ -96,11 +97,11 @@ class Controller:
         if states:
             merged = [_merge(state) for state in states]
             totals = self._sum_over_tensor_ranks(states, merged)
+            self._ms_loss = self._loss(states, totals)
             usable = [
                 self._accept(state, new, total)
                 for state, new, total in zip(states, merged, totals, strict=True)
             ]
-            self._ms_loss = self._loss(states, totals)
             if any(state.empty or state.starting for state in states):
                 for state, used in zip(states, torch.stack(usable).tolist(), strict=True):
                     state.note(used)
@@ -224,6 +225,10 @@ class Controller:
             setattr(state, name, carried)
         if state.may_start:
             state.std_at_start = torch.where(seen, mean_var.sqrt(), state.std_at_start)
+        if self.config.method == "regularize":
+            self._metrics.setdefault(state.name, {})["weight"] = state.weight
+        if state.comparing:
+            self._compare_gradients(state, total["gradient_squares"], entries, seen)
         state.refresh(mean_var)
         self._keep_metrics(state, share, mean_ms, total)
         return seen
@@ -245,6 +250,25 @@ class Controller:
         weight = threshold.share_weight(state.updates, config.forget_step)
         state.share = torch.where(seen, torch.lerp(state.share, own, weight), state.share)
         state.updates = state.updates + seen
+
+    def _compare_gradients(
+        self, state: LayerState, squares: Tensor, entries: Tensor, seen: Tensor
+    ) -> None:
+        """How large L_MS's gradient was beside the one that arrived; its running means."""
+        arrived, added, direction = (squares / entries).sqrt()
+        ratio = added / arrived
+        self._metrics[state.name]["gradient_ratio"] = ratio
+        if self.config.gradient_ratio is None:
+            return
+        # Whatever scaled the losses, and averages over micro-batches and ranks, scaled both.
+        ms_gradient = direction / (state.inhibited_layers * state.expected_selected(1))
+        lm_gradient = state.weight * ms_gradient / ratio
+        usable = seen & (lm_gradient > 0) & torch.isfinite(lm_gradient) & torch.isfinite(arrived)
+        newest = threshold.share_weight(state.ratio_updates, self.config.forget_step)
+        for name, value in (("lm_gradient", lm_gradient), ("ms_gradient", ms_gradient)):
+            mean = getattr(state, name)
+            setattr(state, name, torch.where(usable, torch.lerp(mean, value, newest), mean))
+        state.ratio_updates = state.ratio_updates + usable
 
     def _keep_metrics(self, state: LayerState, share: Tensor, mean_ms: Tensor, total: Sums) -> None:
         kept = self._metrics.setdefault(state.name, {})
@@ -278,7 +302,10 @@ class Controller:
 
         `mean_ms`, `max_ms`, `kurtosis` (the median neuron's) and `mlp_to_residual` (RMS of the
         MLP's output over the residual stream's) are of the last measured step, NaN before it;
-        `std` is the running activation standard deviation. Waits for the device.
+        `std` is the running activation standard deviation. With "regularize" also `weight`, of
+        L_MS in that step, and `gradient_ratio`, the root mean square of L_MS's gradient to the
+        activations over that of the gradient that arrived there, of the last step that measured
+        it (with `gradient_ratio` set, every step that selects). Waits for the device.
 
         Raises:
             ValueError: an activation was NaN or Inf; names layers and steps, once.
@@ -288,11 +315,17 @@ class Controller:
         self._raise_of_bad_steps(observed)
         for state in observed:
             kept = self._metrics[state.name]
-            metrics[state.name] = dict.fromkeys(MEASURED, float("nan")) | {
+            metrics[state.name] = self.nothing() | {
                 name: float(value) for name, value in kept.items()
             }
             self._warn_of_collapse(state, metrics[state.name]["std"])
+            self._warn_of_unknown_ratio(state)
         return metrics
+
+    def nothing(self) -> dict[str, float]:
+        """The figures of a layer before anything was observed: NaN."""
+        left_out = () if self.config.method == "regularize" else OF_MS_LOSS
+        return {name: float("nan") for name in FIGURES if name not in left_out}
 
     def _raise_of_bad_steps(self, states: list[LayerState]) -> None:
         bad = {state: step for state in states if (step := int(state.bad_step)) >= 0}
@@ -326,6 +359,20 @@ class Controller:
                 f"below {COLLAPSED:.0%} of the {start:.3g} when inhibition started. L_MS is being "
                 "lowered by shrinking the layer, not by its shape: set scale_invariant = true or "
                 "a lower weight, and compare with method = 'silence'",
+                stacklevel=3,
+            )
+
+    def _warn_of_unknown_ratio(self, state: LayerState) -> None:
+        """Once, of a layer whose weight stays what it was before there was an estimate."""
+        unknown = self.config.gradient_ratio is not None and float(state.ratio_updates) == 0
+        told = f"{state.name}.gradient_ratio"
+        if unknown and float(state.updates) >= PATIENCE and told not in self._warned:
+            self._warned.add(told)
+            warnings.warn(
+                f"l2e layer {state.name}: gradient_ratio = {self.config.gradient_ratio} could not "
+                f"set the weight in {PATIENCE} steps that selected, it is {float(state.weight)}: "
+                "of the gradient that arrives there and L_MS's, one was 0 or not finite. Does the "
+                "loss depend on this layer, and does its backward pass run before step()?",
                 stacklevel=3,
             )
 
@@ -393,6 +440,7 @@ def _totals(state: LayerState, new: Statistics, measuring: bool, sharding: Shard
         "selected": sums["selected"].sum().view(1),
         "log_square": sums["log_square"],
         "scale": (sums["square"] / state.denominator).sum().view(1),
+        "gradient_squares": sums["gradient_squares"],
     }
     if measuring:
         kurtosis = sums["samples"] * measured["fourth"] / sums["square"].square()

@@ -181,7 +181,12 @@ def _gradients(
     injected = state.phase.gradient_scale * state.loss_factor(len(rows))
     loss_gradient = injected if loss_grad is None else loss_grad
     arguments = state.kernel_arguments(threshold, None, bias)
-    return state.backend(rows, arguments).backward(grads, rows, arguments, loss_gradient)
+    squares = torch.zeros(2, device=rows.device) if state.comparing else None
+    backward = state.backend(rows, arguments).backward
+    gradients = backward(grads, rows, arguments, loss_gradient, squares)
+    if squares is not None:
+        state.compare(squares, loss_gradient)
+    return gradients
 
 
 @inhibit_backward.register_fake

@@ -82,7 +82,11 @@ def forward(pre: Tensor, arguments: KernelArguments, sums: Tensor | None) -> Ten
 
 
 def backward(
-    grad: Tensor, pre: Tensor, arguments: KernelArguments, loss_gradient: Tensor | float
+    grad: Tensor,
+    pre: Tensor,
+    arguments: KernelArguments,
+    loss_gradient: Tensor | float,
+    squares: Tensor | None = None,
 ) -> Gradients:
     """Gradients to `pre`, [rows, neurons], and to the bias, [neurons] (None: there is none).
 
@@ -91,12 +95,14 @@ def backward(
     Args:
         grad: [rows, neurons], the gradient to the forward's result.
         loss_gradient: factor of d(sum of log (z - mean)^2)/dz, for `regularize`.
+        squares: [2], float32: the sums of squares of `grad` and of half that derivative are added
+            to it.
     """
     out = torch.empty_like(pre)
     bias_sum = None if arguments.bias is None else torch.zeros_like(arguments.mean)
     for rows in slices(pre):
         biased = arguments.biased(pre[rows])
-        grad_z = _activation_gradient(grad[rows], biased, arguments, rows, loss_gradient)
+        grad_z = _activation_gradient(grad[rows], biased, arguments, rows, loss_gradient, squares)
         out[rows] = activation_backward(grad_z, biased, arguments.activation)
         if bias_sum is not None:
             bias_sum += out[rows].sum(0, dtype=torch.float32)
@@ -134,8 +140,11 @@ def _activation_gradient(
     arguments: KernelArguments,
     rows: slice,
     loss_gradient: Tensor | float,
+    squares: Tensor | None,
 ) -> Tensor:
     """Gradient to the activations z of some rows from that to the forward's result."""
+    if squares is not None:
+        squares[0] += grad.float().square().sum()
     if arguments.method == "silence":
         return torch.zeros_like(grad)
     if arguments.method == "none" or arguments.threshold is None:
@@ -150,6 +159,8 @@ def _activation_gradient(
     direction = selected.mul_(deviation).div_(square)
     if arguments.balance is not None:
         direction.sub_(deviation.mul_(arguments.balance))
+    if squares is not None:
+        squares[1] += direction.square().sum()
     return (grad + 2 * loss_gradient * direction).to(grad.dtype)
 
 

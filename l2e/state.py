@@ -13,7 +13,7 @@ from torch import Tensor
 
 from l2e import backends, kernels
 from l2e.backends import Backend
-from l2e.config import L2EConfig
+from l2e.config import DEFAULT_WEIGHT, L2EConfig
 from l2e.sharding import Sharding
 from l2e.statistics import Statistics
 from l2e.threshold import BINS
@@ -77,6 +77,10 @@ class LayerState:
         std_at_start: activation standard deviation of the layer when inhibition started.
         mean_ms: the last batch's mean MS, in the units that tau is in; NaN before there was one.
         drift: what log tau moves by in each step beside its corrections.
+        lm_gradient, ms_gradient, ratio_updates: of a `gradient_ratio`, running means of the root
+            mean squares of the gradient that arrives and of L_MS's at weight 1, both of one
+            sample's loss; and how many steps are in them.
+        weight: of L_MS in this step.
         bad_step: the first step with a NaN or Inf activation, -1 if there was none.
         started: sums of this step are taken around `statistics.mean`.
         empty: no batch was merged yet, on any rank.
@@ -87,8 +91,13 @@ class LayerState:
         centre_rank: the data-parallel rank whose centre the first batch is summed around.
     """
 
-    SAVED = ("share", "tau", "updates", "mean_var", "std_at_start", "mean_ms", "drift")
-    ADDED_LATER: ClassVar = {"mean_ms": float("nan"), "drift": 0.0}  # older checkpoints lack them
+    RATIO = ("lm_gradient", "ms_gradient", "ratio_updates")
+    SAVED = ("share", "tau", "updates", "mean_var", "std_at_start", "mean_ms", "drift", *RATIO)
+    ADDED_LATER: ClassVar = {  # older checkpoints lack them
+        "mean_ms": float("nan"),
+        "drift": 0.0,
+        **dict.fromkeys(RATIO, 0.0),
+    }
 
     def __init__(
         self,
@@ -103,6 +112,7 @@ class LayerState:
         self.name, self.config, self.activation = name, config, activation
         self.units, self.total_units = units or 0, total_units or units or 0
         self.inhibited_layers = inhibited_layers
+        self.weight: Tensor | float = DEFAULT_WEIGHT if config.weight is None else config.weight
         self.phase = Phase()
         self.sharding = Sharding()
         self.positions = 0
@@ -123,6 +133,9 @@ class LayerState:
         self.std_at_start = torch.tensor(float("nan"), device=device)
         self.mean_ms = torch.tensor(float("nan"), device=device)
         self.drift = torch.zeros((), device=device)
+        self.lm_gradient = torch.zeros((), device=device)
+        self.ms_gradient = torch.zeros((), device=device)
+        self.ratio_updates = torch.zeros((), device=device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.refresh(torch.zeros((), device=device))
         self.reset_sums()
@@ -169,6 +182,12 @@ class LayerState:
         """Without statistics there is nothing to measure by."""
         return not self.empty and (self.phase.measure or self.observing)
 
+    @property
+    def comparing(self) -> bool:
+        """The backward pass compares L_MS's gradient with the one that arrives."""
+        asked = self.phase.measure or self.config.gradient_ratio is not None
+        return asked and self.selecting and self.config.method == "regularize"
+
     def to(self, device: torch.device) -> None:
         if self.device == device:
             return
@@ -194,6 +213,9 @@ class LayerState:
         self.denominator = (var + self.config.eps * mean_var).clamp(min=tiny)
         self.threshold = (self.tau * self.denominator).clamp(min=tiny)
         self.balance = torch.where(var > 0, self.share / var, 0)
+        if self.config.gradient_ratio is not None:
+            known = self.config.gradient_ratio * self.lm_gradient / self.ms_gradient
+            self.weight = torch.where(self.ratio_updates > 0, known, DEFAULT_WEIGHT)
 
     def reset_sums(self) -> None:
         n, scalar = self.neurons, 1
@@ -203,6 +225,7 @@ class LayerState:
             "selected": n,
             "log_square": scalar,
             "samples": scalar,
+            "gradient_squares": 3,
         }
         measured = {
             "fourth": n,
@@ -218,7 +241,7 @@ class LayerState:
     @property
     def core_sums(self) -> Tensor:
         """The part of the sums that the kernels add to: [3, neurons] and one entry, flat."""
-        return self.sums.flat[:-1]
+        return self.sums.flat[: 3 * self.neurons + 1]
 
     @property
     def measured_squares(self) -> Tensor:
@@ -250,9 +273,26 @@ class LayerState:
             return self.config.topk * rows
         return self.config.inhibit_fraction * self.total_neurons * rows
 
-    def loss_factor(self, rows: int) -> float:
+    def loss_factor(self, rows: int) -> Tensor | float:
         """L_MS is this times the sum over selected entries of log (z - mean)^2 (L2E, Eq. 5)."""
-        return self.config.weight / (self.inhibited_layers * self.expected_selected(rows))
+        return self.weight / (self.inhibited_layers * self.expected_selected(rows))
+
+    def compare(self, squares: Tensor, loss_gradient: Tensor | float) -> None:
+        """Add what one backward pass gave to the sums of squares of gradients.
+
+        These are of the gradient that arrived, of the one that L_MS added, and of that without its
+        factor; a pass in which L_MS has no part tells of the first alone.
+
+        Args:
+            squares: [2], as `kernels.backward` gives them.
+            loss_gradient: the factor of L_MS's gradient there.
+        """
+        arrived, direction = squares
+        sums = self.sums["gradient_squares"]
+        sums[0] += arrived
+        if isinstance(loss_gradient, Tensor) or loss_gradient != 0:
+            sums[1] += (2 * loss_gradient) ** 2 * direction
+            sums[2] += 4 * direction
 
     def kernel_arguments(
         self,

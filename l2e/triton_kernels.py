@@ -32,6 +32,9 @@ WARPS = 2
 VECTOR_BYTES = 16
 PROGRAMS_PER_PROCESSOR = 12  # as many as their registers let a multiprocessor run: one full wave
 PROGRAMS_INTERPRETED = 6
+# With these of a multiprocessor's 65,536 they do. Told to the compiler of the one kernel that would
+# take more, which it then has no need to spill.
+REGISTERS = 80
 
 COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 LOG_2 = tl.constexpr(0.6931471805599453)
@@ -209,6 +212,15 @@ def _sum_of_log2(
 
 
 @triton.jit
+def _sum_of_squares(
+    values, TILE_TOKENS: tl.constexpr, TILE_NEURONS: tl.constexpr, VECTOR: tl.constexpr
+):
+    """[tokens, neurons] -> [tokens, neurons / VECTOR]: sums of a thread's own squares."""
+    own = tl.reshape(values * values, [TILE_TOKENS, TILE_NEURONS // VECTOR, VECTOR])
+    return tl.sum(own, 2)
+
+
+@triton.jit
 def _offsets(row, columns, neurons, TILE_TOKENS: tl.constexpr):
     rows = row + tl.arange(0, TILE_TOKENS)
     return rows.to(tl.int64)[:, None] * neurons + columns[None, :]
@@ -328,6 +340,7 @@ def backward_kernel(
     loss_gradient_pointer,
     out_pointer,
     partial_pointer,
+    squares_pointer,
     tokens,
     neurons,
     program_tokens,
@@ -335,6 +348,7 @@ def backward_kernel(
     ACTIVATION: tl.constexpr,
     METHOD: tl.constexpr,
     BALANCED: tl.constexpr,
+    SQUARES: tl.constexpr,
     BIASED: tl.constexpr,
     EVEN: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
@@ -355,6 +369,9 @@ def backward_kernel(
     if BIASED:
         bias = tl.load(bias_pointer + columns, mask=inside, other=0.0)[None, :]
         total = tl.zeros([TILE_TOKENS, TILE_NEURONS], tl.float32)
+    if SQUARES:
+        arrived = tl.zeros([TILE_TOKENS, TILE_NEURONS // VECTOR], tl.float32)
+        directions = tl.zeros([TILE_TOKENS, TILE_NEURONS // VECTOR], tl.float32)
     first = tl.program_id(0) * program_tokens
     end = tl.minimum(first + program_tokens, tokens)
     last = end - TILE_TOKENS
@@ -367,6 +384,8 @@ def backward_kernel(
         g_ahead = _load(
             gradient_pointer, following, columns, last, tokens, neurons, EVEN, TILE_TOKENS
         )
+        if SQUARES:
+            arrived += _sum_of_squares(g, TILE_TOKENS, TILE_NEURONS, VECTOR)
         if METHOD != "none":
             # Rounded as the forward pass rounded it, so that the same activations are selected.
             d = _float(_rounded(_activate(x, ACTIVATION, stored), stored)) - mean
@@ -377,6 +396,11 @@ def backward_kernel(
                 direction = tl.where(selected, _reciprocal(d), 0.0)
                 if BALANCED:
                     direction = tl.fma(-d, balance, direction)
+                if SQUARES:
+                    if not EVEN:
+                        seen = _inside(row, columns, tokens, neurons, TILE_TOKENS)
+                        direction = tl.where(seen, direction, 0.0)
+                    directions += _sum_of_squares(direction, TILE_TOKENS, TILE_NEURONS, VECTOR)
                 g = tl.fma(pull, direction, g)
         g *= _slope(x, ACTIVATION, stored)
         _store(out_pointer, _rounded(g, stored), row, columns, tokens, neurons, EVEN, TILE_TOKENS)
@@ -387,6 +411,10 @@ def backward_kernel(
     if BIASED:
         partial = partial_pointer + tl.program_id(0) * neurons
         tl.store(partial + columns, tl.sum(total, 0), mask=inside)
+    if SQUARES:
+        program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(squares_pointer + 2 * program, tl.sum(arrived))
+        tl.store(squares_pointer + 2 * program + 1, tl.sum(directions))
 
 
 @triton.jit
@@ -474,14 +502,20 @@ def forward(pre: Tensor, arguments: kernels.KernelArguments, sums: Tensor | None
 
 
 def backward(
-    grad: Tensor, pre: Tensor, arguments: kernels.KernelArguments, loss_gradient: Tensor | float
+    grad: Tensor,
+    pre: Tensor,
+    arguments: kernels.KernelArguments,
+    loss_gradient: Tensor | float,
+    squares: Tensor | None = None,
 ) -> kernels.Gradients:
     """`kernels.backward` in one pass over `pre` and `grad`."""
     launch = Launch(pre, arguments)
     out = torch.empty_like(pre)
     partial = None if arguments.bias is None else launch.partial(launch.neurons)
+    squares_partial = None if squares is None else launch.partial(2 * launch.tiles)
     if not isinstance(loss_gradient, Tensor):
         loss_gradient = torch.full((), loss_gradient, dtype=torch.float32, device=pre.device)
+    options = {"maxnreg": REGISTERS} if squares is not None and COMPILED.value else {}
     launch(
         backward_kernel,
         pre,
@@ -493,10 +527,15 @@ def backward(
         loss_gradient,
         out,
         launch.or_any(partial),
+        launch.or_any(squares_partial),
         delta=arguments.delta,
         METHOD="none" if arguments.threshold is None else arguments.method,
         BALANCED=arguments.balance is not None,
+        SQUARES=squares is not None,
+        **options,
     )
+    if squares is not None and squares_partial is not None:
+        squares += squares_partial.view(-1, 2).sum(0)
     return out, None if partial is None else partial.sum(0).to(pre.dtype)
 
 

@@ -46,7 +46,12 @@ def describe_method(l2e: L2EConfig) -> str:
     largest = f"the largest {l2e.inhibit_fraction:.2%} of activations, over time"
     if l2e.selection == "topk":
         largest = f"the {l2e.topk} largest activations of each sample"
-    strength = f"weight {l2e.weight:g}" if l2e.method == "regularize" else f"delta {l2e.delta:g}"
+    if l2e.method != "regularize":
+        strength = f"delta {l2e.delta:g}"
+    elif l2e.gradient_ratio is not None:
+        strength = f"gradient {l2e.gradient_ratio:g} times as large as the one that arrives"
+    else:
+        strength = f"weight {l2e.weight:g}"
     return f"{l2e.method} {largest}, {strength}"
 
 

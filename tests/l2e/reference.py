@@ -31,9 +31,12 @@ class Reference:
         rate=0.5,
         floor=0.02,
         scale_invariant=False,
+        gradient_ratio=None,
     ):
         self.late_start, self.forget, self.k, self.eps = late_start, forget, k, eps
         self.weight, self.inhibited_layers = weight, inhibited_layers
+        self.gradient_ratio, self.compared = gradient_ratio, 0
+        self.lm_gradient = self.ms_gradient = 0.0  # of the mean over a batch, not of a sample
         self.rate, self.floor, self.scale_invariant = rate, floor, scale_invariant
         self.start = max(late_start, 2)
         self.steps = self.m = self.updates = 0
@@ -69,6 +72,17 @@ class Reference:
         if self.scale_invariant:
             slope = slope - 2 * self.share * (z - self.mean) / self.var
         return self.factor(b, n) * slope
+
+    def compare(self, z, gradient):
+        """Before `step`: the weight from here on, by the gradient [b, N] that arrived at z."""
+        arrived = math.sqrt((gradient**2).mean())
+        pull = math.sqrt((self.loss_slope(z) ** 2).mean()) / self.weight
+        if arrived > 0 and pull > 0 and math.isfinite(arrived):
+            n = min(self.compared, self.forget)
+            self.lm_gradient = (n * self.lm_gradient + arrived) / (n + 1)
+            self.ms_gradient = (n * self.ms_gradient + pull) / (n + 1)
+            self.compared += 1
+            self.weight = self.gradient_ratio * self.lm_gradient / self.ms_gradient
 
     def step(self, z):
         """Merge one global batch; one without samples or with a NaN counts as a step alone."""

@@ -60,10 +60,10 @@ def test_the_check_is_of_the_variant_that_runs(monkeypatch, neurons, activation,
     seen = []
     right = triton_kernels.backward
 
-    def recorded(grad, pre, arguments, loss_gradient):
+    def recorded(grad, pre, arguments, loss_gradient, squares):
         seen.append((pre.shape[1], arguments.activation, arguments.bias is not None))
         assert (arguments.balance is not None) == keys.get("scale_invariant", False)
-        return right(grad, pre, arguments, loss_gradient)
+        return right(grad, pre, arguments, loss_gradient, squares)
 
     monkeypatch.setattr(triton_kernels, "backward", recorded)
     config = L2EConfig(kernels="triton", **keys)
@@ -71,7 +71,8 @@ def test_the_check_is_of_the_variant_that_runs(monkeypatch, neurons, activation,
         config, CPU, torch.float32, neurons=neurons, activation=activation, biased=biased
     )
     assert str(chosen) == "triton kernels (equal to plain on this device)"
-    assert seen == [(neurons, activation, biased)]
+    times = 2 if config.method == "regularize" else 1  # and where gradients are compared
+    assert seen == times * [(neurons, activation, biased)]
 
 
 def test_without_a_gpu(caplog, monkeypatch):
@@ -125,8 +126,14 @@ def test_when_its_numbers_are_wrong(caplog, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels on the CPU")
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"scale_invariant": True}, {"method": "deactivate"}, {"method": "none"}],
-    ids=["regularize", "scale_invariant", "deactivate", "none"],
+    [
+        {},
+        {"scale_invariant": True},
+        {"method": "deactivate"},
+        {"method": "none"},
+        {"weight": None, "gradient_ratio": 0.5},
+    ],
+    ids=["regularize", "scale_invariant", "deactivate", "none", "gradient_ratio"],
 )
 def test_a_layer_trains_alike_on_both_backends(monkeypatch, keys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -91,8 +91,14 @@ def launches(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("measured", [False, True])
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"scale_invariant": True}, {"method": "deactivate"}, {"method": "none"}],
-    ids=["regularize", "scale_invariant", "deactivate", "none"],
+    [
+        {},
+        {"scale_invariant": True},
+        {"method": "deactivate"},
+        {"method": "none"},
+        {"gradient_ratio": 0.1},
+    ],
+    ids=["regularize", "scale_invariant", "deactivate", "none", "gradient_ratio"],
 )
 def test_a_step_is_one_pass_each_way_and_waits_for_nothing(launches, measured, keys):
     config = L2EConfig(late_start_step=2, **keys)

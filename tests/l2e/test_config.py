@@ -29,13 +29,29 @@ def test_all_problems_are_listed_at_once():
         ({"memel_code_compat": True}, "use method = 'deactivate' and selection = 'topk'"),
         ({"threshold_rate": 0.01}, "threshold_rate_floor = 0.02: greater than"),
         ({"layers": "middle"}, "layers = 'middle': expected one of 'mid2'"),
-        ({"weight": True}, "weight = True: expected a number"),
+        ({"weight": True}, "weight = True: expected a number, or null"),
+        ({"gradient_ratio": 0}, "gradient_ratio = 0: must be greater than 0"),
+        ({"gradient_ratio": -0.1}, "gradient_ratio = -0.1: must be greater than 0"),
+        ({"gradient_ratio": float("inf")}, "gradient_ratio = inf: expected a number"),
+        ({"gradient_ratio": "0.1"}, "gradient_ratio = '0.1': expected a number"),
+        ({"gradient_ratio": 0.1, "weight": 0.0003}, "and weight = 0.0003 does too; give one"),
+        ({"gradient_ratio": 0.1, "weight": 0}, "and weight = 0 does too; give one of the two"),
+        ({"gradient_ratio": 0.1, "method": "none"}, "which method = 'none' has not"),
+        ({"gradient_ratio": 0.1, "method": "silence"}, "which method = 'silence' has not"),
+        ({"gradient_ratio": 0.1, "method": "deactivate"}, "use method = 'regularize', or leave"),
         ({"weight": float("nan")}, "expected a number"),
     ],
 )
 def test_contradictions_name_key_value_and_fix(settings, words):
     with pytest.raises(ValueError, match=words):
         L2EConfig(**settings)
+
+
+def test_the_weight_is_the_default_unless_a_ratio_sets_it():
+    assert L2EConfig().weight == L2EConfig(weight=None).weight == 0.0003
+    assert L2EConfig(gradient_ratio=0.1).weight is None
+    by_ratio = L2EConfig(gradient_ratio=0.1, selection="topk")
+    assert L2EConfig(**dataclasses.asdict(by_ratio)) == by_ratio
 
 
 @pytest.mark.parametrize(

@@ -120,11 +120,10 @@ def test_backward_is_the_gradient_of_the_output_and_of_the_logs(
     z = ACTIVATIONS[activation](x)
     seen = z + (out.double() - z).detach()  # the rounded activation, with the exact slope
     deviation = seen - inhibit.mean.double()
-    objective = (z * grad.double()).sum()
-    objective = objective + 0.3 * torch.where(selected, deviation.square(), 1).log().sum()
+    logs = torch.where(selected, deviation.square(), 1).log().sum()
     if balanced:
-        objective = objective - 0.3 * (deviation.square() * balance.double()).sum()
-    objective.backward()
+        logs = logs - (deviation.square() * balance.double()).sum()
+    ((z * grad.double()).sum() + 0.3 * logs).backward(retain_graph=True)
     found, bias_gradient = made_by.backward(grad, pre, inhibit, loss_gradient=0.3)
     # Plain operations round the gradient to z and the result; with a bias the slope is taken at
     # the rounded sum.
@@ -137,8 +136,13 @@ def test_backward_is_the_gradient_of_the_output_and_of_the_logs(
         assert error <= PRECISION[dtype] * found.double().abs().sum(0).max()
     else:
         assert bias_gradient is None
-    as_tensor, _ = made_by.backward(grad, pre, inhibit, torch.tensor(0.3, device=DEVICE))
+    squares = torch.ones(2, device=DEVICE)
+    factor = torch.tensor(0.3, device=DEVICE)
+    as_tensor, _ = made_by.backward(grad, pre, inhibit, factor, squares)
     assert torch.equal(found, as_tensor)
+    [of_logs] = torch.autograd.grad(logs, z)
+    close(squares[0], grad.double().square().sum() + 1, 1e-5)
+    close(squares[1], (of_logs / 2).square().sum() + 1, 1e-5)
 
 
 @BOTH

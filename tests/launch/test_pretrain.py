@@ -103,6 +103,8 @@ def test_metrics_have_the_contracts_keys(alone: Path) -> None:
         "std",
         "kurtosis",
         "mlp_to_residual",
+        "weight",
+        "gradient_ratio",
     }
     for line in lines[3::4]:
         assert set(line["l2e"]) == {"0", "1"}
