@@ -63,9 +63,10 @@ class L2EConfig:
     )
     gradient_ratio: float | None = key(
         None,
-        "instead of weight: in each inhibited layer such a weight that L_MS's gradient to the "
-        "activations is this many times as large as the gradient that arrives there",
+        "size of L_MS's gradient to a layer's activations over that of the gradient that arrives "
+        "there: sets a weight in each inhibited layer, instead of weight",
         gt=0,
+        le=1000,
     )
     layers: LayerChoice | list[int] = key(  # noqa: RUF009
         "mid2", "inhibited blocks: mid2, mid_third, top_bottom, all, or a list of block numbers"

@@ -49,7 +49,7 @@ def describe_method(l2e: L2EConfig) -> str:
     if l2e.method != "regularize":
         strength = f"delta {l2e.delta:g}"
     elif l2e.gradient_ratio is not None:
-        strength = f"gradient {l2e.gradient_ratio:g} times as large as the one that arrives"
+        strength = f"its gradient {l2e.gradient_ratio:g} of the size of the one that arrives"
     else:
         strength = f"weight {l2e.weight:g}"
     return f"{l2e.method} {largest}, {strength}"

@@ -40,7 +40,12 @@ def make_config(
             "vocab_size": VOCABULARY,
             "max_position_embeddings": SEQUENCE,
         },
-        "l2e": {"method": "regularize", "layers": "all", "weight": 0.01, "late_start_step": 2},
+        "l2e": {
+            "method": "regularize",
+            "layers": "all",
+            "gradient_ratio": 0.1,
+            "late_start_step": 2,
+        },
         "data": {"path": "unused", "sequence_length": SEQUENCE},
         "optimizer": {"learning_rate": 1e-2, "eps": 1e-5},
         "parallel": {

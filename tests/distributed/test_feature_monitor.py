@@ -55,7 +55,7 @@ def measure_and_train(features: Path, tokenizer: Path, settings: dict[str, dict]
     outcomes = {}
     wanted = {"features": str(features), "passages": PASSAGES, "tokens": TOKENS}
     for name, keys in settings.items():
-        monitored = {"method": "regularize", "layers": "all", "late_start_step": 2, "weight": 0.01}
+        monitored = {"method": "regularize", "layers": "all", "late_start_step": 2}
         watched = make_config(**keys, l2e=monitored, monitor=wanted)
         with running(watched) as engine:
             monitor = FeatureMonitor(engine.config, engine, tokenizer)
