@@ -237,7 +237,7 @@ def communication(model: ModelShape, layout: LayoutPlan) -> dict[str, int]:
     data: gradients all-reduced in fp32, once a step (ZeRO 0, 1) or every micro-batch (2), or
         reduce-scattered every micro-batch (3); weights gathered once a step, or at ZeRO-3, where
         they are more than DeepSpeed keeps whole, twice a micro-batch.
-    l2e: one flat fp32 all-reduce of three sums a neuron, and two numbers a layer.
+    l2e: one flat fp32 all-reduce of three sums a neuron, and five numbers a layer.
     """
     element = BYTES[layout.dtype]
     count = max(stage_parameters(model, layout, stage) for stage in range(layout.pipeline))
@@ -247,7 +247,7 @@ def communication(model: ModelShape, layout: LayoutPlan) -> dict[str, int]:
     exchanged = (4 * blocks + 2) * hidden_bytes + 3 * layout.micro_tokens * FP32
     gradients, weights = ring(count * FP32, layout.data), ring(count * element, layout.data)
     gathers = 1 if count <= LIVE_PARAMETERS else 2 * layout.accumulation
-    statistics = (3 * model.intermediate_size // layout.tensor + 2) * FP32
+    statistics = (3 * model.intermediate_size // layout.tensor + 5) * FP32
     return {
         "tensor": layout.accumulation * 2 * ring(exchanged, layout.tensor),
         "pipeline": 2 * layout.accumulation * boundary if layout.pipeline > 1 else 0,
