@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -58,10 +61,11 @@ def run(experiment: Experiment, options: argparse.Namespace) -> int:
     print(f"{len(experiment.runs) - len(left)} of {len(experiment.runs)} runs are finished")
     if left:
         if options.slurm is not None:
-            return write_job(left, options.slurm)
+            return write_job(left, options.slurm, experiment.program)
         for one in {run.arm: run for run in left}.values():
             data.fetch(one.config, one.folder)  # once, before the runs ask for it side by side
-        outcome = workers.train_all(left, options.workers, train, say)
+        how = partial(train, program=experiment.program)
+        outcome = workers.train_all(left, options.workers, how, say)
         if outcome.stopped:
             say("stopped; the same command goes on from here")
             return 130
@@ -70,7 +74,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> int:
     return report(options.output) or int(any(not run.finished for run in experiment.runs))
 
 
-def write_job(left: list[PlannedRun], path: Path) -> int:
+def write_job(left: list[PlannedRun], path: Path, program: Path | None) -> int:
     """An array job of the runs that are left, one GPU each."""
     from launch.planning.jobs import slurm
     from launch.training import data
@@ -79,13 +83,18 @@ def write_job(left: list[PlannedRun], path: Path) -> int:
         data.fetch(one.config, one.folder)
     base = str(left[0].base)
     options = argparse.Namespace(config=base, nodes=1, gpus_per_node=1, time="24:00:00")
-    path.write_text(slurm(options, [run.task for run in left]), encoding="utf-8")
+    text = slurm(options, [run.task for run in left], str(program or "launch/pretrain.py"))
+    path.write_text(text, encoding="utf-8")
     print(f"wrote {path}, an array of {len(left)} runs: sbatch it from the repository's root")
     return 0
 
 
-def train(arguments: list[str]) -> None:
-    """One run, as `pretrain.py` trains it; its process may train another one afterwards."""
+def train(arguments: list[str], program: Path | None = None) -> None:
+    """One run, by `pretrain.py` or the plan's own program; its process may train another one
+    afterwards."""
+    if program is not None:
+        load_program(program).main(arguments)
+        return
     from launch import pretrain
     from launch.engine.layout import release_layout
 
@@ -93,6 +102,16 @@ def train(arguments: list[str]) -> None:
         pretrain.main(arguments)
     finally:
         release_layout()
+
+
+def load_program(path: Path) -> ModuleType:
+    """The module in a plan's own program."""
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None, "the plan's check has seen to the file"
+    assert spec.loader is not None, "and to its ending"
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def say(message: str) -> None:

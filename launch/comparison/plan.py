@@ -49,6 +49,11 @@ class Plan(Section):
     question: str = key(..., "what the experiment is to answer")
     base: str = key(..., "configuration that all arms share, relative to the plan's folder")
     overrides: dict[str, Any] = key({}, "keys changed in all arms")
+    program: str | None = key(
+        None,
+        "Python file whose main(arguments) trains a run as launch/pretrain.py's does, relative to "
+        "the plan's folder; default: launch/pretrain.py itself",
+    )
     inhibit_fraction_from: str | None = key(
         None,
         "result of `analyze.py fkr` on a checkpoint, relative to the plan's folder: "
@@ -119,6 +124,7 @@ class Experiment:
     plan: Plan
     raw: dict[str, Any]
     runs: list[PlannedRun]
+    program: Path | None = None  # what trains a run, if not pretrain.py
 
     @property
     def hash(self) -> str:
@@ -160,6 +166,9 @@ def build(raw: dict[str, Any], path: Path, output: Path, control: bool = True) -
         ]
         raise ValueError("\n".join([f"{path}: {len(told)} errors", *told])) from None
     problems = list(mistakes(plan))
+    program = path.parent / plan.program if plan.program else None
+    if program is not None and not (program.is_file() and program.suffix == ".py"):
+        problems.append(f"program: {program}: no such Python file")
     runs: list[PlannedRun] = []
     shared: dict[str, list[str]] = {}  # a mistake of the base configuration is every arm's
     with each_warning_once():
@@ -182,7 +191,7 @@ def build(raw: dict[str, Any], path: Path, output: Path, control: bool = True) -
     most = {arm.name: len(plan.seeds[: arm.seeds]) for arm in plan.arms}
     order = {arm.name: place for place, arm in enumerate(plan.arms)}
     runs.sort(key=lambda run: (-most[run.arm], plan.seeds.index(run.seed), order[run.arm]))
-    return Experiment(plan, raw, runs)
+    return Experiment(plan, raw, runs, program)
 
 
 @contextmanager

@@ -28,6 +28,11 @@ def lines(experiment: Experiment, workers: int) -> list[str]:
     )
     hours = work / CORE_FLOPS / 3600 / workers
     disk = sum(checkpoint_bytes(run) for run in left) / 1e9
+    if experiment.program is not None:
+        told.append(
+            f"program    {experiment.program}; parameters and time below are those of a GPT-NeoX "
+            "of its configuration"
+        )
     told += [
         f"runs       {len(runs)}, {len(runs) - len(left)} finished, of "
         f"{parameters(runs[0].config.model):,} parameters and {tokens(runs[0]):,} tokens each",

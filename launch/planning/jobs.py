@@ -113,8 +113,13 @@ def check(config: str, tasks: list[Task], ranks: int) -> None:
         configs.load(config, task.settings, processes=ranks)
 
 
-def slurm(options: argparse.Namespace, tasks: list[Task]) -> str:
-    """A batch script that goes on by itself after time limits, preemptions and failures."""
+def slurm(
+    options: argparse.Namespace, tasks: list[Task], program: str = "launch/pretrain.py"
+) -> str:
+    """A batch script that goes on by itself after time limits, preemptions and failures.
+
+    program: what trains a task's run, given pretrain.py's arguments.
+    """
     array = len(tasks) > 1
     name = Path(options.config).stem
     header = {
@@ -139,6 +144,7 @@ def slurm(options: argparse.Namespace, tasks: list[Task]) -> str:
         folders="\n".join(f"    {shlex.quote(task.folder)}" for task in tasks),
         last=len(tasks) - 1,
         restarts=RESTARTS,
+        program=shlex.quote(program),
     )
 
 
@@ -170,7 +176,7 @@ PYTHON=${{PYTHON:-.venv/bin/python}}
 
 # srun gives every rank its number; the trainer finds the first node and a port by itself.
 export OMP_NUM_THREADS=${{SLURM_CPUS_PER_TASK:-1}}
-srun --kill-on-bad-exit=1 "$PYTHON" launch/pretrain.py "${{ARGUMENTS[@]}}"
+srun --kill-on-bad-exit=1 "$PYTHON" {program} "${{ARGUMENTS[@]}}"
 STATUS=$?
 
 # A run that is not at its end has no such mark. Status 2 is a mistake that would come again.

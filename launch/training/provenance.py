@@ -47,17 +47,11 @@ def write(run: Run, engine: Engine, data: dict[str, Any], resume: Path | None) -
     deviations = told[0] or initial_deviations(engine)
     if not run.process.is_first:
         return
-    manifest = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+    manifest = circumstances() | {
         "launcher": run.process.launcher,
         "resumed_from": None if resume is None else str(resume),
         "layout": str(engine.layout),
-        "git_commit": git_commit(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
         "hardware": describe(engine.device),
-        "environment": environment(),
         "data": data,
         "initial_std": deviations,
     }
@@ -67,6 +61,18 @@ def write(run: Run, engine: Engine, data: dict[str, Any], resume: Path | None) -
 def environment() -> dict[str, str]:
     """The variables of `VARIABLES` that are set."""
     return {name: os.environ[name] for name in VARIABLES if name in os.environ}
+
+
+def circumstances() -> dict[str, Any]:
+    """What any program of this repository can say of itself now."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "environment": environment(),
+    }
 
 
 def git_commit() -> str | None:

@@ -51,6 +51,7 @@ def test_every_mistake_is_told_at_once_before_the_first_run(raw, tmp_path):
         ({"weeds": [1]}, "weeds: unknown key"),
         ({"smallest_difference": 0}, "smallest_difference: input should be greater than 0"),
         ({"base": "nowhere.json"}, "no such file"),
+        ({"program": "nowhere.py"}, "nowhere.py: no such Python file"),
         ({"overrides": {"l2e.wieght": 1}}, "did you mean l2e.weight"),
     ],
 )
@@ -302,7 +303,8 @@ def test_the_array_job_has_the_runs_that_are_left(raw, tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "fetch", lambda config, folder: None)
     path, job = tmp_path / "plan.json", tmp_path / "job.sh"
-    path.write_text(json.dumps(raw))
+    (tmp_path / "our loop.py").touch()
+    path.write_text(json.dumps(raw | {"program": "our loop.py"}))
     one = plan.read(path, tmp_path / "out")
     for run in one.runs[:2]:
         stand_in(run.arguments())
@@ -311,6 +313,7 @@ def test_the_array_job_has_the_runs_that_are_left(raw, tmp_path, monkeypatch):
     subprocess.run(["bash", "-n", str(job)], check=True)
     assert "--array=0-3" in job.read_text()
     assert job.read_text().count("--run-dir") == 4
+    assert f"""srun --kill-on-bad-exit=1 "$PYTHON" '{tmp_path}/our loop.py' """ in job.read_text()
     for run in one.runs:
         assert (f"--run-dir {run.folder} " in job.read_text()) == (run not in one.runs[:2])
 
