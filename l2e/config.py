@@ -123,6 +123,11 @@ class L2EConfig:
         if problems:
             raise ConfigError("L2EConfig", problems)
 
+    @property
+    def strength(self) -> str:
+        """The key to lower where L_MS pulls too hard."""
+        return "weight" if self.gradient_ratio is None else "gradient_ratio"
+
     def _contradictions(self) -> Iterator[Problem]:
         if self.threshold_rate_floor > self.threshold_rate:
             yield Problem(

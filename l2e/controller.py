@@ -358,7 +358,7 @@ class Controller:
                 f"l2e layer {state.name}: the activations' standard deviation fell to {std:.3g}, "
                 f"below {COLLAPSED:.0%} of the {start:.3g} when inhibition started. L_MS is being "
                 "lowered by shrinking the layer, not by its shape: set scale_invariant = true or "
-                "a lower weight, and compare with method = 'silence'",
+                f"a lower {self.config.strength}, and compare with method = 'silence'",
                 stacklevel=3,
             )
 
@@ -370,7 +370,7 @@ class Controller:
             self._warned.add(told)
             warnings.warn(
                 f"l2e layer {state.name}: gradient_ratio = {self.config.gradient_ratio} could not "
-                f"set the weight in {PATIENCE} steps that selected, it is {float(state.weight)}: "
+                f"set the weight in {PATIENCE} steps that selected, it is {float(state.weight):g}: "
                 "of the gradient that arrives there and L_MS's, one was 0 or not finite. Does the "
                 "loss depend on this layer, and does its backward pass run before step()?",
                 stacklevel=3,

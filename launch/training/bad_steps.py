@@ -28,6 +28,7 @@ class BadSteps:
     def __init__(self, config: Config, say: Callable[[str], None]) -> None:
         self.policy, self.limit = config.train.on_nonfinite, config.train.nonfinite_limit
         self.scaled = config.train.dtype == "fp16"
+        self.remedy = f"a lower optimizer.learning_rate or l2e.{config.l2e.strength}"
         self.say = say
         self.dropped = self.in_a_row = 0
 
@@ -61,15 +62,14 @@ class BadSteps:
             )
             if self.policy == "stop":
                 raise ValueError(
-                    f"{found}. Resume from the last checkpoint with a lower "
-                    "optimizer.learning_rate or l2e.weight, or with train.on_nonfinite=skip"
+                    f"{found}. Resume from the last checkpoint with {self.remedy}, or with "
+                    "train.on_nonfinite=skip"
                 )
             if self.policy == "rollback":
                 raise Rollback(found, record["step"])
             if self.in_a_row > self.limit:
                 raise ValueError(
                     f"{found}, nor were the {self.limit} before it (train.nonfinite_limit). "
-                    "Resume from the last checkpoint with a lower optimizer.learning_rate or "
-                    "l2e.weight"
+                    f"Resume from the last checkpoint with {self.remedy}"
                 )
             self.say(f"{found} (train.on_nonfinite=skip; {self.in_a_row} in a row)")

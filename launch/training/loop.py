@@ -70,7 +70,8 @@ def train(run: Run, data: Corpus, start: Position, resume: Path | None) -> int:
             told, reason = data.describe(), bad
     raise ValueError(
         f"{reason}; the run has gone back {config.train.nonfinite_limit} times already "
-        "(train.nonfinite_limit). Resume with a lower optimizer.learning_rate or l2e.weight"
+        "(train.nonfinite_limit). Resume with a lower optimizer.learning_rate or "
+        f"l2e.{config.l2e.strength}"
     )
 
 

@@ -289,10 +289,11 @@ def test_scale_invariance_balances_the_pull(distribution):
     assert abs(mean) < 4 * error + 0.01 * 2 / 8
 
 
-def test_collapse_is_warned_of_once():
-    layer, controller = build(16, forget_step=1)
+@pytest.mark.parametrize("strength", ["weight", "gradient_ratio"])
+def test_collapse_is_warned_of_once(strength):
+    layer, controller = build(16, forget_step=1, **{strength: 0.1})
     observe(layer, controller, [normal(50, 16, seed=s) for s in range(3)])
     controller.metrics()
     observe(layer, controller, [normal(50, 16, seed=s) / 200 for s in range(12)])
-    with pytest.warns(UserWarning, match=r"layer 1: .* fell to .*scale_invariant"):
+    with pytest.warns(UserWarning, match=rf"layer 1: .* fell to .* lower {strength},"):
         controller.metrics()
