@@ -136,6 +136,17 @@ def follow_moves(raw: dict[str, Any]) -> list[Problem]:
     return problems
 
 
+def as_read_today(written: dict[str, Any]) -> Config:
+    """The configuration that a run wrote, of an earlier version too: keys that have come since
+    have their defaults.
+
+    Raises pydantic's ValidationError for what the schema cannot read.
+    """
+    raw = copy.deepcopy(written)
+    follow_moves(raw)
+    return Config.model_validate(raw)
+
+
 def validate(raw: dict[str, Any]) -> tuple[Config, list[Problem]]:
     """The schema's verdict: the configuration without its mistaken keys, and the mistakes.
 

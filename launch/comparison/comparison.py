@@ -1,5 +1,6 @@
 """Two or more runs side by side: how far they differ, and what of it can be concluded."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 
 from launch.checkpoint import folders
 from launch.comparison import statistics
+from launch.comparison.readouts import LAYER_FIGURES
 from launch.comparison.runs import LAST_STEPS, RecordedRun, last_mean, last_value
 
 # What of a step must agree between equal runs, in the order of telling.
@@ -21,19 +23,30 @@ def compare(runs: list[RecordedRun], arms: int | None = None) -> dict[str, Any]:
     others = [(runs[0], other) for other in runs[1:]] if not arms else pairs
     return {
         "runs": {str(run.folder): summary(run) for run in runs},
+        "configurations": configurations(runs),
+        "without_configuration": [str(run.folder) for run in runs if not run.configuration],
         "differences": [difference(one, other) for one, other in others],
         "over_seeds": over_seeds(pairs) if len(pairs) > 1 else None,
     }
+
+
+def configurations(runs: list[RecordedRun]) -> dict[str, dict[str, Any]]:
+    """{key: {run: its value}} of the keys in which the configurations that are known differ."""
+    known = {str(run.folder): run.configuration for run in runs if run.configuration}
+    keys = {key: None for one in known.values() for key in one}
+    values = {key: {run: one.get(key) for run, one in known.items()} for key in keys}
+    return {key: of for key, of in values.items() if len({json.dumps(v) for v in of.values()}) > 1}
 
 
 def summary(run: RecordedRun) -> dict[str, Any]:
     return {
         "last_step": max(run.steps),
         "lm_loss": last_mean(run.series("lm_loss")),
+        "lm_loss_steps": min(LAST_STEPS, len(run.series("lm_loss"))),
         "validation_loss": last_value(run.series("validation_loss")),
         "l2e": {
             key: {layer: last_value(values) for layer, values in run.layers(key).items()}
-            for key in ("mean_ms", "kurtosis", "std", "mlp_to_residual", "selected_fraction")
+            for key in LAYER_FIGURES
         },
         "scores": {
             name: {key: score[key] for key in ("score", "error", "step")}
@@ -51,7 +64,8 @@ def difference(one: RecordedRun, other: RecordedRun) -> dict[str, Any]:
     for key in ("lm_loss", "validation_loss"):
         pairs = paired(one.series(key), other.series(key))
         pairs = pairs[-LAST_STEPS:] if key == "lm_loss" else pairs[-1:]
-        found[key] = {"mean": float((pairs[:, 1] - pairs[:, 0]).mean())} if len(pairs) else None
+        mean = float((pairs[:, 1] - pairs[:, 0]).mean()) if len(pairs) else None
+        found[key] = None if mean is None else {"mean": mean, "steps": len(pairs)}
     found["scores"] = {
         name: statistics.over_items(items)
         for name in one.scores
@@ -101,10 +115,12 @@ def table(report: dict[str, Any]) -> str:
     """The report in lines."""
     lines = []
     for folder, values in report["runs"].items():
-        shown = [f"step {values['last_step']}"]
-        for key, title in (("lm_loss", "loss"), ("validation_loss", "validation loss")):
-            if values[key] is not None:
-                shown.append(f"{title} {values[key]:.4f}")
+        shown = [f"{values['last_step']} steps"]
+        if values["validation_loss"] is not None:
+            shown.append(f"last validation loss {values['validation_loss']:.4f}")
+        if values["lm_loss"] is not None:
+            last = values["lm_loss_steps"]
+            shown.append(f"loss {values['lm_loss']:.4f} (mean of the last {last} steps)")
         lines.append(f"{folder}: {', '.join(shown)}")
         for key, layers in values["l2e"].items():
             if layers:
@@ -113,11 +129,21 @@ def table(report: dict[str, Any]) -> str:
         for name, score in values["scores"].items():
             error = f" ± {100 * score['error']:.1f}" if score["error"] is not None else ""
             lines.append(f"  {name:<18} {100 * score['score']:.1f}{error} %")
+    for folder in report["without_configuration"]:
+        lines.append(f"{folder}: its configuration is unknown (config.json)")
+    if report["configurations"]:
+        lines.append("the configurations differ in")
+    for key, of in report["configurations"].items():
+        each = ", ".join(f"{folder}: {json.dumps(value)}" for folder, value in of.items())
+        lines.append(f"  {key:<18} {each}")
     for change in report["differences"]:
         lines.append(f"{change['to']} minus {change['from']}")
         for key in ("lm_loss", "validation_loss"):
             if change[key]:
-                lines.append(f"  {key:<18} {change[key]['mean']:+.4f} (one seed, no interval)")
+                lines.append(
+                    f"  {key:<18} {change[key]['mean']:+.4f} (one seed, no interval; "
+                    f"{shared(change[key]['steps'])})"
+                )
         lines += [
             f"  {name:<18} {in_words(value, 100)} points; of these two models, on other items "
             f"than these {value['count']}"
@@ -127,6 +153,10 @@ def table(report: dict[str, Any]) -> str:
         lines.append("second arm minus first, 95 % interval over seeds")
         lines += [f"  {name:<18} {in_words(v)}" for name, v in report["over_seeds"].items()]
     return "\n".join(lines)
+
+
+def shared(steps: int) -> str:
+    return f"mean over the last {steps} shared steps" if steps > 1 else "at the last shared step"
 
 
 def in_words(value: dict[str, float], scale: float = 1) -> str:

@@ -1,11 +1,15 @@
 """A run as its folder tells of it: metrics step by step, and scores."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from configs.loading import as_read_today
+from data.files import read_json
 
 # Steps at the end whose mean stands for a run's loss.
 LAST_STEPS = 100
@@ -13,11 +17,13 @@ LAST_STEPS = 100
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A run's folder, its metrics by step, and its scores by (task, shots)."""
+    """A run's folder, its metrics by step, its scores by (task, shots), and its configuration,
+    flat: {"train.seed": 1, ...}, None where the folder has none that can be read."""
 
     folder: Path
     steps: dict[int, dict[str, Any]]
     scores: dict[str, dict[str, Any]]
+    configuration: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -59,7 +65,34 @@ def read_run(folder: Path) -> RecordedRun:
             raise ValueError(f"{path}, line {number}: no step's record ({error})") from None
     if not steps:
         raise ValueError(f"{path}: holds no steps yet")
-    return RecordedRun(folder, dict(sorted(steps.items())), read_scores(folder / "results"))
+    return RecordedRun(
+        folder,
+        dict(sorted(steps.items())),
+        read_scores(folder / "results"),
+        read_configuration(folder / "config.json"),
+    )
+
+
+def read_configuration(path: Path) -> dict[str, Any] | None:
+    """The run's configuration as it would be read today, each key by its dotted name."""
+    written = read_json(path)
+    if written is None:
+        return None
+    try:
+        written = json.loads(as_read_today(written).model_dump_json())
+    except ValueError as error:
+        print(f"{path} is compared as it stands ({str(error).splitlines()[0]})")
+    return dict(flat(written))
+
+
+def flat(content: dict[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything inside."""
+    for key, value in content.items():
+        path = f"{name}.{key}".lstrip(".")
+        if isinstance(value, dict):
+            yield from flat(value, path)
+        else:
+            yield path, value
 
 
 def read_scores(folder: Path) -> dict[str, dict[str, Any]]:

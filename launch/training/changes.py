@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from configs import Config
-from configs.loading import follow_moves
+from configs.loading import as_read_today
 from launch.checkpoint.stored import StoredCheckpoint
 from launch.training.schedule import learning_rate
 
@@ -21,13 +20,12 @@ JUMP = 0.01
 
 def told_changes(checkpoint: Path, config: Config, step: int) -> Iterator[str]:
     """Each key that differs from the checkpoint's configuration, and a jump of the rate."""
-    before = copy.deepcopy(StoredCheckpoint(checkpoint).config)
+    before = StoredCheckpoint(checkpoint).config
     if "train" not in before:
         return  # weights alone, of no run
     now = json.loads(config.model_dump_json())
-    follow_moves(before)
-    try:  # keys that have come since have their defaults
-        known = Config.model_validate(before)
+    try:
+        known = as_read_today(before)
     except ValidationError:
         yield from told(before, now)
         yield "the checkpoint's learning rate is unknown here: its configuration is an older form"

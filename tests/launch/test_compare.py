@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from configs import load
 from launch.checkpoint import folders
 from launch.checkpoint.tensorfile import TensorFile, TensorSpec
 from launch.compare import main
@@ -57,7 +58,7 @@ def test_two_seeds_of_one_arm_are_never_said_to_differ(tmp_path, capsys):
         assert compare(one, two, "--output", tmp_path / "out") == 0
         said = capsys.readouterr().out
         assert "*" not in said
-        assert said.count("(one seed, no interval)") == 2
+        assert said.count("(one seed, no interval;") == 2
 
 
 def test_report_figures_and_table(tmp_path, capsys):
@@ -67,7 +68,7 @@ def test_report_figures_and_table(tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "comparison.json").read_text())
     (change,) = report["differences"]
     assert change["lm_loss"]["mean"] == pytest.approx(-0.02, abs=0.006)
-    assert change["lm_loss"].keys() == {"mean"}  # one seed
+    assert change["lm_loss"].keys() == {"mean", "steps"}  # one seed
     score = change["scores"]["sciq 0-shot"]
     assert score["count"] == 400
     assert score["low"] > 0  # 40 items became right, none wrong
@@ -76,6 +77,30 @@ def test_report_figures_and_table(tmp_path, capsys):
     assert "of these two models, on other items than these 400" in said
     for name in ("losses.png", "layers.png", "scores.png"):
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_the_configurations_differ_in(tmp_path, capsys):
+    """A key that an earlier version did not write has its default, and does not differ."""
+    one, two, three = (make_run(tmp_path / name, steps=30) for name in ("a", "b", "c"))
+    config = json.loads(load("configs/demo.json").model_dump_json())
+    (one / "config.json").write_text(json.dumps(config))
+    config["train"]["seed"] = 5
+    config["deepspeed"] = {"zero_optimization": {"stage": 0}}
+    config["data"]["path"] = ["a", "b"]
+    del config["monitor"]
+    (two / "config.json").write_text(json.dumps(config))
+    assert compare(one, two, three, "--output", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert report["configurations"] == {
+        "train.seed": {str(one): 1234, str(two): 5},
+        "data.path": {str(one): "builtin", str(two): ["a", "b"]},
+        "deepspeed.zero_optimization.stage": {str(one): 1, str(two): 0},
+    }
+    said = capsys.readouterr().out
+    assert f"train.seed         {one}: 1234, {two}: 5" in said
+    assert f"{three}: its configuration is unknown" in said
+    assert f"{one}: 30 steps, last validation loss" in said
+    assert "(mean of the last 30 steps)" in said
 
 
 def test_seeds_pair_up(tmp_path):
