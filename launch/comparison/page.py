@@ -8,14 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 
+from launch.comparison.figures import draw_curves, draw_differences, draw_worth
 from launch.comparison.plan import Plan
 from launch.comparison.readouts import EQUAL_TIME, LAST_MEASURED, WORTH
 
@@ -30,10 +25,15 @@ th:first-child, td:first-child { text-align: left; }
 .answer { font-size: 1.15rem; border-left: .3rem solid #888; padding-left: 1rem; }
 pre { background: #f3f3f3; padding: .6rem; overflow-x: auto; font-size: .85rem; }
 """
-# What each arm's table shows, and how its numbers are written.
-COLUMNS = {
+# What the arms' tables show: a readout's title, and how its numbers are written.
+LOSSES = {
     "validation_loss": ("validation loss", "{:.4f}"),
     "bits_per_byte": ("bits/byte", "{:.4f}"),
+    EQUAL_TIME: ("validation loss at equal time", "{:.4f}"),
+    WORTH: ("worth", "{:+.4f}"),
+    "training_seconds": ("seconds", "{:.0f}"),
+}
+LAYERS = {
     "std": ("std", "{:.3g}"),
     "kurtosis": ("kurtosis", "{:.3g}"),
     "mean_ms": ("mean MS", "{:.3f}"),
@@ -42,12 +42,8 @@ COLUMNS = {
     "gradient_ratio": ("gradient ratio", "{:.3g}"),
     "fkr": ("FKR", "{:.2%}"),
     "ks": ("K-S", "{:.3f}"),
-    WORTH: ("worth", "{:+.4f}"),
-    EQUAL_TIME: ("validation loss at equal time", "{:.4f}"),
-    "training_seconds": ("seconds", "{:.0f}"),
 }
-Curve = dict[int, float]  # a value by step
-CURVES = ("std", "kurtosis", "selected_fraction")
+READOUTS = LOSSES | LAYERS
 NOTES = f"""Means over the finished seeds, &plusmn; their standard deviation; of layers the mean
 over the inhibited ones, and of what training logs the mean over the last {LAST_MEASURED} measured
 steps. <i>Worth</i>: the rise of the validation loss when the MLPs of these layers are removed from
@@ -77,7 +73,7 @@ def write_page(folder: Path, found: dict[str, Any]) -> Path:
         "<h2>The arms against each other</h2>",
         *(comparison(plan, found, against, figures) for against in found["differences"]),
         "<h2>Each arm</h2>",
-        arms_table(plan, found),
+        arms_tables(plan, found),
         f"<p class='note'>{NOTES}</p>",
         layers_table(found),
         picture(draw_worth(plan, found, figures / "worth.png")),
@@ -85,6 +81,8 @@ def write_page(folder: Path, found: dict[str, Any]) -> Path:
         times_table(found),
         f"<p class='note'>{EQUAL_TIME_NOTE}</p>",
         "<h2>Other readouts</h2>",
+        "<p class='note'>Paired over seeds, 95 % t-intervals, Holm's correction over the arms of "
+        "one readout; nothing corrects for the number of readouts.</p>",
         *(others(plan, found, against) for against in found["differences"]),
         *scores(found),
         "<h2>Over steps</h2>",
@@ -175,10 +173,20 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return f"<div class='wide'><table><tr>{cells}</tr>{body}</table></div>"
 
 
-def arms_table(plan: Plan, found: dict[str, Any]) -> str:
+def arms_tables(plan: Plan, found: dict[str, Any]) -> str:
+    """What each arm came to: its losses, and what its layers do."""
+    controls = [
+        f"<li>{text(arm.name)} is there to rule out {text(arm.control_for)}</li>"
+        for arm in plan.arms
+        if arm.control_for
+    ]
+    return f"<ul>{''.join(controls)}</ul>{arms_table(found, LOSSES)}{arms_table(found, LAYERS)}"
+
+
+def arms_table(found: dict[str, Any], columns: dict[str, tuple[str, str]]) -> str:
     shown = {
         name: column
-        for name, column in COLUMNS.items()
+        for name, column in columns.items()
         if any(name in one for seeds in found["arms"].values() for one in seeds.values())
     }
     rows = []
@@ -193,13 +201,7 @@ def arms_table(plan: Plan, found: dict[str, Any]) -> str:
                 cell += "\u00a0±\u00a0" + form.replace("+", "").format(np.std(values, ddof=1))
             row.append(cell)
         rows.append(row)
-    head = ["arm", "seeds", *(title for title, _ in shown.values())]
-    controls = [
-        f"<li>{text(arm.name)} is there to rule out {text(arm.control_for)}</li>"
-        for arm in plan.arms
-        if arm.control_for
-    ]
-    return f"{table(head, rows)}<ul>{''.join(controls)}</ul>"
+    return table(["arm", "seeds", *(title for title, _ in shown.values())], rows)
 
 
 def layers_table(found: dict[str, Any]) -> str:
@@ -220,7 +222,7 @@ def layers_table(found: dict[str, Any]) -> str:
         [arm, str(block), *(f"{known[name]:.4g}" if name in known else "" for name in figures)]
         for arm, block, known in rows
     ]
-    head = ["arm", "block", *(COLUMNS.get(name, (name,))[0] for name in figures)]
+    head = ["arm", "block", *(title_of(name) for name in figures)]
     return f"<details><summary>Layer by layer</summary>{table(head, cells)}</details>"
 
 
@@ -238,31 +240,34 @@ def times_table(found: dict[str, Any]) -> str:
 
 
 def others(plan: Plan, found: dict[str, Any], against: str) -> str:
-    """All arms minus one in the readouts beside the primary one."""
+    """All arms minus one in the readouts beside the primary one; folded up."""
     told = found["differences"][against]
-    names = plan.readouts or [name for name in COLUMNS if name in told]
-    names = [name for name in names if name in told and name != plan.primary.readout]
-    arms = [arm for arm in found["arms"] if any(arm in told[name] for name in names)]
-    if not arms:
-        return ""
+    names = plan.readouts or [name for name in READOUTS if name in told]
     rows = [
-        [arm, *(compact(told[name][arm]) if arm in told[name] else "" for name in names)]
-        for arm in arms
-    ]
-    head = [f"minus {against}", *(COLUMNS.get(name, (name,))[0] for name in names)]
-    note = (
-        "Paired over seeds: mean [95 %], and p by Holm over the arms of its column. Nothing "
-        "corrects for the number of columns."
-    )
-    return f"{table(head, rows)}<p class='note'>{note}</p>"
+        [title_of(name) if place == 0 else "", arm, precisely(one), str(one["seeds"]),
+         number(one["p_holm"])]
+        for name in names
+        if name in told and name != plan.primary.readout
+        for place, (arm, one) in enumerate(told[name].items())
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    title = f"minus {against}"
+    shown = table(["readout", title, "difference [95 %]", "seeds", "p (Holm)"], rows)
+    opened = " open" if against == plan.primary.against else ""
+    return f"<details{opened}><summary>{text(title)}</summary>{shown}</details>"
 
 
-def compact(told: dict[str, Any]) -> str:
+def title_of(name: str) -> str:
+    """A readout as the tables' heads call it."""
+    return READOUTS[name][0] if name in READOUTS else name
+
+
+def precisely(told: dict[str, Any]) -> str:
+    """As `interval`, for readouts of any size."""
     if told["low"] is None:
-        return f"{told['mean']:+.3g} (one seed)"
-    return (
-        f"{told['mean']:+.3g} [{told['low']:+.3g}, {told['high']:+.3g}], p {number(told['p_holm'])}"
-    )
+        return f"{told['mean']:+.3g} (one seed, no interval)"
+    return f"{told['mean']:+.3g} [{told['low']:+.3g}, {told['high']:+.3g}]"
 
 
 def scores(found: dict[str, Any]) -> list[str]:
@@ -320,100 +325,3 @@ def changed(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 def picture(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     return f"<img alt='{text(path.stem)}' src='data:image/png;base64,{data}'>"
-
-
-def draw_differences(plan: Plan, told: dict[str, Any], against: str, path: Path) -> Path:
-    """Every arm a row: its seeds as small dots, their mean and interval."""
-    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.42 * len(told)), layout="constrained")
-    axes.axvspan(-plan.smallest_difference, plan.smallest_difference, color="0.93")
-    axes.axvline(0, color="0.6", linewidth=0.8)
-    for row, (arm, one) in enumerate(told.items()):
-        chosen = arm == plan.primary.arm
-        axes.plot(one["values"], [row] * len(one["values"]), "o", color="0.6", markersize=4)
-        reach = 0 if one["low"] is None else one["high"] - one["mean"]
-        color = "C3" if chosen else "C0"
-        axes.errorbar(one["mean"], row, xerr=reach, fmt="D", color=color, capsize=4, markersize=6)
-    axes.set_yticks(range(len(told)), [f"{arm} ({one['seeds']})" for arm, one in told.items()])
-    axes.set_ylim(len(told) - 0.4, -0.6)  # the first arm on top
-    axes.set_xlabel(f"{plan.primary.readout} minus {against}'s (nats/token), lower is better")
-    return save(figure, path)
-
-
-def draw_curves(plan: Plan, found: dict[str, Any], path: Path) -> Path:
-    """The validation loss minus the reference's, seed by seed, and what the layers do."""
-    against = plan.primary.against
-    figure, grid = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained", sharex=True)
-    draw_bands(grid[0, 0], losses_minus(found["curves"], against))
-    grid[0, 0].set_title(f"validation loss minus {against}'s")
-    for axes, name in zip(grid.flat[1:], CURVES, strict=True):
-        arms = {
-            arm: [one[name] for one in seeds.values() if one.get(name)]
-            for arm, seeds in found["curves"].items()
-        }
-        draw_bands(axes, arms)
-        axes.set_title(COLUMNS[name][0])
-        if name in ("std", "kurtosis"):
-            axes.set_yscale("log")
-    for axes in grid[1]:
-        axes.set_xlabel("step")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper")
-    return save(figure, path)
-
-
-def losses_minus(curves: dict[str, dict[int, Any]], against: str) -> dict[str, list[Curve]]:
-    """Each arm's validation losses minus those of the same seed's run of `against`."""
-    name, base = "validation_loss", curves[against]
-    return {
-        arm: [
-            {
-                step: loss - base[seed][name][step]
-                for step, loss in one[name].items()
-                if step in base[seed][name]
-            }
-            for seed, one in seeds.items()
-            if seed in base
-        ]
-        for arm, seeds in curves.items()
-    }
-
-
-def draw_bands(axes: Axes, arms: dict[str, list[Curve]]) -> None:
-    """Of each arm a line, the mean over its curves, and a band from the lowest to the highest."""
-    for place, (arm, curves) in enumerate(arms.items()):
-        if not any(curves):
-            continue
-        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-        values = np.array([[curve[step] for step in steps] for curve in curves])
-        color, style = f"C{place % 10}", "-" if place < 10 else "--"
-        axes.plot(steps, values.mean(0), style, color=color, label=arm, linewidth=1.3)
-        axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)
-
-
-def draw_worth(plan: Plan, found: dict[str, Any], path: Path) -> Path:
-    """What the inhibited layers are worth against what the arm gains, every seed a dot."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    against, readout = plan.primary.against, plan.primary.readout
-    base = found["arms"][against]
-    for place, (arm, seeds) in enumerate(found["arms"].items()):
-        both = [
-            (one[WORTH], base[seed][readout] - one[readout])
-            for seed, one in seeds.items()
-            if seed in base and WORTH in one
-        ]
-        if both:
-            marker = "o" if place < 10 else "s"
-            axes.plot(
-                *zip(*both, strict=True), marker, color=f"C{place % 10}", label=arm, alpha=0.8
-            )
-    axes.axhline(0, color="0.6", linewidth=0.8)
-    axes.set_xlabel("rise of the validation loss without the inhibited MLPs (nats/token)")
-    axes.set_ylabel(f"gain over {against} (nats/token)")
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside right upper")
-    return save(figure, path)
-
-
-def save(figure: plt.Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
