@@ -37,7 +37,8 @@ def draw_differences(plan: Plan, told: dict[str, Any], against: str, path: Path)
         axes.errorbar(one["mean"], row, xerr=reach, fmt="D", color=color, capsize=4, markersize=6)
     axes.set_yticks(range(len(told)), [f"{arm} ({one['seeds']})" for arm, one in told.items()])
     axes.set_ylim(len(told) - 0.4, -0.6)  # the first arm on top
-    axes.set_xlabel(f"{plan.primary.readout} minus {against}'s (nats/token), lower is better")
+    told_of = " (nats/token), lower is better" if plan.primary.readout.endswith("loss") else ""
+    axes.set_xlabel(f"{plan.primary.readout} minus {against}'s{told_of}")
     return save(figure, path)
 
 
@@ -100,7 +101,7 @@ def draw_worth(plan: Plan, found: dict[str, Any], path: Path) -> Path:
         both = [
             (one[WORTH], base[seed][readout] - one[readout])
             for seed, one in seeds.items()
-            if seed in base and WORTH in one
+            if seed in base and WORTH in one and readout in one and readout in base[seed]
         ]
         if both:
             marker = "o" if place < 10 else "s"

@@ -12,7 +12,7 @@ import numpy as np
 from launch.comparison import record, statistics
 from launch.comparison.comparison import scores_over_seeds
 from launch.comparison.plan import Plan, folder_of
-from launch.comparison.readouts import EQUAL_TIME, Readouts, curves, readouts
+from launch.comparison.readouts import EQUAL_TIME, Readouts, curves, pace, readouts
 from launch.comparison.runs import RecordedRun, read_run
 from launch.comparison.statistics import Difference
 
@@ -34,11 +34,6 @@ def find(folder: Path) -> dict[str, Any]:
     values = {
         arm: {seed: readouts(run) for seed, run in seeds.items()} for arm, seeds in runs.items()
     }
-    times = equal_time(runs)
-    for arm, time in times.items():
-        for seed, run in runs[arm].items():
-            if losses := run.series("validation_loss"):
-                values[arm][seed][EQUAL_TIME] = at_step(losses, time["step"])
     return {
         "question": plan.question,
         "plans": plans,
@@ -50,10 +45,10 @@ def find(folder: Path) -> dict[str, Any]:
         },
         "arms": values,
         "without": without(plan, values),
-        "equal_time": times,
         "differences": {
-            against: differences(plan, values, against) for against in references(plan)
+            against: differences(plan, runs, values, against) for against in references(plan)
         },
+        "over_steps": {against: over_steps(runs, against) for against in references(plan)},
         "scores": {against: score_differences(runs, against) for against in references(plan)},
         "curves": {
             arm: {seed: curves(run) for seed, run in seeds.items()} for arm, seeds in runs.items()
@@ -73,32 +68,40 @@ def without(plan: Plan, values: dict[str, dict[int, Readouts]]) -> dict[str, lis
         readout: [
             arm
             for arm, seeds in values.items()
-            if any(readout not in found for found in seeds.values())
+            if any(not needs(readout) <= found.keys() for found in seeds.values())
         ]
         for readout in (plan.primary.readout, *plan.readouts)
     }
     return {readout: arms for readout, arms in lacking.items() if arms}
 
 
-def equal_time(runs: Runs) -> dict[str, dict[str, float]]:
-    """{arm: its seconds a step, and the step that it has reached when the fastest arm ends}.
+def needs(readout: str) -> set[str]:
+    """What runs must tell for a readout that is read off a pair of them, or off one."""
+    return {"validation_loss", "step_seconds"} if readout == EQUAL_TIME else {readout}
 
-    An arm's seconds a step are the median over all its runs' steps, which the first ones and
-    stalls do not move, without validation and saving.
+
+def over_steps(runs: Runs, against: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """{arm: {step: its validation loss minus `against`'s}}, where all the arm's pairs have it.
+
+    For looking at: a step that is chosen by its difference is no finding.
     """
-    pace = {
-        arm: float(np.median(seconds))
+    losses = {
+        arm: {seed: run.series("validation_loss") for seed, run in seeds.items()}
         for arm, seeds in runs.items()
-        if (seconds := [s for run in seeds.values() for s in run.series("step_seconds").values()])
     }
-    last = {arm: max(max(run.steps) for run in runs[arm].values()) for arm in pace}
-    end = min((pace[arm] * last[arm] for arm in pace), default=0.0)
-    return {arm: {"step_seconds": pace[arm], "step": end / pace[arm]} for arm in pace}
-
-
-def at_step(losses: dict[int, float], step: float) -> float:
-    """A loss between two evaluations, on the line from the one to the other."""
-    return float(np.interp(step, list(losses), list(losses.values())))
+    found = {}
+    for arm, seeds in losses.items():
+        pairs = [
+            (losses[against][seed], own) for seed, own in seeds.items() if seed in losses[against]
+        ]
+        if arm == against or not pairs:
+            continue
+        steps = sorted(set.intersection(*(set(one) for pair in pairs for one in pair)))
+        found[arm] = {
+            step: asdict(statistics.over_seeds([own[step] - other[step] for other, own in pairs]))
+            for step in steps
+        }
+    return found
 
 
 def score_differences(runs: Runs, against: str) -> dict[str, dict[str, dict[str, float]]]:
@@ -114,20 +117,22 @@ def score_differences(runs: Runs, against: str) -> dict[str, dict[str, dict[str,
 
 
 def differences(
-    plan: Plan, values: dict[str, dict[int, Readouts]], against: str
+    plan: Plan, runs: Runs, values: dict[str, dict[int, Readouts]], against: str
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """{readout: {arm: its paired difference from `against`}}; each readout's arms are a family."""
     base = values[against]
     names = {name: None for seeds in values.values() for found in seeds.values() for name in found}
     table = {}
-    for readout in names:
-        family = {
-            arm: statistics.over_seeds(
-                [seeds[seed][readout] - base[seed][readout] for seed in both]
-            )
-            for arm, seeds in values.items()
-            if arm != against and (both := paired_seeds(seeds, base, readout))
-        }
+    for readout in (*names, EQUAL_TIME):
+        family = {}
+        for arm, seeds in values.items():
+            both = [] if arm == against else paired_seeds(seeds, base, needs(readout))
+            if both and readout == EQUAL_TIME:
+                gaps = [at_equal_time(runs[arm][seed], runs[against][seed]) for seed in both]
+            else:
+                gaps = [seeds[seed][readout] - base[seed][readout] for seed in both]
+            if gaps:
+                family[arm] = statistics.over_seeds(gaps)
         adjusted = statistics.holm([difference.p for difference in family.values()])
         table[readout] = {
             arm: describe(plan, readout, difference, corrected)
@@ -136,9 +141,25 @@ def differences(
     return table
 
 
-def paired_seeds(one: dict[int, Readouts], other: dict[int, Readouts], readout: str) -> list[int]:
-    """Seeds that both arms have the readout of."""
-    return [s for s in one if s in other and readout in one[s] and readout in other[s]]
+def paired_seeds(
+    one: dict[int, Readouts], other: dict[int, Readouts], readouts: set[str]
+) -> list[int]:
+    """Seeds that both arms have the readouts of."""
+    return [s for s in one if s in other and readouts <= one[s].keys() & other[s].keys()]
+
+
+def at_equal_time(one: RecordedRun, other: RecordedRun) -> float:
+    """`one`'s validation loss minus `other`'s when the faster of the two ends, at each one's pace.
+
+    Both paces are measured, and vary from pair to pair: their noise is in the interval.
+    """
+    end = min(pace(run) * max(run.steps) for run in (one, other))
+    losses = []
+    for run in (one, other):
+        known = run.series("validation_loss")
+        # Between two evaluations, on the line from the one to the other.
+        losses.append(float(np.interp(end / pace(run), list(known), list(known.values()))))
+    return losses[0] - losses[1]
 
 
 def describe(

@@ -29,8 +29,8 @@ pre { background: #f3f3f3; padding: .6rem; overflow-x: auto; font-size: .85rem; 
 LOSSES = {
     "validation_loss": ("validation loss", "{:.4f}"),
     "bits_per_byte": ("bits/byte", "{:.4f}"),
-    EQUAL_TIME: ("validation loss at equal time", "{:.4f}"),
     WORTH: ("worth", "{:+.4f}"),
+    "step_seconds": ("seconds/step", "{:.4f}"),
     "training_seconds": ("seconds", "{:.0f}"),
 }
 LAYERS = {
@@ -43,7 +43,7 @@ LAYERS = {
     "fkr": ("FKR", "{:.2%}"),
     "ks": ("K-S", "{:.3f}"),
 }
-READOUTS = LOSSES | LAYERS
+READOUTS = LOSSES | LAYERS | {EQUAL_TIME: ("validation loss at equal time", "{:.4f}")}
 NOTES = f"""Means over the finished seeds, &plusmn; their standard deviation; of layers the mean
 over the inhibited ones, and of what training logs the mean over the last {LAST_MEASURED} measured
 steps. <i>Worth</i>: the rise of the validation loss when the MLPs of these layers are removed from
@@ -51,10 +51,10 @@ the finished model. Where it is nothing, the layers were switched off, whatever 
 look like. <i>FKR</i> (at k = 2 %) and <i>K-S</i>: of the finished model on the plan's feature set;
 of layers that are switched off they mean nothing. <i>Gradient ratio</i>: L_MS's gradient over the
 language model's at the site."""
-EQUAL_TIME_NOTE = """<i>At equal time</i>: the validation loss when the fastest arm ends, on the
-line between two evaluations. A step takes the median of its arm's steps, without validation and
-saving; runs side by side share their machine, so it is the time they took there, not alone. The
-learning rate was laid out for all steps: an arm that is cut short had not come down yet."""
+EQUAL_TIME_NOTE = """Of each pair of runs, when the faster one ends; between two evaluations on the
+line from the one to the other. A run's pace is the median of its steps, without validation and
+saving. Runs side by side share their machine: the pace is what it was there, not alone. The
+learning rate was laid out for all steps: a run that is cut short had not come down yet."""
 
 
 def write_page(folder: Path, found: dict[str, Any]) -> Path:
@@ -227,16 +227,15 @@ def layers_table(found: dict[str, Any]) -> str:
 
 
 def times_table(found: dict[str, Any]) -> str:
-    """What a step of each arm took, where that left it, and its loss there against the others'."""
+    """What a step of each arm took, and its loss at equal time against the others'."""
     rows = []
-    for arm, time in found["equal_time"].items():
-        row = [arm, f"{1000 * time['step_seconds']:.1f}", f"{time['step']:.0f}"]
-        for table_ in found["differences"].values():
-            told = table_.get(EQUAL_TIME, {}).get(arm)
-            row.append(interval(told) if told else "")
-        rows.append(row)
+    for arm, seeds in found["arms"].items():
+        if paces := [1000 * one["step_seconds"] for one in seeds.values() if "step_seconds" in one]:
+            told = [table_.get(EQUAL_TIME, {}).get(arm) for table_ in found["differences"].values()]
+            spread = f"{min(paces):.1f} to {max(paces):.1f}"
+            rows.append([arm, spread, *(interval(one) if one else "" for one in told)])
     minus = [f"validation loss minus {against}'s [95 %]" for against in found["differences"]]
-    return table(["arm", "ms/step", "step at equal time", *minus], rows)
+    return table(["arm", "ms/step, its runs'", *minus], rows)
 
 
 def others(plan: Plan, found: dict[str, Any], against: str) -> str:

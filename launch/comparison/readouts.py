@@ -29,7 +29,8 @@ FEATURE_FIGURES = ("fkr", "ks")
 EQUAL_TIME = "validation_loss_at_equal_time"
 WORTH = "the inhibited layers' worth"
 NAMES = (
-    *("validation_loss", "bits_per_byte", EQUAL_TIME, "training_loss", "training_seconds"),
+    *("validation_loss", "bits_per_byte", EQUAL_TIME, "training_loss"),
+    *("step_seconds", "training_seconds"),
     *(*LAYER_FIGURES, *FEATURE_FIGURES, WORTH),
 )
 # Measured steps at the end whose mean stands for a layer's figure: one step's is noisy.
@@ -53,11 +54,12 @@ def problem_with(readout: str, config: Config) -> str | None:
 
 
 def readouts(run: RecordedRun) -> Readouts:
-    """A finished run's figures, but for those that other runs decide; of the inhibited layers
-    their mean."""
+    """A finished run's figures, those of a pair not among them; of the inhibited layers their
+    mean."""
     found = {
         "validation_loss": last_value(run.series("validation_loss")),
         "training_loss": last_mean(run.series("lm_loss")),
+        "step_seconds": pace(run) if run.series("step_seconds") else None,
         "training_seconds": sum(run.series("step_seconds").values()),
     }
     manifest = json.loads((run.folder / "manifest.json").read_text(encoding="utf-8"))
@@ -75,6 +77,12 @@ def readouts(run: RecordedRun) -> Readouts:
         found[WORTH if name == "together" else f"worth, block {name}"] = rise
     found |= {name: score["score"] for name, score in run.scores.items()}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def pace(run: RecordedRun) -> float:
+    """Seconds a step: the median, which the first steps and stalls do not move, without validation
+    and saving."""
+    return float(np.median([*run.series("step_seconds").values()]))
 
 
 def on_features(run: RecordedRun) -> Iterator[tuple[str, float]]:
