@@ -53,8 +53,12 @@ class Samples(ABC):
         """Tokens of sample i, int64 [sequence_length + 1]."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        parts = [file.read(document, start, stop) for file, document, start, stop in self.pieces(i)]
-        return np.concatenate(parts, dtype=np.int64)
+        pieces = self.pieces(i)
+        parts = [file.read(document, start, stop) for file, document, start, stop in pieces]
+        tokens = np.concatenate(parts, dtype=np.int64)
+        for file in {piece.file for piece in pieces}:
+            file.check_unchanged()
+        return tokens
 
     def order_hash(self, count: int) -> str:
         """Hash of the tokens of the first `count` samples, as 64 hexadecimal digits."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from l2e.files import create
+from l2e.problems import Problem
 
 
 def sha256(path: Path) -> str:
@@ -71,3 +72,32 @@ def write_text(path: Path, text: str) -> None:
     sync(partial)
     partial.replace(path)
     sync(path.parent)
+
+
+class Unchanged:
+    """A file that is to stay as it was when this was made.
+
+    One that is replaced by another under its name does; one that is written to does not.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = path.open("rb")
+        self.before = self.look()
+
+    def look(self) -> tuple[int, int]:
+        """Size in bytes, and when it was last written to."""
+        found = os.fstat(self.file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def check(self) -> None:
+        """After something was read. Raises ValueError if the file has been written to."""
+        if self.look() != self.before:
+            raise Problem(
+                "token file",
+                self.path,
+                f"was written to while it was read ({self.before[0]:,} bytes when it was opened, "
+                f"{self.look()[0]:,} now)",
+                "put it back as it was; the run goes on from its newest checkpoint by "
+                "--resume auto",
+            )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.files import Unchanged
 from l2e.problems import Problem
 
 MAGIC = b"MMIDIDX\0\0"
@@ -46,6 +47,7 @@ class TokenFile:
                     "give the common prefix of a .bin and an .idx file, such as "
                     "`python launch/prepare.py --output PREFIX` writes",
                 )
+        self._files = [Unchanged(bin_path(prefix)), Unchanged(idx_path(prefix))]
         self.dtype, documents, bounds = self._read_header()
         self.lengths = self._map(np.int32, HEADER.size, documents)
         self._offsets = self._map(np.int64, HEADER.size + 4 * documents, documents)
@@ -115,6 +117,11 @@ class TokenFile:
         bounds = self._bounds
         if len(bounds) and (bounds[-1] != len(self.lengths) or (np.diff(bounds) < 0).any()):
             raise self._damaged("the document bounds don't rise to the number of documents")
+
+    def check_unchanged(self) -> None:
+        """Once something was read. Raises ValueError where another process wrote to the files."""
+        for file in self._files:
+            file.check()
 
     def __len__(self) -> int:
         """The number of documents."""

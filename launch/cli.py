@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from l2e.mapped import explain_bus_errors
+
 
 def verb_parser(description: str | None, **settings: Any) -> argparse.ArgumentParser:
     """A verb's command line; `--help` prints its description and epilog as they stand."""
@@ -56,6 +58,7 @@ def run_verb(main: Callable[[], int | None]) -> None:
     is 2, as argparse's is. Ctrl-C leaves with 130, as shells expect, and so does the end of a
     pipe (`--help-config | head`) with 141. Everything else is ours.
     """
+    explain_bus_errors()
     try:
         status = main()
         sys.stdout.flush()

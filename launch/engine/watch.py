@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from l2e.mapped import explain_bus_errors
 from launch.engine.joining import Joined, first_line, ranges
 from launch.engine.signals import StopRequest, leave, status_of
 
@@ -207,6 +208,7 @@ class Watch:
         if joined.process.world_size > 1:
             self.connect()
         self.request.tell.append(self.pass_on)
+        explain_bus_errors(lambda: f"; {self.newest_checkpoint()}")
         self.thread = threading.Thread(target=self.work, name="watch", daemon=True)
         self.thread.start()
 

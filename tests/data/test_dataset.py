@@ -1,5 +1,7 @@
 """Blends, splits, the hash of the order, and what is refused."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -126,3 +128,29 @@ def test_samples_out_of_range_are_an_index_error(tmp_path):
     for i in (-1, len(opened)):
         with pytest.raises(IndexError):
             opened[i]
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx"])
+@pytest.mark.parametrize("change", ["longer", "same size"])
+def test_files_that_are_written_to_while_they_are_read(tmp_path, ending, change) -> None:
+    """Other numbers than those the run began with: never a batch of them."""
+    prefix = write_tokens(tmp_path / "x", random_documents(50))
+    samples = open_dataset(prefix, 16, seed=1, samples=20)
+    first = samples[3]
+    with open(f"{prefix}.{ending}", "r+b" if change == "same size" else "ab") as file:
+        file.write(b"\1\1")
+    os.utime(f"{prefix}.{ending}", ns=(0, 10**18))  # the clock of a disk may be coarse
+    with pytest.raises(ValueError, match=rf"x\.{ending}: was written to while it was read"):
+        samples[3]
+    assert len(first) == 17
+
+
+def test_files_that_are_replaced_are_read_on(tmp_path) -> None:
+    """Prepared anew under the same name: who has opened the old ones reads them to the end."""
+    prefix = write_tokens(tmp_path / "x", random_documents(50))
+    samples = open_dataset(prefix, 16, seed=1, samples=20)
+    first = samples[3]
+    other = write_tokens(tmp_path / "y", random_documents(50, seed=1))
+    for ending in ("bin", "idx"):
+        os.replace(f"{other}.{ending}", f"{prefix}.{ending}")
+    np.testing.assert_array_equal(samples[3], first)

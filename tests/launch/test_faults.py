@@ -1,5 +1,6 @@
 """What becomes of a run when ranks die, hang or are told to leave. docs/operations.md lists it."""
 
+import os
 import signal
 import socket
 import sys
@@ -142,3 +143,18 @@ def test_ranks_notice_the_end_of_their_launcher(config: Path, tmp_path: Path) ->
                 fleet.end(pid)
     assert fleet.newest(run) == fleet.steps(run)
     assert "stopped by a signal after step" in launcher.output()
+
+
+def test_data_that_is_cut_short_while_a_run_reads_it(tmp_path: Path) -> None:
+    """A sentence that names the file, of every rank, and no word of Python's."""
+    config, run = fleet.write_config(tmp_path), tmp_path / "run"
+    with ranks(2, config, run, logs=tmp_path / "logs") as members:
+        wait_for_step(run, 6, *members)
+        os.truncate(tmp_path / "tokens.bin", 2**10)
+        wait_for_end(members, 60)
+        output = "".join(member.output() for member in members)
+        assert f"{tmp_path / 'tokens.bin'}: was" in output
+        assert "Traceback" not in output
+        for member in members:
+            assert member.process.returncode in (1, 2)
+            assert f"step_{fleet.newest(run):07d}" in member.last_line(), member.output()
