@@ -181,6 +181,18 @@ class Train(Section):
     nonfinite_limit: int = key(
         10, "such steps in a row, or such ways back, after which the run stops", "steps", ge=1
     )
+    spike_threshold: float = key(
+        8.0,
+        "how far above the median of the last 128 losses a step's counts as a spike, which is told "
+        "with its batch and subsets; 0: none",
+        "standard deviations, by the median distance",
+        ge=0,
+    )
+    on_spike: Literal["log", "rollback"] = key(
+        "log",
+        "after a spike go on, or go back to the newest checkpoint and on with the data after that "
+        "step",
+    )
     stop_after: int | None = key(
         None, "stop cleanly after this step, the schedule unchanged", "steps", ge=1
     )

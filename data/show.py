@@ -1,6 +1,7 @@
 """What a step's batch holds: every sequence as text, and where each part of it comes from."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -42,6 +43,20 @@ def describe_step(
             name = piece.file.prefix
             yield f"  {_whence(piece, subsets.setdefault(name, Subsets(name)))}"
         yield _indented(_text(dataset[i], tokenizer), characters)
+
+
+def describe_samples(dataset: Samples, samples: range) -> str:
+    """Which samples, and how many of their tokens are from each subset, the largest share first."""
+    tokens: Counter[str] = Counter()
+    subsets: dict[str, Subsets] = {}
+    for i in samples:
+        for piece in dataset.pieces(i):
+            name = piece.file.prefix
+            found = subsets.setdefault(name, Subsets(name)).name_of(piece.document) or name
+            tokens[found] += piece.stop - piece.start
+    total = sum(tokens.values())
+    shares = ", ".join(f"{name} {count / total:.1%}" for name, count in tokens.most_common())
+    return f"samples {samples[0]:,} to {samples[-1]:,}, {shares}"
 
 
 def _whence(piece: Piece, subsets: Subsets) -> str:

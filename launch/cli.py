@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from l2e.mapped import explain_bus_errors
+from l2e.memory import exhausted
 
 
 def verb_parser(description: str | None, **settings: Any) -> argparse.ArgumentParser:
@@ -67,6 +68,17 @@ def run_verb(main: Callable[[], int | None]) -> None:
         status = 141
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except (RuntimeError, MemoryError, OSError) as error:
+        place = exhausted(error)
+        if place is None:
+            raise
+        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+        print(
+            f"error: {place} memory is exhausted ({reason}); smaller batches or fewer workers take "
+            "less, see --help",
+            file=sys.stderr,
+        )
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from l2e.hub import parse, refuse_stray_links
+from l2e.memory import LARGER_MACHINE, refuse_larger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,11 +104,16 @@ def open_network(source: str, *, device: str = "cpu", dtype: str = "float32") ->
 
     Raises ValueError if there is no such model, tokenizer or device, or its family is not known.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path, revision = parse(source)
     try:
         refuse_stray_links(source)
+        config = AutoConfig.from_pretrained(path, revision=revision)
+        with torch.device("meta"):  # shapes alone
+            shapes = AutoModelForCausalLM.from_config(config)
+        needed = torch.empty((), dtype=getattr(torch, dtype)).itemsize * shapes.num_parameters()
+        refuse_larger(f"{source} in {dtype}", needed, LARGER_MACHINE)
         model = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=getattr(torch, dtype)
         )

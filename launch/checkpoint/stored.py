@@ -2,6 +2,7 @@
 
 import json
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from l2e.memory import LARGER_MACHINE, refuse_larger
 from launch.checkpoint import folders
 from model.config import ModelConfig
 from model.gpt_neox import GPTNeoX
@@ -112,6 +114,8 @@ class StoredCheckpoint:
             ValueError: the tensors are not those of the checkpoint's configuration.
         """
         self.check_shapes()  # first: only what is really there is worth its memory
+        needed = 4 * sum(map(prod, parameter_shapes(self.model_config).values()))
+        refuse_larger(f"the model of {self.folder} in float32", needed, LARGER_MACHINE)
         model = GPTNeoX(self.model_config, seed=0)
         for name, parameter in model.named_parameters():
             value = self.read(name)

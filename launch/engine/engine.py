@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from configs import Config
 from l2e import Controller, L2ELayer, Sharding
 from launch.engine.compiling import compile_as_asked, uncompiled
+from launch.engine.copies import watch_copies
 from launch.engine.layout import Layout, initialise_layout
 from launch.engine.profiling import Stopwatch
 from model.block import Block
@@ -144,6 +145,7 @@ class Engine:
         self.stopwatch = Stopwatch(device)
         self.compiled = compile_as_asked(model, config, device)
         reduce_sequence_parallel_gradients(model)
+        watch_copies(dict(self.named_parameters()), layout)
 
     def build_controller(self) -> Controller | None:
         """The keeper of this process's inhibited layers, if it has any."""

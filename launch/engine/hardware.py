@@ -10,7 +10,12 @@ from functools import cache
 import torch
 
 from configs import Config, ConfigError, Problem
-from launch.planning.speed import GPUS
+from l2e.memory import GIB, exhausted, host_bytes
+from launch.engine.processes import Process
+from launch.planning import cost
+from launch.planning.layouts import layout_of
+from launch.planning.remedies import advice
+from launch.planning.speed import GPU, GPUS
 
 # Of malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_INT = -1, -3, 2**31 - 1
@@ -31,6 +36,48 @@ def refuse_unsupported(config: Config) -> None:
         problems.append(Problem("train.dtype", "fp16", reason, "set it to bf16 or fp32"))
     if problems:
         raise ConfigError("this machine", problems)
+
+
+def refuse_beyond_memory(config: Config, process: Process) -> None:
+    """Raise ValueError where weights, gradients and optimizer alone need more than there is.
+
+    Before anything is allocated: a machine whose memory runs out may take other people's work
+    along. What DeepSpeed is to keep elsewhere (offloading) is not counted, so then nothing is said.
+    """
+    zero = config.deepspeed.get("zero_optimization", {})
+    if any(key.startswith("offload") for key in zero):
+        return
+    parts = cost.peak_memory(config.model, layout_of(config, process.world_size))
+    needed = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    if torch.cuda.is_available():
+        place, there = "this GPU", torch.cuda.mem_get_info()[1]
+    else:
+        needed *= process.local_size or 1
+        place, there = "this machine", host_bytes()
+    if needed > there:
+        raise ValueError(
+            f"weights, gradients and optimizer take {needed / GIB:,.1f} GiB, and {place} has "
+            f"{there / GIB:,.1f}; {advice(config, process.world_size, gpu_here())}"
+        )
+
+
+def in_words(error: BaseException, config: Config, ranks: int) -> str | None:
+    """What a failed allocation means to a user; None for other errors."""
+    whose = exhausted(error)
+    if whose is None:
+        return None
+    reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+    device = torch.device("cuda") if whose == "GPU" else torch.device("cpu")
+    name = describe(device) if whose == "GPU" else f"{host_bytes() / GIB:.1f} GiB, shared by all"
+    return f"{whose} memory is exhausted ({name}): {reason}\n{advice(config, ranks, gpu_here())}"
+
+
+def gpu_here() -> GPU | None:
+    """What is known of this machine's GPU; None of another kind, or without one."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((gpu for known, gpu in GPUS.items() if known.upper() in name), None)
 
 
 def keep_freed_memory() -> None:
@@ -82,11 +129,10 @@ def datasheet_peak(device: torch.device, dtype: str) -> float | None:
     """Dense FLOP/s of a GPU that is known here; fp32 is true fp32, not TF32."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    for known, gpu in GPUS.items():
-        if known.upper() in name:
-            return gpu.fp32_flops if dtype == "fp32" else gpu.flops
-    return None
+    gpu = gpu_here()
+    if gpu is None:
+        return None
+    return gpu.fp32_flops if dtype == "fp32" else gpu.flops
 
 
 @cache

@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 
 from data.tokenizer import load_tokenizer
 from l2e.hub import parse, refuse_stray_links
+from l2e.memory import LARGER_MACHINE, refuse_larger
 from launch.checkpoint.stored import TOKENIZER_FILES, StoredCheckpoint
 from launch.evaluation.harness import Scored
 from model.attention import remembering
@@ -59,6 +60,7 @@ def from_huggingface(source: str | Path, dtype: torch.dtype, device: torch.devic
     from transformers import GPTNeoXForCausalLM  # seconds that our own checkpoints don't need
 
     config = huggingface_config(source)
+    refuse_larger(f"{source} in {dtype}", dtype.itemsize * size_of(config), LARGER_MACHINE)
     tokenizer = load_tokenizer(huggingface_tokenizer(source))
     transformers.utils.logging.disable_progress_bar()
     name, revision = parse(source)
@@ -89,6 +91,14 @@ def from_huggingface(source: str | Path, dtype: torch.dtype, device: torch.devic
         end_of_document=tokenizer.eod,
         device=device,
     )
+
+
+def size_of(config: transformers.GPTNeoXConfig) -> int:
+    """Parameters of a model of this shape, which is not made for it."""
+    from transformers import GPTNeoXForCausalLM
+
+    with torch.device("meta"):
+        return GPTNeoXForCausalLM(config).num_parameters()
 
 
 def huggingface_config(source: str | Path) -> transformers.GPTNeoXConfig:

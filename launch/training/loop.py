@@ -147,19 +147,29 @@ def fit(
     batches = prefetch(data.training_batches(start, engine.layout), pin=on_gpu)
     request = run.watch.request
     agreement = Agreement(request)
-    recorder = Recorder(run, engine, start, last)
+    recorder = Recorder(run, engine, data, start, last)
     with checkpoint.Saver(
         engine, run.folder / "checkpoints", data.paths.tokenizer, run.say
     ) as saver:
 
+        def flush() -> None:
+            try:
+                recorder.flush()
+            except Rollback:
+                request.nothing_to_lose = True
+                agreement.close()
+                recorder.close()
+                raise
+
         def save(step: int, must: bool = False) -> None:
-            recorder.flush()
+            flush()
             run.watch.expect(step, "saving", longer=True)
             with recorder.paused():
                 state = {**asdict(start.after(step, config)), "data": told}
                 saver.save(state, must=must)
 
-        rolls_back = config.train.on_nonfinite == "rollback"  # which needs somewhere to go
+        policies = (config.train.on_nonfinite, config.train.on_spike)
+        rolls_back = "rollback" in policies  # which needs somewhere to go
         if start.step == 0 and (rolls_back or 0 in config.checkpoint.steps):
             save(0)
         for step in range(start.step, last):
@@ -184,13 +194,7 @@ def fit(
             # The bad news of fp16 are its loss scale's: no reason to look at once.
             bad = engine.dropped_update and config.train.dtype != "fp16"
             if measured or scored or bad:
-                try:
-                    recorder.flush()
-                except Rollback:
-                    request.nothing_to_lose = True
-                    agreement.close()
-                    recorder.close()
-                    raise
+                flush()
             leaving = agreement.signal()
             ending = done == last or leaving > 0
             if not scored and (ending or save_due(config, done)):

@@ -13,23 +13,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.show import describe_samples
 from l2e.progress import Progress
 from launch.engine import hardware
 from launch.engine.engine import Engine
 from launch.engine.profiling import peak_memory
 from launch.planning.cost import flops_per_token
 from launch.training.bad_steps import BadSteps
+from launch.training.data import Corpus
 from launch.training.folder import METRICS
 from launch.training.logs import MetricsFile, TensorBoard
 from launch.training.position import Position
 from launch.training.run import Run
+from launch.training.spikes import Spikes
 from launch.training.unfailing import Unfailing
 
 
 class Recorder:
     """Collects a step's numbers as tensors and fetches them from the device every few steps."""
 
-    def __init__(self, run: Run, engine: Engine, start: Position, last: int) -> None:
+    def __init__(self, run: Run, engine: Engine, data: Corpus, start: Position, last: int) -> None:
         config = run.config
         self.run, self.engine, self.start = run, engine, start
         self.step_tokens = config.train.global_batch_size * config.data.sequence_length
@@ -42,6 +45,8 @@ class Recorder:
         self.since = time.monotonic()
         self.board: Unfailing[TensorBoard] | None = None
         self.bad_steps = BadSteps(config, run.say)
+        self.spikes = Spikes(config, self.describe_batch, run.say)
+        self.data = data
         if run.process.is_first:
             metrics = partial(MetricsFile, run.folder / METRICS)
             self.file = Unfailing(METRICS, metrics, run.say)
@@ -51,6 +56,13 @@ class Recorder:
             if config.logging.tensorboard:
                 board = partial(TensorBoard, run.folder / "tensorboard", start.step)
                 self.board = Unfailing("tensorboard", board, run.say)
+
+    def describe_batch(self, step: int) -> str:
+        """The samples of a step, and the shares of the subsets that they are from."""
+        first = self.start.after(step - 1, self.run.config).samples
+        return describe_samples(
+            self.data.training, range(first, first + self.run.config.train.global_batch_size)
+        )
 
     def add(self, step: int, loss: Tensor, rate: float) -> None:
         """Remember one step; nothing is fetched from the device."""
@@ -115,11 +127,13 @@ class Recorder:
         records[-1]["l2e"] = l2e
         self.newest = records[-1]
         self.bad_steps.count(records)
+        self.spikes.count(records)
         self.write(records)
         if self.board is not None:
             step = records[-1]["step"]
             self.board.write(lambda board: board.write_histograms(histograms, step))
         self.bad_steps.judge(records)
+        self.spikes.judge()
 
     def add_up_stages(self, records: list[dict[str, Any]]) -> None:
         """L_MS arises in every pipeline stage; the run's is their sum."""

@@ -1,5 +1,7 @@
 """A gradient that is not finite on one rank changes no weight on any, whatever the optimizer."""
 
+from contextlib import contextmanager
+
 import torch
 
 from tests.distributed.checkpointing import differences, everything, make_config, running, train
@@ -58,3 +60,79 @@ def test_no_rank_makes_an_update_from_bad_gradients(tmp_path) -> None:
         for name, found in rank.items():
             expected = {"changed": [], "noticed": True, "goes on": True, "moves again": True}
             assert found == expected, name
+
+
+COPIES = {
+    "zero-0": {"tensor": 2, "zero": 0},
+    "zero-1": {"tensor": 2},
+    "zero-1 bf16": {"tensor": 2, "dtype": "bf16"},
+    "zero-2": {"tensor": 2, "zero": 2},
+    "zero-3 bf16": {"tensor": 2, "zero": 3, "dtype": "bf16"},
+    "checkpointing": {"tensor": 2, "recompute": True},
+}
+HELD_ALIKE = (
+    "layers.0.input_layernorm.weight",
+    "layers.1.post_attention_layernorm.bias",
+    "layers.1.attention.dense.bias",
+    "final_layer_norm.weight",
+)
+
+
+class Broken(torch.autograd.Function):
+    """A weight whose gradient comes out wrong."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.index_fill(0, FIRST, float("inf"))
+
+
+def spoil_copies(settings: dict[str, dict]) -> dict[str, list]:
+    """Steps in which the second tensor rank alone computes one such gradient wrong."""
+    import torch.distributed as dist
+
+    found = {}
+    for name, keys in settings.items():
+        with running(make_config(**keys)) as engine:
+            for victim in HELD_ALIKE:
+                train(engine, 0, 1)
+                clean = not engine.dropped_update
+                before = {k: v for k, v in everything(engine).items() if not k.startswith("l2e ")}
+                with broken_gradient(engine.model, victim, dist.get_rank() == 1):
+                    train(engine, 1, 1)
+                after = {k: v for k, v in everything(engine).items() if not k.startswith("l2e ")}
+                noticed = clean and engine.dropped_update
+                found[f"{name}, {victim}"] = [noticed, differences(before, after)]
+    return found
+
+
+@contextmanager
+def broken_gradient(model: torch.nn.Module, name: str, here: bool):
+    """Inside, the module uses its parameter through `Broken`, if `here`."""
+    place, _, attribute = name.rpartition(".")
+    (module,) = (found for path, found in model.named_modules() if path.endswith(place))
+    forward, parameter = module.forward, getattr(module, attribute)
+
+    def broken(*inputs, **named):
+        del module._parameters[attribute]
+        setattr(module, attribute, Broken.apply(parameter))
+        try:
+            return forward(*inputs, **named)
+        finally:
+            delattr(module, attribute)
+            module.register_parameter(attribute, parameter)
+
+    if here:
+        module.forward = broken
+    yield
+    module.forward = forward
+
+
+def test_a_bad_copy_of_a_gradient_is_seen_whichever_rank_has_it(tmp_path) -> None:
+    """The norm takes such gradients from the first tensor rank, where this one is in order."""
+    for rank in run_on_processes(spoil_copies, 2, tmp_path, COPIES):
+        assert rank == {name: [True, []] for name in rank}
+        assert len(rank) == len(COPIES) * len(HELD_ALIKE)

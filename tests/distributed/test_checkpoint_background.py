@@ -108,7 +108,38 @@ def fail_behind(folder: str) -> dict:
         dist.barrier()
         saver.save({"step": 3, "tokens": 0})
     kept = [path.name for path in folders.checkpoints(run)]
-    return {"said": said[1], "raised": raised, "losses": losses, "kept": kept}
+    found = {"said": said[1], "raised": raised, "losses": losses, "kept": kept}
+    return found | {"outcomes": [outcome(folder, *case) for case in GIVING_UP]}
+
+
+# Whether it saves in the background; steps of saves, those that fail; at which the run gives up.
+GIVING_UP = [
+    (False, (1, 3, 4), (1, 3, 4), 4),
+    (False, (1, 2, 3, 5), (1, 3, 5), None),  # one that worked begins the count anew
+    (True, (1, 3, 4, 5), (1, 3, 4, 5), 5),  # told by the save after it
+]
+
+
+def outcome(folder: str, background: bool, steps: tuple, failing: tuple, _: int | None) -> str:
+    """What is raised, and by the save of which step, where `checkpoint.give_up` is 3 steps."""
+    import torch.distributed as dist
+
+    write, raised = TensorFile._write, "nothing"
+    settings = {"background": background, "give_up": 3}
+    with running(make_config(checkpoint=settings)) as engine:
+        saver = checkpoint.Saver(engine, folder_of(f"{folder}/{steps}{background}"), None, str)
+        for step in steps:
+            bad = step in failing and dist.get_rank() == 0
+            TensorFile._write = full_disk if bad else write
+            told = message(lambda step=step: saver.save({"step": step, "tokens": 0}, must=False))
+            if told != "no error":
+                raised = f"step {step}: {told}"
+                break
+            if saver.thread is not None:
+                saver.thread.join()  # before the disk is another
+        TensorFile._write = write
+        dist.barrier()
+    return raised
 
 
 def test_a_full_disk_is_told_at_once_and_raised_at_the_next_save(tmp_path):
@@ -117,3 +148,12 @@ def test_a_full_disk_is_told_at_once_and_raised_at_the_next_save(tmp_path):
         assert "No space left on device" in found["raised"]
         assert len(found["losses"]) == 2
         assert found["kept"] == ["step_0000003", "step_0000001"]
+        for (_, _, _, end), raised in zip(GIVING_UP, found["outcomes"], strict=True):
+            if end is None:
+                assert raised == "nothing"
+            else:
+                assert raised.startswith(
+                    f"step {end}: no checkpoint could be written since step 1 "
+                    "(checkpoint.give_up = 3 steps)"
+                )
+                assert "No space left on device" in raised
