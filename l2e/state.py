@@ -281,7 +281,7 @@ class LayerState:
         """Add what one backward pass gave to the sums of squares of gradients.
 
         These are of the gradient that arrived, of the one that L_MS added, and of that without its
-        factor; a pass in which L_MS has no part tells of the first alone.
+        factor. The last counts a pass in which L_MS has no part too, which cancels in the weight.
 
         Args:
             squares: [2], as `kernels.backward` gives them.
@@ -290,9 +290,8 @@ class LayerState:
         arrived, direction = squares
         sums = self.sums["gradient_squares"]
         sums[0] += arrived
-        if isinstance(loss_gradient, Tensor) or loss_gradient != 0:
-            sums[1] += (2 * loss_gradient) ** 2 * direction
-            sums[2] += 4 * direction
+        sums[1] += (2 * loss_gradient) ** 2 * direction
+        sums[2] += 4 * direction
 
     def kernel_arguments(
         self,
