@@ -116,10 +116,15 @@ def test_what_the_arms_do(config, tmp_path):
     assert 0 <= none["monitor"]["1"]["fkr"] <= 1
 
 
-def test_mistakes(config, tmp_path):
-    with pytest.raises(ValueError, match="computes in fp32"):
-        train(config, tmp_path, "train.dtype=bf16")
+def test_mistakes(config, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"knows nothing of train\.dtype.*; evaluate\.tasks"):
+        train(config, tmp_path, "train.dtype=bf16", 'evaluate.tasks=["sciq"]')
     train(config, tmp_path, "train.steps=1")
     words = ["--config", str(config), "--run-dir", str(tmp_path)]
     with pytest.raises(ValueError, match="holds a run already"):
         experiment.train(words, PROGRAM)
+    program = experiment.load_program(PROGRAM)
+    program.loss_of = lambda model, tokens: model(tokens).logits.mean() * float("nan")
+    monkeypatch.setattr(experiment, "load_program", lambda _: program)
+    with pytest.raises(ValueError, match=r"loss of step 1 is nan: lower optimizer\.learning_rate"):
+        train(config, tmp_path / "nan", "l2e.method=none")

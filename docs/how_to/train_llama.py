@@ -47,8 +47,7 @@ STATE = "state.pt"
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     config = configs.load(options.config, options.set)
-    if config.train.dtype != "fp32":
-        raise ValueError(f"train.dtype = {config.train.dtype}: this loop computes in fp32")
+    refuse_unknown(config)
     folder = cli.run_folder(options)
     if options.resume == "none" and (folder / METRICS).exists():
         raise ValueError(f"--run-dir {folder}: holds a run already; go on with it by --resume auto")
@@ -65,6 +64,19 @@ def parser() -> argparse.ArgumentParser:
         "--resume", choices=["none", "auto"], default="none", help="auto: from the last evaluation"
     )
     return result
+
+
+def refuse_unknown(config: Config) -> None:
+    """Raise ValueError for what the configuration asks of a run and this loop does not do."""
+    asked = {
+        "train.dtype, other than fp32": config.train.dtype != "fp32",
+        "train.stop_after": config.train.stop_after is not None,
+        "train.on_nonfinite, other than stop": config.train.on_nonfinite != "stop",
+        "evaluate.tasks": bool(config.evaluate.tasks),
+        "parallel sizes above 1": config.parallel.tensor * config.parallel.pipeline > 1,
+    }
+    if unknown := [name for name, is_asked in asked.items() if is_asked]:
+        raise ValueError(f"this loop knows nothing of {'; '.join(unknown)}: leave them out")
 
 
 def train(config: Config, folder: Path) -> None:
@@ -253,7 +265,11 @@ class Metrics:
         self.pending.append({"step": step, "tokens": tokens, "lm_loss": loss, "grad_norm": norm})
         if not self.due(step):
             return
-        float(loss)  # waits for the device
+        if not loss.isfinite():  # waits for the device
+            raise ValueError(
+                f"the loss of step {step} is {float(loss)}: lower optimizer.learning_rate or "
+                f"l2e.{self.config.l2e.strength}"
+            )
         seconds = (time.monotonic() - self.since) / len(self.pending)
         for row in self.pending:
             row["step_seconds"] = seconds
