@@ -111,7 +111,7 @@ def start(config: Config, folder: Path, options: argparse.Namespace, process: Pr
     refuse_taken(folder, resume)
     hardware.refuse_unsupported(config)
     profiler = Profiler(parse_steps(options.profile), folder / "profile", process.rank)
-    STOP.launched = process.launcher != "alone"
+    STOP.launched = STOP.launched or process.launcher != "alone"
     joined = joining.join(process, timedelta(seconds=config.parallel.join_timeout))
     with Watch(joined, STOP, config.parallel.step_timeout, folder) as watch:
         paths = joining.first_of_host(joined, "data", lambda: data.fetch(config, folder))

@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.engine.signals import STOP
+
 if TYPE_CHECKING:  # a worker needs none of what a plan does
     from launch.comparison.plan import PlannedRun
 
@@ -136,12 +138,13 @@ def settle(worker: Worker, outcome: Outcome, say: Callable[[str], None]) -> None
 def work(connection: Connection, gpu: str | None, train: Train) -> None:
     """A worker's life: train the runs that arrive, (folder, arguments) each, until None does."""
     threading.Thread(target=leave_with_parent, daemon=True).start()
+    STOP.listen()
+    STOP.launched = True  # a signal to all of a group comes from the parent once more
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sends SIGTERM on
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # so that --workers changes no sum's order
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     while True:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's own handler is gone
         if (job := connection.recv()) is None:
             return
         folder, arguments = job

@@ -2,9 +2,10 @@
 
 import json
 import os
-import signal
-import threading
+import time
 from pathlib import Path
+
+from launch.engine.signals import STOP
 
 LAYER = {"std": 0.2, "kurtosis": 3.0, "mean_ms": 1.0, "mlp_to_residual": 0.5}
 LAYER |= {"selected_fraction": 0.02, "gradient_ratio": 0.25}
@@ -22,11 +23,14 @@ def stand_in(arguments: list[str]) -> None:
             case "crash":
                 os._exit(9)
             case "slow":
-                stopping = threading.Event()
-                signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-                (folder / "began").touch()
-                if stopping.wait(60):
-                    return
+                STOP.nothing_to_lose = False
+                (folder / "began.part").write_text(str(os.getpid()))
+                (folder / "began.part").rename(folder / "began")
+                while STOP.number is None:
+                    time.sleep(0.02)
+                (folder / "saved").touch()
+                STOP.nothing_to_lose = True
+                return
     folder.mkdir(parents=True, exist_ok=True)
     loss = 4 + 0.1 * seed + 0.001 * seed**2 * silent - 0.05 * silent
     rows = [

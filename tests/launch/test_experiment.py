@@ -121,6 +121,7 @@ def test_a_signal_lets_runs_leave_and_starts_no_more(raw, tmp_path):
     def interrupt() -> None:
         while not (first / "began").exists():
             time.sleep(0.02)
+        os.kill(int((first / "began").read_text()), signal.SIGTERM)  # as to a whole group
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=interrupt)
@@ -128,6 +129,7 @@ def test_a_signal_lets_runs_leave_and_starts_no_more(raw, tmp_path):
     outcome = workers.train_all(experiment.runs, 1, stand_in, print)
     thread.join()
     assert outcome.stopped
+    assert (first / "saved").exists()
     assert not outcome.failed
     assert not outcome.finished
     (first / "behave").unlink()
