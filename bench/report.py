@@ -27,6 +27,9 @@ def write_report(results: Path, path: Path) -> None:
     parts = [PREFACE]
     for file in sorted(results.glob("*.json")):
         parts += machine_sections(json.loads(file.read_text()))
+    parts += [
+        attached(json.loads(file.read_text())) for file in sorted(results.glob("attach/*.json"))
+    ]
     if not (results / "cuda.json").exists():
         parts.append(WITHOUT_GPU)
     path.parent.mkdir(exist_ok=True)
@@ -121,6 +124,23 @@ def scaling(rows: list[dict], cores: int) -> str:
         "tokens a step, ZeRO-1, L2E on, one thread a process, wall-clock time.\n\n"
         + table(["processes", "tokens/s", "against one"], body)
         + "\n"
+    )
+
+
+def attached(result: dict) -> str:
+    """`l2e.attach` in somebody else's model."""
+    machine, added = result["machine"], result["added"]
+    versions = ", ".join(f"{n} {v}" for n, v in machine["versions"].items() if v)
+    body = [
+        [name, interval(milliseconds, 1), interval(added[name], 1) if name in added else ""]
+        for name, milliseconds in result["milliseconds"].items()
+    ]
+    return (
+        f"## l2e.attach in somebody else's model: {machine['name']}\n\n{machine['date']}, "
+        f"`bench/attach_speed.py --rounds {result['rounds']}`, {machine['cores']} cores, one "
+        f"thread, {versions}. Linear 256 -> 4096, GELU, Linear 4096 -> 256, fp32, 2,048 rows "
+        "a step, attached behind the GELU and past the late start.\n\n"
+        + table(["method", "milliseconds a step", "added, %"], body)
     )
 
 

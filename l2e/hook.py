@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable
 from torch.nn.parallel import DistributedDataParallel
 
-from l2e import inhibition, matching, outputs
+from l2e import inhibition, matching, outputs, pull
 from l2e.layer import L2ELayer
 from l2e.reminder import StepReminder
 
@@ -181,14 +181,18 @@ class ModuleHook(OwnHook):
         neuron_dim = self._dimension(z)
         self._check(z)
         counted = self.forward_pass.counted
-        if self.layer.config.method == "none":
+        inject = not self.forward_pass.collects
+        if pull.serves(self.layer.state, z):
+            logs = pull.pull(z, counted, self.layer.state, neuron_dim, inject)
+            inhibited = None
+        elif self.layer.config.method == "none":
             logs = inhibition.observe(z.detach(), counted, self.layer.handle, neuron_dim)
+            inhibited = None
+        else:
+            inhibited, logs, _ = self.layer.operate(z, None, counted, neuron_dim)
+        if not inject:
             self._keep(logs, z, counted)
-            return None
-        inhibited, logs, _ = self.layer.operate(z, None, counted, neuron_dim)
-        if self.forward_pass.collects:
-            self._keep(logs, z, counted)
-        return outputs.replace(output, path, inhibited)
+        return None if inhibited is None else outputs.replace(output, path, inhibited)
 
     def _keep(self, logs: Tensor, z: Tensor, counted: Tensor | None) -> None:
         if not torch.is_grad_enabled():

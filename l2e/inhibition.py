@@ -61,12 +61,10 @@ def inhibit(
     """
     state = _states[int(handle)]
     pre = pre.movedim(neuron_dim, -1)
-    all_rows = _as_rows(pre, state)
-    kept = None if counted is None else _kept(counted, pre, neuron_dim, state)
+    all_rows = as_rows(pre, state)
+    kept = None if counted is None else kept_rows(counted, pre, neuron_dim, state)
     rows = all_rows if kept is None else all_rows[kept]
-    # Rows of one sequence: its positions, unless a row holds them all.
-    sequence = pre.shape[-2] // state.positions if pre.dim() > 2 and kept is None else 1
-    out, loss, mask = _forward(state, rows, bias, sequence)
+    out, loss, mask = _forward(state, rows, bias, rows_of_sequence(pre, kept, state))
     if kept is not None:
         out = _among(all_rows, kept, out, state)
         if keep_mask:
@@ -81,9 +79,9 @@ def observe(pre: Tensor, counted: Tensor | None, handle: Tensor, neuron_dim: int
     """Add to a layer's sums what `inhibit` would, and change nothing; its loss is returned."""
     state = _states[int(handle)]
     pre = pre.movedim(neuron_dim, -1)
-    rows = _as_rows(pre, state)
+    rows = as_rows(pre, state)
     if counted is not None:
-        rows = rows[_kept(counted, pre, neuron_dim, state)]
+        rows = rows[kept_rows(counted, pre, neuron_dim, state)]
     return _forward(state, rows, None, 1)[1]
 
 
@@ -100,17 +98,24 @@ def _forward(
         loss, mask = torch.zeros((), device=rows.device), torch.zeros_like(rows, dtype=torch.bool)
         return rows.clone(), loss, mask
     recomputing = in_backward()
-    observed = state.kernel_arguments(None, None, bias)
-    if state.empty and not recomputing:
-        _start(state, rows, observed)
-    threshold, replacement, mask = selection.select(state, rows, observed, sequence)
-    arguments = state.kernel_arguments(threshold, replacement, bias)
+    arguments, mask = prepare(state, rows, bias, sequence)
     sums = None if recomputing else torch.zeros_like(state.core_sums)
     out = state.backend(rows, arguments).forward(rows, arguments, sums)
     loss = torch.zeros((), device=rows.device)
     if sums is not None:
-        loss = _record(state, rows, arguments, sums)
+        loss = record(state, rows, arguments, sums)
     return out, loss, mask
+
+
+def prepare(
+    state: LayerState, rows: Tensor, bias: Tensor | None, sequence: int
+) -> tuple[KernelArguments, Tensor]:
+    """What the kernels do to rows [samples, neurons], and `select`'s mask for the backward pass."""
+    observed = state.kernel_arguments(None, None, bias)
+    if state.empty and not in_backward():
+        _start(state, rows, observed)
+    threshold, replacement, mask = selection.select(state, rows, observed, sequence)
+    return state.kernel_arguments(threshold, replacement, bias), mask
 
 
 @inhibit.register_fake
@@ -144,11 +149,11 @@ def inhibit_backward(
     """
     state = _states[int(handle)]
     pre = pre.movedim(neuron_dim, -1)
-    all_rows = _as_rows(pre, state)
+    all_rows = as_rows(pre, state)
     all_grads = grad.movedim(neuron_dim, -1).reshape(all_rows.shape)
     if mask.numel():
         mask = mask.movedim(neuron_dim, -1).reshape(all_rows.shape)
-    kept = None if counted is None else _kept(counted, pre, neuron_dim, state)
+    kept = None if counted is None else kept_rows(counted, pre, neuron_dim, state)
     if kept is None:
         out, bias_grad = _gradients(state, all_grads, all_rows, loss_grad, bias, mask)
     else:
@@ -219,7 +224,7 @@ def _backward(ctx, grad, loss_grad, _):
     return to_pre, None if bias is None else to_bias, None, None, None, None
 
 
-def _no_second_derivatives(ctx, *grads):
+def no_second_derivatives(ctx, *grads):
     raise ValueError(
         "l2e: a gradient's gradient (create_graph=True, a gradient penalty) reached an inhibited "
         "layer, whose method has no second derivatives: run this forward pass inside "
@@ -228,7 +233,7 @@ def _no_second_derivatives(ctx, *grads):
 
 
 inhibit.register_autograd(_backward, setup_context=_setup_context)
-inhibit_backward.register_autograd(_no_second_derivatives)
+inhibit_backward.register_autograd(no_second_derivatives)
 
 
 @torch.library.custom_op("l2e::observe_output", mutates_args=("sums",))
@@ -254,7 +259,7 @@ def _(sums: Tensor, mlp_output: Tensor, residual: Tensor, handle: Tensor) -> Non
     return None
 
 
-def _as_rows(pre: Tensor, state: LayerState) -> Tensor:
+def as_rows(pre: Tensor, state: LayerState) -> Tensor:
     """[..., units] -> [samples, neurons], contiguous."""
     by_position = state.config.neuron_axes == "position"
     if by_position and pre.dim() < 3:
@@ -277,6 +282,11 @@ def _as_rows(pre: Tensor, state: LayerState) -> Tensor:
     return pre.detach().reshape(samples, state.neurons).contiguous()
 
 
+def rows_of_sequence(pre: Tensor, kept: Tensor | None, state: LayerState) -> int:
+    """Rows of one sequence: its positions, unless a row holds them all."""
+    return pre.shape[-2] // state.positions if pre.dim() > 2 and kept is None else 1
+
+
 def _laid_out(rows: Tensor, pre: Tensor) -> Tensor:
     """[samples, neurons] -> a tensor of the shape of `pre`, with its strides where it is dense."""
     out = rows.view(pre.shape)
@@ -291,8 +301,8 @@ def _among(rows: Tensor, kept: Tensor, part: Tensor, state: LayerState) -> Tenso
     return all_rows.index_copy_(0, kept, part)
 
 
-def _kept(counted: Tensor, pre: Tensor, neuron_dim: int, state: LayerState) -> Tensor:
-    """The rows of `_as_rows` that count, by number.
+def kept_rows(counted: Tensor, pre: Tensor, neuron_dim: int, state: LayerState) -> Tensor:
+    """The rows of `as_rows` that count, by number.
 
     Raises:
         ValueError: the mask does not fit the activations.
@@ -335,7 +345,7 @@ def _start(state: LayerState, rows: Tensor, arguments: KernelArguments) -> None:
         state.statistics.mean.copy_(z.mean(0))
 
 
-def _record(state: LayerState, rows: Tensor, arguments: KernelArguments, sums: Tensor) -> Tensor:
+def record(state: LayerState, rows: Tensor, arguments: KernelArguments, sums: Tensor) -> Tensor:
     """Add one call's sums to the step's; returns the call's sum of logs."""
     if arguments.balance is not None:
         selected, var = sums[:-1].view(3, -1)[2], state.statistics.var

@@ -13,6 +13,11 @@ from torch import Tensor
 
 from l2e.threshold import histogram
 
+try:
+    import numpy
+except ImportError:  # torch alone is asked for
+    numpy = None  # type: ignore[assignment]
+
 # Entries of a slice: its temporaries stay in a CPU's cache; on a GPU they are small beside a layer.
 SLICE_ENTRIES = {"cpu": 2**16, "cuda": 2**24}
 TINY = torch.finfo(torch.float32).tiny
@@ -79,6 +84,59 @@ def forward(pre: Tensor, arguments: KernelArguments, sums: Tensor | None) -> Ten
             z = torch.where(selected > 0, mean.to(z.dtype), z)
         out[rows] = 0 if arguments.method == "silence" else z
     return out
+
+
+def observe(
+    pre: Tensor, arguments: KernelArguments, sums: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums that `forward` adds, and what it selects, of activations that stay as they are.
+
+    Its cost beside the sums is that of the selected entries; but a GPU's host waits for it.
+
+    Args:
+        pre, sums: as of `forward`.
+
+    Returns:
+        Of each selected entry, if the method is "regularize", its number in `pre` (int64), half of
+        d log (z - mean)^2 / dz (float32), and its log (z - mean)^2.
+    """
+    neurons = pre.shape[1]
+    pulls = arguments.method == "regularize"
+    found: list[tuple[Tensor, Tensor]] = []
+    # Reused, since memory that is new to the process costs more than the arithmetic.
+    buffers = torch.empty(3, len(pre[next(slices(pre))]), neurons, device=pre.device)
+    for rows in slices(pre):
+        z = activate(arguments.biased(pre[rows]), arguments.activation).float()
+        deviation, square, compared = buffers[:, : len(z)]
+        torch.sub(z, arguments.mean, out=deviation)
+        torch.mul(deviation, deviation, out=square)
+        selected = _selected(square, arguments, rows, out=compared)
+        if sums is not None:
+            counted = None if pulls else selected  # of pulls they come with the entries
+            _add_sums(sums, deviation, square, counted, arguments)
+        if pulls and selected is not None:
+            entries = _numbers(selected.view(-1))
+            found.append((entries + rows.start * neurons, deviation.view(-1)[entries]))
+    if not found:
+        nothing = torch.empty(0, device=pre.device)
+        return nothing.long(), nothing, nothing
+    entries, deviations = (torch.cat(parts) for parts in zip(*found, strict=True))
+    columns = entries % neurons
+    squares = deviations * deviations
+    least = None if arguments.least is None else arguments.least[columns]
+    directions = deviations.div_(squares.clamp(min=TINY if least is None else least))
+    logs = _log(squares, least)
+    if sums is not None:
+        sums[:-1].view(3, -1)[2].add_(torch.bincount(columns, minlength=neurons))
+        sums[-1].add_(logs.sum())
+    return entries, directions, logs
+
+
+def _numbers(selected: Tensor) -> Tensor:
+    """Where `selected` [entries] is not 0; NumPy, where it is installed, finds that much faster."""
+    if numpy is None:
+        return selected.nonzero().view(-1)
+    return torch.from_numpy(numpy.flatnonzero(selected.bool().numpy()))
 
 
 def backward(
@@ -181,7 +239,9 @@ def slices(pre: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(pre), rows))
 
 
-def _selected(square: Tensor, arguments: KernelArguments, rows: slice) -> Tensor | None:
+def _selected(
+    square: Tensor, arguments: KernelArguments, rows: slice, out: Tensor | None = None
+) -> Tensor | None:
     """1 where an entry of some rows is selected and 0 elsewhere; None while nothing is.
 
     In float32: a CPU compares into floats and multiplies by them six times as fast as it compares
@@ -191,7 +251,8 @@ def _selected(square: Tensor, arguments: KernelArguments, rows: slice) -> Tensor
         return None
     if arguments.threshold.dtype == torch.bool:
         return arguments.threshold[rows].float()
-    return torch.ge(square, arguments.threshold, out=torch.empty_like(square))
+    out = torch.empty_like(square) if out is None else out
+    return torch.ge(square, arguments.threshold, out=out)
 
 
 def _add_sums(

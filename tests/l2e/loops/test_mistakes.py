@@ -268,7 +268,7 @@ def test_metrics_leave_out_what_was_not_measured():
         handle.controller.measure = number == 2
         (loss_of(model, x) + handle.loss()).backward()
         handle.step()
-        expected = {"tau", "selected_fraction", "std"}
+        expected = {"weight", "tau", "selected_fraction", "std"}
         expected |= {"mean_ms", "max_ms", "kurtosis"} if number == 2 else set()
         assert handle.metrics()["1"].keys() == expected
 
