@@ -71,6 +71,11 @@ def warnings(config: Config) -> Iterator[str]:
         yield f"checkpoint.steps: {outside} are past the run's last step, {train.steps}"
     if train.stop_after is not None and train.stop_after > train.steps:
         yield f"train.stop_after = {train.stop_after}: past the run's last step, {train.steps}"
+    if config.data.path == BUILTIN and config.tokenizer.path is not None:
+        yield (
+            f"tokenizer.path = {config.tokenizer.path!r}: not used, since data.path builtin has "
+            f"one of its own trained, of tokenizer.vocab_size = {config.tokenizer.vocab_size} ids"
+        )
     if config.data.cache_dir is not None:
         place = nearest_folder(Path(config.data.cache_dir))
         if place.stat().st_uid not in (os.getuid(), 0):
@@ -220,6 +225,12 @@ def check_data(config: Config) -> Iterator[Problem]:
             reason = f"more ids than model.vocab_size = {config.model.vocab_size}"
             fix = "lower it, or raise model.vocab_size"
             yield Problem("tokenizer.vocab_size", config.tokenizer.vocab_size, reason, fix)
+        if data.validation_path is not None:
+            reason = "not used, since data.path builtin has a validation set of its own"
+            yield Problem("data.validation_path", data.validation_path, reason, "leave it out")
+        if data.order == "preshuffled":
+            reason = "data.path builtin holds documents, not rows of shuffled samples"
+            yield Problem("data.order", data.order, reason, "set it to neox")
         return
     if data.validation_path is not None and is_part(data.validation_path, data.path):
         reason = "is the training data, on which a loss says nothing of what was learned"

@@ -282,6 +282,10 @@ def explain(name: str, error: ErrorDetails) -> Problem:
     if error["type"] == "extra_forbidden":
         return Problem(name, value, "unknown key", suggest(name))
     known = {key.name: key for key in keys()}
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, ValueError):  # of a rule of ours, which knows the remedy
+        reason, _, fix = str(cause).rpartition("; ")
+        return Problem(name, value, reason, fix)
     reason = error["msg"][0].lower() + error["msg"][1:]
     meaning = ""
     if name in known:

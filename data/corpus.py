@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 from data import builtin
 from data.compression import DAMAGE, decompress
 from data.files import hash_spans, sha256
-from data.folders import PassedOver, files_of, without_copies
+from data.folders import PassedOver, files_of, found_by_pattern, without_copies
 from data.formats import ARROW, BYTE_ORDER_MARK, JSON_LINES, PARQUET, TEXT, judge
 from l2e.hub import PREFIX, is_hub, parse
 from l2e.problems import Problem
@@ -93,7 +93,11 @@ def look_over(inputs: list[str]) -> Found:
         if is_hub(name):
             entries.append(Source(name, "hf"))
             continue
-        for path in _paths(name):
+        paths = _paths(name)
+        if not Path(name).exists():  # a pattern, which meets what nobody named
+            paths, beside = found_by_pattern(paths)
+            _merge(passed_over, beside)
+        for path in paths:
             inside, beside = files_of(path) if path.is_dir() else ([path], {})
             entries += inside
             _merge(passed_over, beside)

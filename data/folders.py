@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from data.formats import TEXT, by_name
@@ -30,21 +30,48 @@ def files_of(folder: Path) -> tuple[list[Path], PassedOver]:
     link and for a folder that can't be read.
     """
     passed_over: PassedOver = {}
+    found = []
+    for path, reason in _walk(folder):
+        if reason:
+            passed_over.setdefault(reason, []).append(str(path))
+        else:
+            found.append(path)
+    files, beside = sift(sorted(found), {folder})
+    return files, passed_over | beside
+
+
+def found_by_pattern(paths: list[Path]) -> tuple[list[Path], PassedOver]:
+    """What may be corpus of what a pattern meets, which nobody named, and the rest.
+
+    A folder stands for what is in it, which `**` meets as well.
+    """
+    passed_over: PassedOver = {}
+    folders = {path for path in paths if path.is_dir()}
+    found = []
+    for path in paths:
+        if reason := _made_by(path.name):
+            passed_over.setdefault(reason, []).append(str(path))
+        elif folders.isdisjoint(path.parents):
+            found.append(path)
+    files, beside = sift([path for path in found if path not in folders])
+    kept = folders.union(files)
+    return [path for path in found if path in kept], passed_over | beside
+
+
+def sift(found: list[Path], tops: Collection[Path] = ()) -> tuple[list[Path], PassedOver]:
+    """The files that may be corpus among those found together, and the others.
+
+    What tells of a data set lies at its top, which are `tops`, or beside records.
+    """
+    passed_over: PassedOver = {}
 
     def pass_over(reason: str, path: Path) -> None:
         passed_over.setdefault(reason, []).append(str(path))
 
-    found = []
-    for path, reason in _walk(folder):
-        if reason:
-            pass_over(reason, path)
-        else:
-            found.append(path)
-    found.sort()
-    holds_records: set[Path] = set()  # folders with a file of records in them or below
+    about = {*tops}  # and folders with a file of records in them or below
     for path in found:
         if by_name(path.name)[0] not in ("", TEXT) and not COMPANION.fullmatch(path.name):
-            holds_records.update(path.parents)
+            about.update(path.parents)
     files = []
     prepared = {path.with_suffix("") for path in found if path.suffix == ".idx"}
     for path in found:
@@ -52,7 +79,7 @@ def files_of(folder: Path) -> tuple[list[Path], PassedOver]:
             pass_over("prepared already", path)
         elif path.name.endswith(".rejects.jsonl"):
             pass_over("rejects of a preparation", path)
-        elif COMPANION.fullmatch(path.name) and (path.parent in {folder, *holds_records}):
+        elif COMPANION.fullmatch(path.name) and path.parent in about:
             pass_over("about the data", path)
         else:
             files.append(path)
@@ -85,9 +112,14 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _reason(name: str) -> str:
-    """Why a file or a folder of this name is no corpus, or ""."""
+    """Why a file or a folder of this name is no corpus, or "", where nobody asked for it."""
     if name.startswith("."):
         return "hidden"
+    return _made_by(name)
+
+
+def _made_by(name: str) -> str:
+    """What made a file or a folder of this name that is never corpus, or ""."""
     if name in SYSTEM_NAMES or name.lower() in SYSTEM_NAMES:
         return "of the operating system"
     return "an interrupted preparation" if name.endswith(".partial") else ""

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from l2e.files import create
 from l2e.hub import parse, refuse_escapes
+from l2e.problems import Problem
+
+
+@contextmanager
+def fetching(what: str, name: str) -> Iterator[None]:
+    """Tell a failing download as what it means to a user, a ValueError."""
+    try:
+        yield
+    except Exception as error:  # of the hub's client and of the network below it, many kinds
+        reason = f"cannot be fetched from the hub ({str(error).strip().splitlines()[0]})"
+        fix = (
+            "check the name and the connection (a private or gated repository needs HF_TOKEN), "
+            "or name files of this machine"
+        )
+        raise Problem(what, name, reason, fix) from error
 
 
 def fetch_tokenizer(path: str) -> Path:
-    """The local copy of a repository's tokenizer.json."""
+    """The local copy of a repository's tokenizer.json. Raises ValueError where there is none."""
     from huggingface_hub import hf_hub_download
 
     name, revision = parse(path)
-    file = Path(hf_hub_download(name, "tokenizer.json", revision=revision))
+    with fetching("tokenizer", path):
+        file = Path(hf_hub_download(name, "tokenizer.json", revision=revision))
     refuse_escapes(file.parent)
     return file
 
@@ -23,13 +41,16 @@ def fetch_tokens(path: str, folder: Path) -> str:
     """The prefix of a local .bin/.idx pair made from a dataset repository's token files.
 
     Pythia's preshuffled sets come as one .idx and a .bin in numbered parts, which are joined.
-    Raises ValueError where the repository has no such files.
+    Raises ValueError where the repository has no such files, or can't be reached.
     """
     from huggingface_hub import snapshot_download
 
     name, revision = parse(path)
     patterns = ["*.bin", "*.idx"]
-    local = snapshot_download(name, revision=revision, repo_type="dataset", allow_patterns=patterns)
+    with fetching("data.path", path):
+        local = snapshot_download(
+            name, revision=revision, repo_type="dataset", allow_patterns=patterns
+        )
     refuse_escapes(Path(local))
     kept = name if revision is None else f"{name}@{revision}"
     return join_parts(Path(local), folder / kept.replace("/", "--"))

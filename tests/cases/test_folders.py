@@ -70,6 +70,27 @@ def test_what_is_named_is_read_whatever_its_name(tmp_path) -> None:
         assert len(look_over([str(name)]).sources) == 1
 
 
+def test_a_pattern_meets_what_nobody_named(tmp_path, monkeypatch) -> None:
+    """Files that we wrote ourselves, and what tells of the data."""
+    monkeypatch.chdir(tmp_path)
+    made = ("out.bin", "out.idx", "out.manifest.json", "out.rejects.jsonl", "gone.rejects.jsonl")
+    for name in (*made, "README.md", "more/LICENSE", "thumbs.db", "old.partial/tokens"):
+        write(tmp_path / name)
+    for name in ("a.jsonl", "out.jsonl", "more/b.jsonl"):
+        write_jsonl(tmp_path / name, TEXTS)
+
+    def read(*patterns: str) -> list[str]:
+        return [source.name for source in look_over([*patterns]).sources]
+
+    assert read("*.jsonl") == ["a.jsonl", "out.jsonl"]
+    assert read("*") == ["a.jsonl", "more/b.jsonl", "out.jsonl"]
+    assert read("**/*") == ["a.jsonl", "more/b.jsonl", "out.jsonl"]
+    assert read("*.md", "out.rejects.jsonl") == ["README.md", "out.rejects.jsonl"]
+    assert look_over(["*.jsonl"]).passed_over == {
+        "rejects of a preparation": ["gone.rejects.jsonl", "out.rejects.jsonl"]
+    }
+
+
 def test_a_folder_may_be_named_like_a_file(tmp_path) -> None:
     write_jsonl(write(tmp_path / "x.jsonl" / "part-0.jsonl"), TEXTS)
     assert names(tmp_path) == ["x.jsonl/part-0.jsonl"]

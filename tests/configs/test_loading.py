@@ -77,6 +77,12 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ({"parallel": {"pipeline": 9}}, "parallel.pipeline", "4 blocks"),
         ({"data": {"path": "builtin", "sequence_length": 4096}}, "data.sequence_length", "2048"),
         ({"data": {}}, "data.path", "no corpus"),
+        (
+            {"data": SMALL["data"] | {"validation_path": "held/out"}},
+            "data.validation_path",
+            "a validation set of its own",
+        ),
+        ({"data": SMALL["data"] | {"order": "preshuffled"}}, "data.order", "documents"),
         ({"data": {"path": "nowhere/corpus", "sequence_length": 128}}, "data.path", "nowhere"),
         ({"deepspeed": {"zero_optimization": 2}}, "deepspeed.zero_optimization", "section"),
         ({"nonsense": {}}, "nonsense", "unknown key"),
@@ -174,6 +180,7 @@ def test_what_is_seldom_meant_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
         "schedule": {"warmup_steps": 11},
         "l2e": {"late_start_step": 10},
         "checkpoint": {"steps": [0, 10, 12]},
+        "tokenizer": {"path": "some/tokenizer.json", "vocab_size": 400},
         "train": SMALL["train"] | {"stop_after": 20},
     }
     configs.load(write(tmp_path, SMALL | change))
@@ -183,8 +190,10 @@ def test_what_is_seldom_meant_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
         "l2e.late_start_step",
         "checkpoint.steps",
         "train.stop_after",
+        "tokenizer.path",
     ]
     assert "[12]" in told[2]
+    assert "trained, of tokenizer.vocab_size = 400 ids" in told[4]
 
 
 def test_validation_on_training_data_is_refused(tmp_path: Path) -> None:

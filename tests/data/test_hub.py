@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data.hub import join_parts
+from data.hub import fetch_tokenizer, fetch_tokens, join_parts
 
 
 def test_parts_are_joined_in_order(tmp_path: Path) -> None:
@@ -19,6 +19,16 @@ def test_parts_are_joined_in_order(tmp_path: Path) -> None:
     (source / "document-00000-of-00002.bin").unlink()  # what is joined is not joined again
     assert join_parts(source, tmp_path / "local" / "pile") == prefix
     assert Path(f"{prefix}.bin").read_bytes() == b"abcde"
+
+
+@pytest.mark.parametrize("name", ["hf:nobody/nothing", "hf:nobody/nothing@old", "hf:a/b/c"])
+def test_what_cannot_be_fetched_is_told(tmp_path: Path, monkeypatch, name) -> None:
+    """Without a network, and by a name that no repository has."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=rf"tokenizer = '{name}': cannot be fetched.*HF_TOKEN"):
+        fetch_tokenizer(name)
+    with pytest.raises(ValueError, match=rf"data\.path = '{name}': cannot be fetched.*HF_TOKEN"):
+        fetch_tokens(name, tmp_path)
 
 
 def test_a_whole_file_is_linked_not_copied(tmp_path: Path) -> None:
