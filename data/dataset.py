@@ -204,12 +204,7 @@ def open_dataset(
     Raises ValueError for damaged files, unknown orders, weights that aren't positive, and fewer
     tokens than one sample.
     """
-    shares = blend_shares(path)
-    files = {prefix: TokenFile(prefix) for prefix in shares}
-    if not isinstance(path, str | Mapping):
-        shares = {prefix: float(len(file.tokens)) for prefix, file in files.items()}
-    total = sum(shares.values())
-    shares = {prefix: weight / total for prefix, weight in shares.items()}
+    files, shares = open_files(path)
     blended = len(files) > 1
     part_of, within, counts = _blend_maps(list(shares.values()), samples, cache_dir)
     parts = []
@@ -223,6 +218,41 @@ def open_dataset(
         check_enough(file, documents, sequence_length, wanted, order, part if split else None)
         parts.append(_open_part(file, documents, sequence_length, seed, wanted, order, cache_dir))
     return Blend(parts, list(shares.values()), part_of, within) if blended else parts[0]
+
+
+def open_files(
+    path: str | Sequence[str] | Mapping[str, float],
+) -> tuple[dict[str, TokenFile], dict[str, float]]:
+    """The files of any form of `data.path`, and the share of the samples that each one gives."""
+    weights = blend_shares(path)
+    files = {prefix: TokenFile(prefix) for prefix in weights}
+    if not isinstance(path, str | Mapping):
+        weights = {prefix: float(len(file.tokens)) for prefix, file in files.items()}
+    total = sum(weights.values())
+    return files, {prefix: weight / total for prefix, weight in weights.items()}
+
+
+class Reading(NamedTuple):
+    """How much of a file a run reads: its tokens for training, and how often each of them."""
+
+    prefix: str
+    tokens: int
+    times: float
+
+
+def readings(
+    path: str | Sequence[str] | Mapping[str, float],
+    sequence_length: int,
+    samples: int,
+    split: float | None = None,
+) -> list[Reading]:
+    """What so many training samples take of each file, as `open_dataset` would give them."""
+    files, shares = open_files(path)
+    found = []
+    for prefix, file in files.items():
+        tokens = count_tokens(split_documents(len(file), split, "train"), file.lengths)
+        found.append(Reading(prefix, tokens, samples * shares[prefix] * sequence_length / tokens))
+    return found
 
 
 def blend_shares(path: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
@@ -344,18 +374,17 @@ def check_enough(
             f"{length} + 1",
             fix,
         )
-    visits = count_epochs(tokens, length, samples) * len(documents)
-    size, memory = (
-        12 * visits + 8 * samples,
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    )
+    epochs = count_epochs(tokens, length, samples)
+    size = 12 * epochs * len(documents) + 8 * samples
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
         raise Problem(
             "token file",
             Path(file.prefix),
-            f"to shuffle {samples:,} samples takes {size / 2**30:,.0f} GiB, and this machine has "
-            f"{memory / 2**30:,.0f}",
-            "take fewer train.steps, a smaller train.global_batch_size or fewer evaluate.batches",
+            f"{samples:,} samples read its {tokens:,} tokens {epochs:,} times, and to shuffle that "
+            f"takes {size / 2**30:,.0f} GiB, of which this machine has {memory / 2**30:,.0f}",
+            "take a larger corpus, fewer train.steps, a smaller train.global_batch_size or fewer "
+            "evaluate.batches",
         )
 
 

@@ -7,6 +7,7 @@ read as either; so is what only looks like the wished file, such as a Git LFS po
 import csv
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,8 +54,9 @@ MARKUP_ENDINGS = (".md", ".markdown", ".rst", ".tex", ".html", ".htm", ".xml")
 WORD = re.compile(r"[^\W\d]\w*")
 COLUMN_NAME = re.compile(r"[^\W\d][\w .()/#-]{0,63}(?<! )")
 TO_PARQUET = (
-    'python -c "from pyarrow import csv, parquet; '
-    "parquet.write_table(csv.read_csv('{name}'), 'table.parquet')\""
+    "from pyarrow import csv, parquet; "
+    "form = csv.ParseOptions(delimiter={separator!r}, newlines_in_values=True); "
+    "parquet.write_table(csv.read_csv({table!r}, parse_options=form), {output!r})"
 )
 # Files that hold other files or data of their own, by how they begin.
 CONTAINERS = {
@@ -100,7 +102,7 @@ def judge(path: Path) -> Kind:
         head = beginning(path, compression)
         _refuse_impostors(path, head, may_be_markup=prose)
     if ending in TABLE_ENDINGS:
-        _refuse_table(path, TABLE_ENDINGS[ending])
+        _refuse_table(path, _table_of(_first_lines(head)) or TABLE_ENDINGS[ending])
     found = _table_format(head)
     if format_ == JSON_LINES:
         _refuse_unlike(path, head, found)
@@ -211,11 +213,14 @@ def _is_text(raw: bytes) -> bool:
 
 
 def _refuse_table(path: Path, kind: str) -> None:
+    separator = next(mark for mark, name in TABLE_SEPARATORS.items() if name == kind)
+    output = path.with_name(path.name + ".parquet")
+    code = TO_PARQUET.format(separator=separator, table=str(path), output=str(output))
     raise Problem(
         "input",
         path,
         f"is a table ({kind}); read are JSON lines, Parquet, Arrow and text",
-        f"convert it: {TO_PARQUET.format(name=path.name)} (what is prose after all is named .md)",
+        f"convert it, by python -c {shlex.quote(code)} (what is prose after all is named .md)",
     )
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 LEFT_OUT = "\0left out"
 # sentencepiece writes a space as this character, so the character itself goes byte by byte.
 SPACE_MARK = "\u2581"
+SENTENCE_BYTES = 4192  # the longest line that it learns from
 NEVER_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
 # Texts of more characters are tokenized in parts, cut before the space between two words or
 # after the line break between them, where GPT-2's splitting into words always cuts. Small parts
@@ -50,6 +51,8 @@ def load_tokenizer(path: str | Path, end_of_text: str | None = None) -> "Tokeniz
     try:
         content = path.read_bytes()
         refuse_lfs_pointer("tokenizer", path, content)
+        if not content:
+            raise Problem("tokenizer", path, "is empty", "get a whole copy of it")
         loaded = kinds[ending](path, content, end_of_text)
         if not loaded._ends() or end_of_text is not None:
             loaded.find_end()
@@ -57,7 +60,7 @@ def load_tokenizer(path: str | Path, end_of_text: str | None = None) -> "Tokeniz
     except Problem:
         raise
     except Exception as error:  # both libraries raise kinds of their own for a damaged file
-        reason = f"cannot be read ({error})"
+        reason = f"cannot be read ({spoken(str(error))})"
         raise Problem("tokenizer", path, reason, "get a whole copy of it") from error
 
 
@@ -340,6 +343,45 @@ class SentencePieceTokenizer(Tokenizer):
         return "".join([*parts, self.model.decode(part)])
 
 
+def sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Lines, the long ones cut before a space: no piece reaches over one. Blank ones are left out.
+
+    sentencepiece itself would pass over a line of more than `SENTENCE_BYTES`, without a word.
+    """
+    for text in texts:
+        for line in text.splitlines(keepends=True):
+            start = 0
+            if len(line) > SENTENCE_BYTES // 4 and len(line.encode()) > SENTENCE_BYTES:
+                while len(line) - start > SENTENCE_BYTES // 4:  # of up to 4 bytes a character
+                    stop = start + SENTENCE_BYTES // 4
+                    cut = line.rfind(" ", start + 1, stop)
+                    stop = stop if cut < 0 else cut
+                    yield line[start:stop]
+                    start = stop
+            if line[start:].strip():
+                yield line[start:]
+
+
+def why_untrained(error: str) -> tuple[str, str]:
+    """What sentencepiece's error means, and what mends it."""
+    if found := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", error):
+        reason = f"the texts give no more than {found[1]} pieces"
+        return reason, "lower it to that, or train on more text (--sample-mb)"
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return f"the characters of the texts alone are {found[1]} pieces", "raise it above that"
+    if "sentences_.empty()" in error:
+        return "there is no text to train a tokenizer on", "give --input with text in it"
+    return f"sentencepiece could not train that ({spoken(error)})", "try another size, or more text"
+
+
+def spoken(error: str) -> str:
+    """A library's error without the place in its own code that sentencepiece puts before it."""
+    return (
+        re.sub(r"^INTERNAL: \S+\(\d+\) \[.*\]\s*", "", error)
+        or "it is no sentencepiece model, or a cut one"
+    )
+
+
 def train_sentencepiece(
     texts: Iterable[str], path: str | Path, vocab_size: int, model_type: str = "bpe"
 ) -> SentencePieceTokenizer:
@@ -353,12 +395,11 @@ def train_sentencepiece(
 
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    lines = (line for text in texts for line in text.splitlines(keepends=True) if line.strip())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with create(partial) as model:
             SentencePieceTrainer.train(
-                sentence_iterator=lines,
+                sentence_iterator=sentences(texts),
                 model_writer=model,
                 vocab_size=vocab_size,
                 model_type=model_type,
@@ -374,6 +415,7 @@ def train_sentencepiece(
                 bos_id=-1,
                 pad_id=-1,
                 num_threads=1,  # more threads give another model
+                max_sentence_length=SENTENCE_BYTES,
                 minloglevel=2,
             )
         partial.replace(path)
@@ -383,12 +425,7 @@ def train_sentencepiece(
         raise Problem("tokenizer", path, reason, "free space, or choose another place") from error
     except RuntimeError as error:  # sentencepiece's word for everything
         partial.unlink(missing_ok=True)
-        raise Problem(
-            "--vocab-size",
-            vocab_size,
-            f"sentencepiece could not train that ({error})",
-            "a vocabulary needs at least 300 pieces, and a sample that is large enough for it",
-        ) from error
+        raise Problem("--vocab-size", vocab_size, *why_untrained(str(error))) from error
     trained = load_tokenizer(path)
     assert isinstance(trained, SentencePieceTokenizer)
     return trained

@@ -79,10 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not process.is_first:
         logging.getLogger("configs").setLevel(logging.ERROR)  # the first rank tells
     if options.dry_run:
-        from launch.planning.summary import print_plan
-
-        print_plan(configs.load(options.config, options.set))
-        return 0
+        return rehearse(configs.load(options.config, options.set), options)
     try:
         config = configs.load(options.config, options.set, process.world_size)
     except ValueError:
@@ -95,9 +92,24 @@ def main(arguments: list[str] | None = None) -> int:
     return start(config, cli.run_folder(options), options, process)
 
 
+def rehearse(config: Config, options: argparse.Namespace) -> int:
+    """The plan, and what there is to go on from; the exit status. Nothing is written."""
+    from launch.planning.summary import print_plan
+
+    print_plan(config)
+    if options.resume != "none":
+        from launch.training.rehearsal import rehearse
+
+        for line in rehearse(config, cli.run_folder(options), options.resume):
+            print(line)
+    print("dry run: the configuration is valid; nothing was started")
+    return 0
+
+
 def start(config: Config, folder: Path, options: argparse.Namespace, process: Process) -> int:
     """Find the checkpoint and the data, join the other ranks, and train; the exit status."""
     from launch import checkpoint
+    from launch.checkpoint.resumable import refuse_unlike
     from launch.engine import hardware, joining
     from launch.engine.groups import process_group
     from launch.engine.profiling import Profiler, parse_steps
@@ -109,6 +121,7 @@ def start(config: Config, folder: Path, options: argparse.Namespace, process: Pr
 
     resume = options.resume
     refuse_taken(folder, resume)
+    refuse_unlike(resume)
     hardware.refuse_unsupported(config)
     profiler = Profiler(parse_steps(options.profile), folder / "profile", process.rank)
     STOP.launched = STOP.launched or process.launcher != "alone"

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from data.files import sha256
 from launch.checkpoint.canonical import all_specs, own_slice, raise_on_all_ranks
 from launch.checkpoint.optimizer_state import MASTER, OptimizerState
 from launch.checkpoint.stored import L2E, MODEL, RANDOM, StoredCheckpoint
@@ -63,23 +62,7 @@ def check(
     tokenizer: Path | None,
 ) -> None:
     """The checkpoint is of this very model and tokenizer, and complete, to the last tensor."""
-    ours, theirs = engine.config.model.model_dump(), stored.config["model"]
-    differ = [key for key in ours if key != "preset" and theirs.get(key) != ours[key]]
-    if differ:
-        raise ValueError(
-            f"{stored.folder} is of another model: "
-            + ", ".join(f"{key} is {theirs.get(key)} there and {ours[key]} here" for key in differ)
-            + ". Resume with the configuration it was written with (its config.json)"
-        )
-    kept = stored.tokenizer
-    if tokenizer is not None and kept is not None and Path(tokenizer).suffix == kept.suffix:
-        hashes = [sha256(Path(path)) for path in (tokenizer, kept)]
-        if hashes[0] != hashes[1]:
-            raise ValueError(
-                f"{stored.folder} was trained with another tokenizer than {tokenizer}: their "
-                f"contents differ. Set tokenizer.path to {kept}, and prepare the "
-                "corpus with it"
-            )
+    stored.refuse_another(engine.config.model, tokenizer)
     for kind in (MODEL, *moments):
         found = {
             name: tuple(part.get_shape()) for name, part in stored.tensors.get(kind, {}).items()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from data.files import read_json
 from launch.checkpoint import folders
 
 
@@ -21,6 +22,7 @@ def find_resumable(run_folder: Path, resume: str) -> Path | None:
     if resume == "none":
         return None
     named = Path(run_folder if resume == "auto" else resume)
+    refuse_unlike(resume)
     if resume != "auto" and not (named / "checkpoints").is_dir():
         problems = verify(named)
         if problems:
@@ -49,6 +51,40 @@ def find_resumable(run_folder: Path, resume: str) -> Path | None:
     if resume != "auto":
         raise ValueError(f"--resume {resume}: {named / 'checkpoints'} holds no checkpoint")
     return None
+
+
+def refuse_unlike(resume: str) -> None:
+    """Raise ValueError for a path of `--resume` that is no checkpoint's nor a run's, at a look."""
+    named = Path(resume)
+    if resume in ("auto", "none") or (named / "checkpoints").is_dir():
+        return
+    if not named.exists():
+        fix = "give auto, none, or the folder of a run or of one of its checkpoints"
+        raise ValueError(f"--resume {resume}: no such folder; {fix}")
+    if not named.is_dir():
+        raise ValueError(f"--resume {resume}: is a file; give the folder of the checkpoint")
+    if folders.file_list(named) is not None:
+        return
+    if is_hugging_face_form(named):
+        raise ValueError(
+            f"--resume {resume}: is a model in Hugging Face form; make a checkpoint of it by "
+            f"launch/export.py from-hf --model {named} --output FOLDER, and resume that"
+        )
+    if found := folders.checkpoints(named):
+        raise ValueError(
+            f"--resume {resume}: holds checkpoints and is none; give one of them, as {found[0]}, "
+            f"or the run's folder, {named.parent}"
+        )
+    raise ValueError(
+        f"--resume {resume}: no finished checkpoint: {folders.FILES} is missing (a save that was "
+        "interrupted, or another kind of folder). Use `--resume auto` for the newest intact "
+        "checkpoint of the run, or name another one"
+    )
+
+
+def is_hugging_face_form(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.is_file() and "model_type" in (read_json(path, lambda _: None) or {})
 
 
 def verify(folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from data.files import sha256
 from l2e.memory import LARGER_MACHINE, refuse_larger
 from launch.checkpoint import folders
 from model.config import ModelConfig
@@ -81,6 +82,25 @@ class StoredCheckpoint:
     def end_of_text(self) -> str | None:
         """The token that ended the documents it was trained on, where that was chosen."""
         return self.state.get("data", {}).get("end_of_text_token")
+
+    def refuse_another(self, model: ModelConfig, tokenizer: Path | None) -> None:
+        """Raise ValueError where it is of another model, or of another tokenizer of this kind."""
+        ours, theirs = model.model_dump(), self.config["model"]
+        differ = [key for key in ours if key != "preset" and theirs.get(key) != ours[key]]
+        if differ:
+            told = (f"{key} is {theirs.get(key)} there and {ours[key]} here" for key in differ)
+            raise ValueError(
+                f"{self.folder} is of another model: {', '.join(told)}. Resume with the "
+                "configuration it was written with (its config.json)"
+            )
+        kept = self.tokenizer
+        if tokenizer is None or kept is None or tokenizer.suffix != kept.suffix:
+            return
+        if sha256(tokenizer) != sha256(kept):
+            raise ValueError(
+                f"{self.folder} was trained with another tokenizer than {tokenizer}: their "
+                f"contents differ. Set tokenizer.path to {kept}, and prepare the corpus with it"
+            )
 
     @cached_property
     def tensors(self) -> dict[str, dict[str, Any]]:

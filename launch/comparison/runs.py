@@ -48,21 +48,24 @@ class RecordedRun:
 
 
 def read_run(folder: Path) -> RecordedRun:
-    """Read a run's folder.
+    """Read a run's folder; what a crash left of a line is told and left out.
 
     Raises:
-        ValueError: no metrics there, or a line that is not JSON.
+        ValueError: no metrics there, or a line that is no step's record.
     """
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{folder}: no run (metrics.jsonl is missing); name the folder of a run")
-    steps = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            steps[int(row["step"])] = row  # of a step trained twice, the later one
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: no step's record ({error})") from None
+    steps: dict[int, dict[str, Any]] = {}
+    text = path.read_text("utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        record = record_of(line)
+        if record is not None:
+            steps[record["step"]] = record  # of a step trained twice, the later one
+        elif line.endswith("\n") and "\0" not in line:
+            raise ValueError(f"{path}, line {number}: no step's record; mend it or take it out")
+        else:
+            print(f"{path}, line {number}: cut off or damaged by a crash, and left out")
     if not steps:
         raise ValueError(f"{path}: holds no steps yet")
     return RecordedRun(
@@ -95,13 +98,22 @@ def flat(content: dict[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
             yield path, value
 
 
+def record_of(line: str) -> dict[str, Any] | None:
+    """What a line of metrics.jsonl says of its step; None for what a crash cut or damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
 def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
     """{"sciq 0-shot": {"score", "error", "items", "hash", "step"}}, newest step of each."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
-        report = json.loads(path.read_text())
-        if not isinstance(report, dict) or not {"results", "shots", "items"} <= report.keys():
-            continue  # another tool's results
+        report = read_json(path)
+        if report is None or not {"results", "shots", "items"} <= report.keys():
+            continue  # damaged, which is told, or another tool's results
         for task, items in report["items"].items():
             name = f"{task} {report['shots'].get(task, 0)}-shot"
             step = report.get("step") or 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from configs import Config
 from configs.checks import BUILTIN
+from data.dataset import readings
 from l2e import L2EConfig, select_layers
 from l2e.hub import is_hub
 from launch.planning import cost
@@ -24,7 +25,7 @@ def summary(config: Config, processes: int) -> str:
         f"heads: {cost.parameters(model):,} parameters",
         f"l2e        {describe_method(config.l2e)}, in blocks {inhibited}, from step "
         f"{config.l2e.late_start_step}",
-        f"data       {describe_source(config)}, order {config.data.order}",
+        f"data       {describe_source(config)}; order {config.data.order}",
         f"layout     {layout.ranks} processes = {layout.tensor} tensor x {layout.pipeline} "
         f"pipeline x {layout.data} data parallel, ZeRO-{layout.zero_stage}, {layout.dtype}",
         f"batch      {train.global_batch_size:,} sequences x {layout.sequence_length:,} tokens = "
@@ -59,9 +60,18 @@ def describe_source(config: Config) -> str:
     """Where the tokens come from, in words."""
     if config.data.path == BUILTIN:
         return "built from Python's standard library at the start"
-    if is_hub(config.data.path):
-        return f"{config.data.path}, fetched from the hub at the start"
-    return str(config.data.path)
+    path, data, train = config.data.path, config.data, config.train
+    if path is None or is_hub(path):
+        return f"{path}, fetched from the hub at the start"
+    split = data.validation_fraction if data.validation_path is None else None
+    samples = train.steps * train.global_batch_size
+    files = readings(path, data.sequence_length, samples, split)
+    return "; ".join(
+        f"{prefix}, of whose {tokens:,} tokens the run reads {times:.2%}"
+        if times <= 1
+        else f"{prefix}, whose {tokens:,} tokens the run reads {times:,.1f} times"
+        for prefix, tokens, times in files
+    )
 
 
 def print_plan(config: Config) -> None:
@@ -71,4 +81,3 @@ def print_plan(config: Config) -> None:
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in peak.items() if size)
     print(summary(config, processes))
     print(f"memory     {sum(peak.values()) / GIB:.1f} GiB a process (GiB: {parts})")
-    print("dry run: the configuration is valid; nothing was started")

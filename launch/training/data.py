@@ -94,9 +94,7 @@ class Corpus:
         Raises ValueError that says what changed. `say` is told of changes to the validation set,
         and of samples beyond those the run was laid out for.
         """
-        identity = self.training.identity()
-        refuse_differences(before, identity.get("parts", [identity])[0])
-        refuse_differences(before, {"training": identity})
+        self.refuse_other(before)
         # Last: to hash the order shuffles the corpus, and writes that down.
         if "order_hash" in before:
             refuse_differences(before, {"order_hash": self.order_hash})
@@ -105,6 +103,12 @@ class Corpus:
             say(f"more samples than planned: {samples:,} further ones, of seed +{number}")
         for change in changes(before.get("validation", validation), validation):
             say(f"the validation set has changed, its losses do not compare: {change}")
+
+    def refuse_other(self, before: dict[str, Any]) -> None:
+        """Raise ValueError where the training set is another than `before`; builds no order."""
+        identity = self.training.identity()
+        refuse_differences(before, identity.get("parts", [identity])[0])
+        refuse_differences(before, {"training": identity})
 
     @cached_property
     def order_hash(self) -> str:
@@ -128,7 +132,7 @@ def fetch(config: Config, folder: Path) -> Paths:
     """Bring what the configuration names onto this machine; built-in data is prepared once."""
     data, tokenizer = config.data, config.tokenizer.path
     if data.path == BUILTIN:
-        return prepare_builtin(config, Path(data.cache_dir or folder / "data") / "builtin")
+        return prepare_builtin(config, builtin_paths(config, folder))
     path = data.path
     if is_hub(path):
         assert isinstance(path, str)
@@ -144,9 +148,25 @@ def fetch(config: Config, folder: Path) -> Paths:
     return Paths(path, data.validation_path, file)
 
 
-def prepare_builtin(config: Config, prefix: Path) -> Paths:
+def already_here(config: Config, folder: Path) -> Paths | None:
+    """As `fetch`, where nothing has to be fetched or prepared first; else None."""
+    if config.data.path == BUILTIN:
+        paths = builtin_paths(config, folder)
+        return paths if corpus_manifest.path(paths.validation).exists() else None
+    if is_hub(config.data.path) or is_hub(config.tokenizer.path):
+        return None
+    return fetch(config, folder)
+
+
+def builtin_paths(config: Config, folder: Path) -> Paths:
+    """Where the run's built-in corpus is, or will be."""
+    prefix = Path(config.data.cache_dir or folder / "data") / "builtin"
+    return Paths(str(prefix), f"{prefix}_validation", Path(f"{prefix}.tokenizer.model"))
+
+
+def prepare_builtin(config: Config, paths: Paths) -> Paths:
     """Prepare Python's own standard library, by the command a user would type."""
-    paths = Paths(str(prefix), f"{prefix}_validation", Path(f"{prefix}.tokenizer.model"))
+    prefix = Path(paths.training)
     if not corpus_manifest.path(paths.validation).exists():
         command = [sys.executable, str(ROOT / "launch" / "prepare.py"), "--corpus", "builtin"]
         command += ["--train-tokenizer", "sentencepiece"]
@@ -185,12 +205,16 @@ def data_of(checkpoint: Path, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def open_corpus(
-    config: Config, folder: Path, paths: Paths, start: Position, laid_out: Sequence[int] = ()
+    config: Config,
+    folder: Path | None,
+    paths: Paths,
+    start: Position,
+    laid_out: Sequence[int] = (),
 ) -> Corpus:
-    """Open both sets; every process of a machine shares the shuffled maps.
+    """Open both sets; every process of a machine shares the shuffled maps in the run's folder.
 
-    start: where the run goes on. laid_out: of a resumed run, the samples that its order was made
-    for, see `Corpus`.
+    folder: None keeps the maps in this process. start: where the run goes on. laid_out: of a
+    resumed run, the samples that its order was made for, see `Corpus`.
     """
     needed = start.samples_needed(config)
     sizes = list(laid_out) or [needed]
@@ -204,7 +228,9 @@ def open_corpus(
     return Corpus(config, paths, training, open_validation(config, folder, paths), sizes)
 
 
-def open_training(config: Config, folder: Path, paths: Paths, number: int, samples: int) -> Samples:
+def open_training(
+    config: Config, folder: Path | None, paths: Paths, number: int, samples: int
+) -> Samples:
     """The training set, in the run's order; its continuations are shuffled by seeds of their own.
 
     An order is that of a certain number of epochs, so a run that turns out to need more reads
@@ -215,7 +241,7 @@ def open_training(config: Config, folder: Path, paths: Paths, number: int, sampl
     return open_dataset(paths.training, samples=samples, order=config.data.order, **settings)
 
 
-def open_validation(config: Config, folder: Path, paths: Paths) -> Samples:
+def open_validation(config: Config, folder: Path | None, paths: Paths) -> Samples:
     """The validation set: its own files, or the end of the training set's."""
     data = config.data
     return open_dataset(
@@ -227,12 +253,12 @@ def open_validation(config: Config, folder: Path, paths: Paths) -> Samples:
     )
 
 
-def common(config: Config, folder: Path, paths: Paths) -> dict[str, Any]:
+def common(config: Config, folder: Path | None, paths: Paths) -> dict[str, Any]:
     """What both sets are opened with."""
     data = config.data
     return {
         "sequence_length": data.sequence_length,
         "seed": config.train.seed,
-        "cache_dir": data.cache_dir or folder / "data",
+        "cache_dir": None if folder is None else data.cache_dir or folder / "data",
         "split": None if paths.validation else data.validation_fraction,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from data.files import read_json, sync, write_text
 from data.lock import Held, Lock
 from launch.checkpoint import folders
 from launch.checkpoint.canonical import raise_on_all_ranks
+from launch.comparison.runs import record_of
 from launch.training.run import Run
 
 CONFIG, MANIFEST, METRICS, FINISHED = "config.json", "manifest.json", "metrics.jsonl", "finished"
@@ -159,20 +159,11 @@ def split_metrics(path: Path, step: int) -> tuple[list[str], list[str], list[str
     broken: list[str] = []
     text = path.read_text("utf-8", errors="replace") if path.is_file() else ""
     for line in text.split("\n"):
-        found = step_of_line(line)
-        part = broken if found is None else kept if found <= step else later
+        record = record_of(line)
+        part = broken if record is None else kept if record["step"] <= step else later
         if line:
             part.append(line + "\n")
     return kept, later, broken
-
-
-def step_of_line(line: str) -> int | None:
-    """The step a line of metrics is of; None for what is no such line."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    return step if isinstance(step, int) else None
 
 
 def replace(path: Path, text: str) -> None:

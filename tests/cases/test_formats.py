@@ -4,6 +4,8 @@ import bz2
 import gzip
 import json
 import os
+import re
+import shlex
 import socket
 import zipfile
 
@@ -77,6 +79,28 @@ def test_prose_and_code_stay_text(tmp_path, text, name) -> None:
     (tmp_path / name).write_text(text)
     assert judge(tmp_path / name) == ("text", "")
     assert texts(tmp_path / name) == [text.removeprefix("\ufeff")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a table's.csv", b'id,text\n0,"one, and\na line"\n1,two\n'),
+        ("table.csv", b"id;text\n0;one, and more\n1;two\n"),
+        ("table.tsv.gz", gzip.compress(b"id\ttext\n0\tone, and more\n1\ttwo\n")),
+    ],
+)
+def test_a_tables_advice_converts_it(tmp_path, name, content) -> None:
+    """From any folder, by whatever separates its cells, whatever is in its name."""
+    path = tmp_path / "in" / name
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is a table") as refused:
+        find_sources([str(path)])
+    command = shlex.split(re.search(r"by (python .*) \(what is prose", str(refused.value))[1])
+    assert command[:2] == ["python", "-c"]
+    exec(command[2], {})
+    first = texts(path.with_name(name + ".parquet"))[0]
+    assert first in ("one, and\na line", "one, and more")
 
 
 def test_what_looks_like_a_table_can_be_named_as_prose(tmp_path) -> None:

@@ -66,10 +66,38 @@ def test_training_again_gives_the_same_file(tmp_path, tokenizer):
     assert again.sha256 == tokenizer.sha256
 
 
-def test_impossible_vocabulary_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match=r"--vocab-size 200: .* at least 300 pieces"):
-        train_sentencepiece(make_texts(50), tmp_path / "t.model", 200)
+@pytest.mark.parametrize(
+    ("texts", "size", "told"),
+    [
+        (make_texts(50), 200, r"--vocab-size 200: the characters .* alone are \d+ pieces; raise"),
+        (make_texts(1), 5000, r"--vocab-size 5000: .* no more than \d+ pieces; lower it to that"),
+        ([" \n", "\n"], 300, "there is no text to train a tokenizer on"),
+    ],
+)
+def test_impossible_vocabulary_leaves_nothing(tmp_path, texts, size, told):
+    with pytest.raises(ValueError, match=told) as refused:
+        train_sentencepiece(texts, tmp_path / "t.model", size)
+    assert "INTERNAL" not in str(refused.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_long_lines_are_learned_from(tmp_path):
+    """A document a line, as in many corpora: words and letters past sentencepiece's limit."""
+    words = [f"{syllable}metro" for syllable in ("baro", "chrono", "ki\N{HIRAGANA LETTER O}lo")]
+    line = " ".join([*["x" * 6000], *words * 800])
+    trained = train_sentencepiece([line], tmp_path / "t.model", 300)
+    assert len(trained.encode(" chronometro")) == 1
+    assert trained.unknown not in trained.encode(line)
+    assert trained.decode(trained.encode(line)) == line
+
+
+@pytest.mark.parametrize("name", ["t.model", "t.json"])
+@pytest.mark.parametrize("content", [b"", b"no tokenizer at all", bytes(50)])
+def test_what_is_no_tokenizer_is_told(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"is empty|cannot be read \([^\n]+\)") as refused:
+        load_tokenizer(tmp_path / name)
+    assert "INTERNAL" not in str(refused.value)
 
 
 @pytest.fixture(scope="session")

@@ -163,6 +163,21 @@ def test_mistakes_are_messages(tmp_path):
     run = make_run(tmp_path / "a")
     with pytest.raises(ValueError, match="at least two runs"):
         compare(run)
-    (run / "metrics.jsonl").write_text('{"step": 1}\nnot json\n')
-    with pytest.raises(ValueError, match="line 2"):
-        compare(run, run)
+    for line in ("not json", "[1]", '{"step": "two"}', '{"steps": 2}', "[" * 10_000):
+        (run / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+        with pytest.raises(ValueError, match="line 2: no step's record"):
+            compare(run, run)
+
+
+@pytest.mark.parametrize("left", ['{"step": 51, "lm_lo', "\0" * 4096, '{"step": 51, "lm_loss": 3'])
+def test_a_run_that_was_killed_can_be_compared(tmp_path, capsys, left):
+    """What its last line and its last scores have become is told and left out."""
+    runs = [make_run(tmp_path / name, noise=1) for name in "ab"]
+    with (runs[1] / "metrics.jsonl").open("a") as file:
+        file.write(left)
+    (runs[1] / "results" / "z.json").write_text('{"resul')
+    assert compare(*runs, "--output", tmp_path / "out") == 0
+    told = capsys.readouterr().out
+    assert f"{runs[1] / 'metrics.jsonl'}, line 51: cut off or damaged" in told
+    assert f"{runs[1] / 'results' / 'z.json'} cannot be read and is passed over" in told
+    assert list(read_run(runs[1]).steps) == list(read_run(runs[0]).steps)

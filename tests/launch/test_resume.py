@@ -230,13 +230,21 @@ def test_branches_another_batch_size_and_broken_companions(config: Path, tmp_pat
 
     auto = ("--resume", "auto", "--set")
     assert "train.seed from 1234 to 5" in refused(*auto, "train.seed=5")
-    assert "nothing left to do: step 6 of 6" in refused(*auto, "train.stop_after=6")
+    for words in ((), ("--dry-run",)):
+        assert "nothing left to do: step 6 of 6" in refused(*words, *auto, "train.stop_after=6")
+    assert "train.seed from 1234 to 5" in refused("--dry-run", *auto, "train.seed=5")
+    assert "hidden_size is 32 there and 64" in refused("--dry-run", *auto, "model.hidden_size=64")
+    planned = refused("--dry-run", "--resume", checkpoints / "step_0000004", "--set", "l2e.topk=5")
+    assert "step_0000004, at step 4 with 16 samples read" in planned
+    assert "l2e.topk was 1, is 5" in planned
+    assert "tokens the run reads 3.9 times" in planned  # 2,000 x 4 x 32 of 65,536 less 1 %
     assert "holds a run already" in refused()
     assert "none of its own checkpoints" in refused("--resume", copied)
     with Lock(run / "lock"):
         assert "is training in this folder" in refused(*auto, "train.steps=7")
     elsewhere = ("--run-dir", tmp_path / "new", "--resume", copied, "--set")
-    assert "data.sequence_length from 32 to 31" in refused(*elsewhere, "data.sequence_length=31")
+    for words in (elsewhere, ("--dry-run", *elsewhere)):
+        assert "data.sequence_length from 32 to 31" in refused(*words, "data.sequence_length=31")
 
     # As a crash may leave them.
     with (run / "metrics.jsonl").open("a") as file:

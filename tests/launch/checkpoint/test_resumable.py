@@ -42,5 +42,15 @@ def test_a_named_checkpoint_is_verified(tmp_path):
     name = damage(folder)
     with pytest.raises(ValueError, match=f"{name} has changed.*--resume auto"):
         find_resumable(tmp_path, str(folder))
-    with pytest.raises(ValueError, match="no finished checkpoint"):
-        find_resumable(tmp_path, str(tmp_path / "nothing"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt_neox"}')
+    (tmp_path / "empty").mkdir()
+    for path, told in (
+        (tmp_path / "nothing", "no such folder; give auto, none, or the folder of a run"),
+        (folder / "files.json", "is a file"),
+        (tmp_path / "checkpoints", f"holds checkpoints and is none; give one.* as {folder}"),
+        (tmp_path / "other", "is a model in Hugging Face form; .*export.py from-hf"),
+        (tmp_path / "empty", "no finished checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=f"--resume {path}: {told}"):
+            find_resumable(tmp_path, str(path))
