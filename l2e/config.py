@@ -4,14 +4,13 @@ Help, unit and bounds stand in each field's metadata, so that a configuration sc
 can be generated from it and the texts live in one place.
 """
 
-import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from l2e.problems import ConfigError, Problem
+from l2e.problems import ConfigError, Problem, Settings
 
 LayerChoice = Literal["mid2", "mid_third", "top_bottom", "all"]
 
@@ -32,7 +31,7 @@ def key(default: Any, help: str, unit: str = "", **bounds: float) -> Any:
 
 
 @dataclass(frozen=True)
-class L2EConfig:
+class L2EConfig(Settings):
     """What is inhibited, where, and how strongly.
 
     Raises ConfigError, listing every problem at once, when a key's type or value is wrong or
@@ -102,17 +101,6 @@ class L2EConfig:
     threshold_rate: float = key(0.5, "first step size of the moving threshold", gt=0, le=1)
     threshold_rate_floor: float = key(0.02, "its last step size", gt=0, le=1)
 
-    def __new__(cls, *values: Any, **keys: Any) -> "L2EConfig":
-        known = [f.name for f in fields(cls)]
-        unknown = [
-            Problem(name, value, "unknown key", _suggest(name, known))
-            for name, value in keys.items()
-            if name not in known
-        ]
-        if unknown:
-            raise ConfigError("L2EConfig", unknown)
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         if self.weight is None and self.gradient_ratio is None:
             object.__setattr__(self, "weight", DEFAULT_WEIGHT)  # frozen for everybody else
@@ -170,11 +158,6 @@ class L2EConfig:
                 f"sets the weight of L_MS, which method = {self.method!r} has not",
                 "use method = 'regularize', or leave gradient_ratio out (null)",
             )
-
-
-def _suggest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
 
 
 def _problems(field: Field, hint: Any, config: L2EConfig) -> Iterator[Problem]:

@@ -1,7 +1,10 @@
 """A user's mistake, told so that it can be mended: one record, and the report of several."""
 
+import difflib
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, Self
 
 
 class Problem(ValueError):
@@ -42,3 +45,24 @@ class ConfigError(ValueError):
         count = len(self.problems)
         head = f"{self.source}: {count} error{'s' if count > 1 else ''}"
         return "\n  ".join([head, *map(str, self.problems)])
+
+
+class Settings:
+    """Base of a dataclass that tells a key which it does not have, by a ConfigError."""
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        unknown = [
+            Problem(name, value, "unknown key", suggest(name, known))
+            for name, value in given.items()
+            if name not in known
+        ]
+        if unknown:
+            raise ConfigError(cls.__name__, unknown)
+        return super().__new__(cls)
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """The nearest of the known names, or all of them."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known) or 'none'}"

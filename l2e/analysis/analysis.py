@@ -11,17 +11,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from importlib import import_module
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from l2e.analysis.figures import Panels
 from l2e.analysis.tables import Table
+from l2e.problems import Settings
 
 if TYPE_CHECKING:
     from l2e.analysis.subject import Subject
 
 # In the order of a report. A new analysis is a file that defines ANALYSIS, and its name here.
 MODULES = ("scale", "fkr", "probing", "ablation", "decrease", "proxies", "neuromfa", "trajectory")
+
+# How a value of an option is called, and what it may be.
+KINDS_OF_VALUE: dict[type, tuple[str, tuple[type, ...]]] = {
+    int: ("whole number", (Integral,)),
+    float: ("number", (Real,)),
+    str: ("text", (str, Path)),
+}
 
 # What an analysis may look at; what it says of them is Subject's to give.
 Part = Literal["model", "features", "activations", "checkpoints"]
@@ -53,20 +62,26 @@ def allowed(metadata: Mapping) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Options:
-    """What a user can choose of an analysis. Raises ValueError for what is out of bounds."""
+class Options(Settings):
+    """What a user can choose of an analysis. Raises ValueError for what can't be chosen."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
             value, known = getattr(self, one.name), one.metadata
             if value is None:
                 continue
+            word, kinds = KINDS_OF_VALUE[known["of"]]
+            if several := "nargs" in known["more"]:
+                word = f"list, each a {word}"
+            chosen = value if several and isinstance(value, list | tuple) else [value]
+            fit = all(isinstance(part, kinds) and not isinstance(part, bool) for part in chosen)
+            if not fit or (several and chosen is not value):
+                raise ValueError(f"{one.name} {value!r}: a {word} is meant")
             least, most, choices = known["least"], known["most"], allowed(known)
             if least is not None and not value >= least:
                 raise ValueError(f"{one.name} {value}: at least {least} is meant")
             if most is not None and not value <= most:
                 raise ValueError(f"{one.name} {value}: at most {most} is meant")
-            chosen = value if isinstance(value, list | tuple) else [value]
             if choices and not set(chosen) <= set(choices):
                 raise ValueError(f"{one.name} {value}: choose from {', '.join(choices)}")
 
@@ -147,7 +162,7 @@ def analyses() -> dict[str, Analysis]:
 def run(name: str, subject: Subject, **options: Any) -> Result:
     """One analysis of `subject`; options as `python launch/analyze.py NAME --help` tells them.
 
-    Raises ValueError for an unknown analysis, or an option out of bounds.
+    Raises ValueError for an unknown analysis or option, or one that is out of bounds.
     """
     known = analyses()
     if name not in known:

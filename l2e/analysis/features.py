@@ -189,6 +189,11 @@ def distinct(values: Iterable[Hashable]) -> np.ndarray:
 
 def make_features(name: str, texts: list[str], features: list[str]) -> FeatureSet:
     """A feature set from texts and their features' names, the features sorted by name."""
+    if len(texts) != len(features):
+        raise ValueError(
+            f"{name}: {len(texts)} texts with {len(features)} features' names; give one of each "
+            "for every passage"
+        )
     names = sorted(set(features))
     if len(names) < 2:
         raise ValueError(

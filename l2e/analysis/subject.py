@@ -74,12 +74,13 @@ class Subject:
         self,
         model: str | Path | Network | None = None,
         features: str | Path | FeatureSet | None = None,
-        checkpoints: Sequence[str | Path] = (),
+        checkpoints: str | Path | Sequence[str | Path] = (),
         in_hugging_face_form: Callable[[str], str] = str,
         **options: Any,
     ):
         self.options = SubjectOptions(**options)
-        self._model, self._features, self._checkpoints = model, features, checkpoints
+        self._model, self._features = model, features
+        self._checkpoints = [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
         self._in_hugging_face_form = in_hugging_face_form
         self._collected: dict[tuple[str, ...], Activations] = {}
         self._probes: dict[str, list[Probe]] = {}
