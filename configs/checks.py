@@ -38,8 +38,10 @@ FILLED_IN = {
 OPEN_TO_ALL = 0o002  # of a folder's mode
 
 
-def cross_check(config: Config, processes: int | None = None) -> Iterator[Problem]:
-    """Every broken rule of `config` for a run of `processes` ranks."""
+def cross_check(
+    config: Config, processes: int | None = None, dealt: bool = True
+) -> Iterator[Problem]:
+    """Every broken rule of `config` for a run of `processes` ranks; see `configs.load`."""
     yield from check_model(config)
     broken = list(check_deepspeed(config))
     yield from broken
@@ -48,7 +50,8 @@ def cross_check(config: Config, processes: int | None = None) -> Iterator[Proble
     yield from check_stage(config)
     yield from check_tasks(config)
     yield from check_monitor(config)
-    yield from check_layout(config, processes or config.parallel.processes or 1)
+    if dealt:
+        yield from check_dealing(config, processes or config.parallel.processes or 1)
     yield from check_compile(config)
     yield from check_data(config)
     yield from check_cache(config)
@@ -111,6 +114,9 @@ def check_model(config: Config) -> Iterator[Problem]:
             f"does not divide model.num_attention_heads = {heads}",
             f"choose one of {divisors(heads)}",
         )
+    if config.parallel.sequence and tensor == 1:
+        reason = "sequence parallelism splits what tensor parallelism leaves whole"
+        yield Problem("parallel.sequence", True, reason, "set it to false, or parallel.tensor > 1")
     if pipeline > model.num_layers:
         yield Problem(
             "parallel.pipeline",
@@ -185,12 +191,9 @@ def check_monitor(config: Config) -> Iterator[Problem]:
         yield Problem("monitor.features", path, "no such file", fix)
 
 
-def check_layout(config: Config, processes: int) -> Iterator[Problem]:
+def check_dealing(config: Config, processes: int) -> Iterator[Problem]:
     """Processes and batch sizes that have to multiply out."""
     parallel, train = config.parallel, config.train
-    if parallel.sequence and parallel.tensor == 1:
-        reason = "sequence parallelism splits what tensor parallelism leaves whole"
-        yield Problem("parallel.sequence", True, reason, "set it to false, or parallel.tensor > 1")
     model_parallel = parallel.tensor * parallel.pipeline
     if processes % model_parallel:
         reason = (

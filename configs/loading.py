@@ -35,11 +35,17 @@ LONGEST_NAME = 230
 WITHOUT_BOUNDS = {"train.seed", "data.path", "deepspeed"}
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), processes: int | None = None) -> Config:
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    processes: int | None = None,
+    dealt: bool = True,
+) -> Config:
     """The checked configuration in `path`.
 
     overrides: `a.b=c` each; the value is read as JSON where it parses, as text elsewhere.
     processes: ranks of this run; default: the file's own `parallel.processes`, or 1.
+    dealt: whether the global batch has to be dealt out to these; not for who looks for a layout.
     Raises ConfigError, a ValueError, that lists every mistake.
     """
     raw = override(read(Path(path)), overrides)
@@ -48,7 +54,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), processes: int | None 
     problems += moved
     mistaken = {problem.key for problem in problems}
     try:
-        problems += [p for p in cross_check(config, processes) if p.key not in mistaken]
+        problems += [p for p in cross_check(config, processes, dealt) if p.key not in mistaken]
     except OSError as error:  # of a folder that may not be looked into, for example
         reason = f"cannot be read ({error.strerror})"
         problems.append(Problem(str(error.filename), None, reason, "name another file"))

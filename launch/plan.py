@@ -38,18 +38,26 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     import configs  # brings torch, for which --help should not wait
 
-    config = configs.load(options.config, options.set, processes=options.gpus)
+    config = configs.load(options.config, options.set, processes=options.gpus, dealt=False)
     gpu, share = GPUS[options.gpu], options.efficiency
-    wanted = layouts.layout_of(config, options.gpus)
+    configured, obstacle = None, ""
+    try:
+        wanted = layouts.layout_of(config, options.gpus)
+        configured = layouts.estimate(config.model, wanted, gpu, share)
+    except ValueError as reason:
+        wanted, obstacle = layouts.whole_batch(config), str(reason)
     ranked = layouts.rank_layouts(config.model, wanted, options.gpus, gpu, share)
-    configured, chosen = layouts.estimate(config.model, wanted, gpu, share), ranked[0]
-    print(heading(config, gpu, options))
-    if configured == chosen and configured.fits:
-        print(describe("Chosen, as configured", configured, gpu, config.train.steps))
+    chosen = ranked[0]
+    print(heading(config, wanted if configured else chosen.layout, gpu, options))
+    if configured == chosen and chosen.fits:
+        print(describe("Chosen, as configured", chosen, gpu, config.train.steps))
+    elif configured is None:
+        print(f"\nNot as configured: {obstacle}")
     else:
         print(describe("As configured", configured, gpu, config.train.steps))
-        if chosen.fits:
-            print(describe("Chosen", chosen, gpu, config.train.steps))
+    if chosen.fits and configured != chosen:
+        print(describe("Chosen", chosen, gpu, config.train.steps))
+        print(f"  by {settings(config, chosen.layout)}")
     if chosen.fits:
         print(reasons(ranked))
         without = replace(chosen.layout, inhibited_layers=0)
@@ -58,7 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(nothing_fits(chosen, gpu))
     print(largest(options.gpus, gpu, wanted))
     if options.output is not None:
-        plan = {"configured": numbers(configured), "chosen": numbers(chosen)}
+        asked = numbers(configured) if configured else None
+        plan = {"configured": asked, "chosen": numbers(chosen)}
         options.output.write_text(json.dumps(plan, indent=1) + "\n")
         print(f"\nwrote {options.output}")
 
@@ -81,14 +90,14 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def heading(config: Config, gpu: GPU, options: argparse.Namespace) -> str:
+def heading(config: Config, layout: LayoutPlan, gpu: GPU, options: argparse.Namespace) -> str:
     """What is planned, and for which machine."""
     from launch.planning.summary import summary
 
     return (
         f"{options.config} on {options.gpus} x {gpu.name} "
         f"({gpu.flops / 1e12:.0f} TFLOP/s, {gpu.memory_bandwidth / 1e12:.1f} TB/s)\n"
-        f"{summary(config, options.gpus)}\n"
+        f"{summary(config, layout)}\n"
         f"expect real times within {UNCERTAINTY:.0%} of these; ten published speeds of other "
         "stacks were met within 16 %, 7 % on average"
     )
@@ -123,6 +132,24 @@ def name(layout: LayoutPlan) -> str:
         f"{layout.tensor} tensor x {layout.pipeline} pipeline x {layout.data} data parallel, "
         f"ZeRO-{layout.zero_stage}, {layout.accumulation} "
         f"micro-batch{'es' if layout.accumulation > 1 else ''} of {layout.micro_batch_size}{extras}"
+    )
+
+
+def settings(config: Config, layout: LayoutPlan) -> str:
+    """What of a configuration has to be set for a layout, as words of the command line."""
+    keys = {
+        "parallel.tensor": (config.parallel.tensor, layout.tensor),
+        "parallel.pipeline": (config.parallel.pipeline, layout.pipeline),
+        "parallel.sequence": (config.parallel.sequence, layout.sequence),
+        "parallel.activation_checkpointing": (
+            config.parallel.activation_checkpointing,
+            layout.checkpointing,
+        ),
+        "train.micro_batch_size": (config.train.micro_batch_size, layout.micro_batch_size),
+        "deepspeed.zero_optimization.stage": (config.zero_stage, layout.zero_stage),
+    }
+    return " ".join(
+        f"--set {key}={json.dumps(new)}" for key, (old, new) in keys.items() if new != old
     )
 
 

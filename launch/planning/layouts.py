@@ -91,6 +91,13 @@ def layout_of(config: Config, ranks: int) -> LayoutPlan:
     )
 
 
+def whole_batch(config: Config) -> LayoutPlan:
+    """The configuration's global batch on one GPU: what every layout of it has in common."""
+    train = config.train.model_copy(update={"micro_batch_size": 1})
+    parallel = config.parallel.model_copy(update={"tensor": 1, "pipeline": 1, "sequence": False})
+    return layout_of(config.model_copy(update={"train": train, "parallel": parallel}), 1)
+
+
 def candidates(
     model: ModelShape, wanted: LayoutPlan, ranks: int, per_node: int
 ) -> Iterator[LayoutPlan]:

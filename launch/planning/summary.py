@@ -8,15 +8,15 @@ from data.dataset import readings
 from l2e import L2EConfig, select_layers
 from l2e.hub import is_hub
 from launch.planning import cost
+from launch.planning.cost import LayoutPlan
 from launch.planning.layouts import layout_of
 
 GIB = 2**30
 
 
-def summary(config: Config, processes: int) -> str:
-    """The resolved plan of a run on so many processes, a line a subject."""
+def summary(config: Config, layout: LayoutPlan) -> str:
+    """The resolved plan of a run in this layout, a line a subject."""
     model, train = config.model, config.train
-    layout = layout_of(config, processes)
     tokens = train.steps * layout.step_tokens
     flops = cost.flops_per_token(model, config.data.sequence_length)
     inhibited = ", ".join(map(str, select_layers(config.l2e.layers, model.num_layers)))
@@ -76,8 +76,8 @@ def describe_source(config: Config) -> str:
 
 def print_plan(config: Config) -> None:
     """`--dry-run`: everything that can be checked has been by now."""
-    processes = config.parallel.processes or 1
-    peak = cost.peak_memory(config.model, layout_of(config, processes))
+    layout = layout_of(config, config.parallel.processes or 1)
+    peak = cost.peak_memory(config.model, layout)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in peak.items() if size)
-    print(summary(config, processes))
+    print(summary(config, layout))
     print(f"memory     {sum(peak.values()) / GIB:.1f} GiB a process (GiB: {parts})")

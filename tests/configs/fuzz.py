@@ -25,6 +25,7 @@ import configs
 from bench.random_tokens import write_random_tokens
 from configs.schema import Config
 from l2e.hub import is_hub
+from launch.planning.layouts import layout_of
 from launch.planning.summary import summary
 
 SECONDS = 20  # more for one configuration is a hang
@@ -93,7 +94,7 @@ def verdict(path: Path) -> tuple[str, Config | None]:
     signal.alarm(SECONDS)
     try:
         config = configs.load(path)
-        summary(config, config.parallel.processes or 1)
+        summary(config, layout_of(config, config.parallel.processes or 1))
         return "plan", config
     except configs.ConfigError as report:
         return "report" if str(report) else "traceback", None

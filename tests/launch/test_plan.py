@@ -1,13 +1,17 @@
 """The plan as a user meets it: what is printed, and how mistakes end."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+import configs
 from launch.plan import main
+from launch.planning.layouts import layout_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "configs"
@@ -45,6 +49,32 @@ def test_a_layout_that_does_not_fit_is_named_and_a_better_one_chosen(capsys):
     configured, chosen = capsys.readouterr().out.split("\nChosen")
     assert "DOES NOT FIT" in configured
     assert "DOES NOT FIT" not in chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "told"),
+    [
+        ("demo", 4, "train.global_batch_size = 16: not a multiple of"),
+        ("demo", 3, "train.global_batch_size = 16: not a multiple of"),
+        ("6.9b", 1, "1 GPUs: not a multiple of parallel.tensor x parallel.pipeline = 2"),
+        ("410m", 3, "train.global_batch_size = 1024: not a multiple of"),
+    ],
+)
+def test_gpus_that_do_not_suit_the_configuration_get_a_layout_that_does(
+    capsys, tmp_path, name, gpus, told
+):
+    """Said, with the settings that make the trainer take it."""
+    path, output = CONFIGS / f"{name}.json", tmp_path / "plan.json"
+    main(["--config", str(path), "--gpus", str(gpus), "--output", str(output)])
+    printed = capsys.readouterr().out
+    assert f"Not as configured: {told}" in printed
+    settings = re.search(r"^  by --set (.*)$", printed, re.MULTILINE)[1].split(" --set ")
+    with pytest.raises(ValueError, match=r"not a multiple|no multiple"):
+        configs.load(path, processes=gpus)
+    layout = layout_of(configs.load(path, settings, processes=gpus), gpus)
+    plan = json.loads(output.read_text())
+    assert plan["configured"] is None
+    assert asdict(layout) == plan["chosen"]["layout"]
 
 
 def test_a_model_that_fits_nowhere_gets_advice(capsys, tmp_path):
