@@ -18,6 +18,9 @@ COMPANION = re.compile(
     r"|.*\.(md5|sha1|sha256|crc)",
     re.IGNORECASE,
 )
+# Copies would be read a second time.
+BACKUP = re.compile(r".*~|#.*#|.+\.(bak|backup|orig|old|sw[op]|te?mp)(\.?\d+)?", re.IGNORECASE)
+UNFINISHED = re.compile(r".+\.(part|crdownload|download|incomplete|aria2)", re.IGNORECASE)
 # What prepare.py writes, maybe into the folder that it reads.
 PREPARED = (".bin", ".idx", ".manifest.json", ".subsets", ".rejects.jsonl", ".tokenizer.model")
 HUB_STORE = {"blobs", "snapshots", "refs"}  # a hub's cache: snapshots are links into blobs
@@ -122,6 +125,10 @@ def _made_by(name: str) -> str:
     """What made a file or a folder of this name that is never corpus, or ""."""
     if name in SYSTEM_NAMES or name.lower() in SYSTEM_NAMES:
         return "of the operating system"
+    if BACKUP.fullmatch(name):
+        return "an editor's or a program's copy"
+    if UNFINISHED.fullmatch(name):
+        return "an unfinished download"
     return "an interrupted preparation" if name.endswith(".partial") else ""
 
 

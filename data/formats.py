@@ -75,6 +75,9 @@ CONTAINERS = {
     b"\x04\x22\x4d\x18": "compressed by lz4",
     b"LZIP": "compressed by lzip",
     b"\x1f\x9d": "compressed by compress",
+    b"WARC/": "a WARC archive of web pages",
+    b"{\\rtf": "an RTF document",
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "a document of an old Office",
 }
 LFS_POINTER = re.compile(rb"version https?://(git-lfs\.github\.com|hawser\.github\.com)/spec/")
 
@@ -163,6 +166,10 @@ def hint(head: bytes) -> str:
         return "it begins with '[': one JSON array, where a record a line is read; "
     if head.lstrip().split(b"\n", 1)[0].strip() == b"{":
         return "its records go over several lines, where a record a line is read; "
+    if b"\r" in head and b"\n" not in head:
+        return "its lines end by carriage returns alone, where line feeds are read; "
+    if _holds_several(head.split(b"\n", 1)[0]):
+        return "its first line holds several records, where a record a line is read; "
     return ""
 
 
@@ -268,6 +275,16 @@ def _are_records(lines: list[str]) -> bool:
     """Whether at least half the lines are JSON objects, or begin one that is too long to see."""
     objects = sum(map(_is_record, lines))
     return bool(lines) and 2 * objects >= len(lines)
+
+
+def _holds_several(line: bytes) -> bool:
+    """Whether another object follows the first one of a line."""
+    try:
+        text = line.decode().lstrip()
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return text[end:].lstrip(" ,").startswith("{")
 
 
 def _is_record(line: str) -> bool:

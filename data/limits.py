@@ -57,9 +57,10 @@ class Judge:
             return
         reasons = ", ".join(f"{n} x {reason}" for reason, n in partial.reasons.most_common(5))
         worst = max(partial.files, key=lambda number: partial.files[number].rejects)
+        first = partial.given(worst).reason
         raise ValueError(
             f"{partial.rejects} of {partial.units} records can't be used ({reasons}), most of them "
-            f"in {self.sources[worst].name}, {self._above(self.sources[worst])}"
+            f"in {self.sources[worst].name} ({first}), {self._above(self.sources[worst])}"
         )
 
     def _check_source(self, number: int) -> None:

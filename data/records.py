@@ -66,10 +66,18 @@ def _text_of(unit: Unit, fields: Fields) -> tuple[str, str]:
                 f"field {fields.text!r}: expected text, found invalid UTF-8"
             ) from None
     if not isinstance(text, str):
-        found = "nothing" if text is None else type(text).__name__
-        raise _NoDocument(f"field {fields.text!r}: expected text, found {found}")
+        raise _NoDocument(f"field {fields.text!r}: expected text, found {_found(text, content)}")
     subset = _inside(content, fields.subset)
     return text, subset if isinstance(subset, str) else ""
+
+
+def _found(value: object, record: dict) -> str:
+    """What is in the place of a text, or what else the record has."""
+    if value is not None:
+        return type(value).__name__
+    names = [str(name)[:40] for name in record]
+    others = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"nothing in a record of {others}; --text-field names another" if names else "nothing"
 
 
 def _decoded_file(content: bytes) -> str:

@@ -29,6 +29,8 @@ def test_what_lies_beside_a_downloaded_data_set_is_not_read_but_listed(tmp_path,
         *("__MACOSX/._a.jsonl", "data/Thumbs.db", "desktop.ini", ".DS_Store"),
         *("README.md", "data/README", "LICENSE", "dataset_infos.json", "_SUCCESS", "SHA256SUMS"),
         *("out.rejects.jsonl", "old.partial/tokens"),
+        *("data/a.jsonl~", "data/a.jsonl.bak", "#a.jsonl#", "a.jsonl.orig", "data/a.jsonl.tmp2"),
+        *("b.jsonl.part", "data/c.jsonl.gz.crdownload"),
     ):
         write(folder / name)
     os.mkfifo(folder / "pipe")
@@ -45,6 +47,11 @@ def test_what_lies_beside_a_downloaded_data_set_is_not_read_but_listed(tmp_path,
         "of the operating system": {"__MACOSX", "data/Thumbs.db", "desktop.ini"},
         "an interrupted preparation": {"old.partial"},
         "rejects of a preparation": {"out.rejects.jsonl"},
+        "an editor's or a program's copy": {
+            *("data/a.jsonl~", "data/a.jsonl.bak", "#a.jsonl#", "a.jsonl.orig"),
+            "data/a.jsonl.tmp2",
+        },
+        "an unfinished download": {"b.jsonl.part", "data/c.jsonl.gz.crdownload"},
         "about the data": {
             *("README.md", "data/README", "LICENSE", "dataset_infos.json", "_SUCCESS"),
             "SHA256SUMS",

@@ -145,6 +145,10 @@ REFUSED = {
     "wider.jsonl": (LINES.decode().encode("utf-32"), "is UTF-32"),
     "docs.7z": (b"7z\xbc\xaf\x27\x1c" + bytes(40), "7z archive"),
     "paper": (b"%PDF-1.7\n...", "a PDF document"),
+    "crawl.warc.gz": (gzip.compress(b"WARC/1.0\r\nWARC-Type: response\r\n"), "a WARC archive"),
+    "crawl.wet": (b"WARC/1.1\r\nWARC-Type: conversion\r\n", "a WARC archive"),
+    "letter.rtf": (b"{\\rtf1\\ansi a letter}", "an RTF document"),
+    "old.doc": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(500), "document of an old Office"),
     "zero.jsonl.zst": (b"", "is empty: 0 bytes are no zstd stream"),
     "zero.txt.XZ": (b"", "is empty: 0 bytes are no xz stream"),
 }

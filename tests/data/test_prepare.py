@@ -228,7 +228,8 @@ def test_rejects_are_listed_and_counted(what):
     assert manifest["rejects"] == {"total": 1, "reasons": {"field 'text'": 1}}
     [line] = Path(f"{what.output}.rejects.jsonl").read_text().splitlines()
     assert json.loads(line) == {
-        "reason": "field 'text': expected text, found nothing",
+        "reason": "field 'text': expected text, found nothing in a record of no; --text-field "
+        "names another",
         "source": what.sources[1].name,
         "line": 101,
         "content": '{"no": "text"}',
