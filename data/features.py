@@ -9,14 +9,16 @@ import gzip
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from data.corpus import Fields, Source, find_sources, read_units
+from data.corpus import Fields, Source, look_over, read_units
+from data.folders import why_no_corpus
 from data.formats import TEXT, compression_of
-from data.records import Record, parse
+from data.records import Reject, parse
 from l2e.files import create
 from l2e.problems import Problem
 
@@ -50,16 +52,18 @@ class Document(NamedTuple):
 def build_features(what: FeaturePreparation, output: Path) -> dict:
     """Write lines {"text", "feature", "source", "split"} to `output`, gzipped where it ends in .gz.
 
-    Returns the counts: passages and documents of each feature, and the features left out
-    because they have too few. Raises ValueError where fewer than two features are left.
+    Returns the counts: passages and documents of each feature, the features left out because they
+    have too few, and what was passed over on the way, by its reason. Raises ValueError where fewer
+    than two features are left.
     """
     kept: dict[str, list[dict]] = {}
     seen: set[bytes] = set()
+    passed_over: Counter[str] = Counter()
 
     def is_full(feature: str) -> bool:
         return len(kept.get(feature, ())) == what.passages
 
-    for document in _documents(what, is_full):
+    for document in _documents(what, is_full, passed_over):
         passages = kept.setdefault(document.feature, [])
         taken = 0
         for text in cut_passages(document.text, what.characters):
@@ -85,7 +89,8 @@ def build_features(what: FeaturePreparation, output: Path) -> dict:
         )
     write(output, full)
     documents = {name: len({row["source"] for row in rows}) for name, rows in full.items()}
-    return {"passages": what.passages, "documents": documents, "left_out": left_out}
+    counts = {"left_out": left_out, "passed_over": dict(passed_over)}
+    return {"passages": what.passages, "documents": documents, **counts}
 
 
 def _split_of(name: str, seed: int) -> str:
@@ -112,45 +117,60 @@ def cut_passages(text: str, characters: int) -> Iterator[str]:
         start = stop
 
 
-def _documents(what: FeaturePreparation, is_full: Callable[[str], bool]) -> Iterator[Document]:
+def _documents(
+    what: FeaturePreparation, is_full: Callable[[str], bool], passed_over: Counter[str]
+) -> Iterator[Document]:
     """Documents with their features: files in an order without meaning, records as they come.
 
-    Files of a feature that `is_full` aren't read.
+    Files of a feature that `is_full` aren't read. What else isn't used is counted by its reason.
     """
     if what.by == "field":
         fields = Fields(subset=what.label)
-        sources = find_sources(what.inputs)
-        records = (parse(unit, fields) for unit in read_units(sources, fields))
-        for record in records:
-            if isinstance(record, Record) and record.subset:
+        found = look_over(what.inputs)
+        passed_over.update({reason: len(names) for reason, names in found.passed_over.items()})
+        for unit in read_units(found.sources, fields):
+            record = parse(unit, fields)
+            if isinstance(record, Reject):
+                passed_over[record.reason.split(":")[0]] += 1
+            elif not record.subset:
+                passed_over[f"no text in the field {what.label!r}"] += 1
+            else:
                 yield Document(record.subset, f"{record.source}#{record.line}", record.text)
         return
-    for feature, path in _labelled_files(what):
+    for feature, path in _labelled_files(what, passed_over):
         if not is_full(feature):
             source = Source(str(path), TEXT, compression_of(path.name))
             for unit in read_units([source], Fields()):
                 record = parse(unit, Fields())
-                if isinstance(record, Record):
+                if isinstance(record, Reject):
+                    passed_over[record.reason.split(" at ")[0]] += 1
+                else:
                     yield Document(feature, str(path), record.text)
 
 
-def _labelled_files(what: FeaturePreparation) -> list[tuple[str, Path]]:
+def _labelled_files(what: FeaturePreparation, passed_over: Counter[str]) -> list[tuple[str, Path]]:
     """(feature, file) of every file below the folders, in the order of their names' hashes."""
     endings = {ending: name for name, group in what.groups.items() for ending in group}
     labelled = []
     for folder in map(Path, what.inputs):
         if not folder.is_dir():
             raise Problem("--input", folder, "no such folder", "name a folder of files")
-        for place, _, names in os.walk(folder):
+        for place, folders, names in os.walk(folder):
+            reasons = {
+                name: why_no_corpus(name) or ("a link" if Path(place, name).is_symlink() else "")
+                for name in [*folders, *names]
+            }
+            passed_over.update(filter(None, reasons.values()))
+            folders[:] = [name for name in folders if not reasons[name]]
             inside = Path(place).relative_to(folder).parts
-            for name in names:
+            for name in (name for name in names if not reasons[name]):
                 if what.by == "folder":
                     feature = inside[0] if inside else ""
                 else:
                     ending = Path(name).suffix
                     feature = endings.get(ending, "") if endings else ending
                 path = Path(place, name)
-                if feature and path.is_file() and not path.is_symlink():
+                if feature and path.is_file():
                     labelled.append((feature, path))
     return sorted(labelled, key=lambda pair: _number("order", str(pair[1]), what.seed))
 

@@ -97,7 +97,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
         entered = []
         for name in sorted(folders):
             path = Path(place, name)
-            reason = _reason(name) or ("the hub's store" if name in store else "")
+            reason = why_no_corpus(name) or ("the hub's store" if name in store else "")
             if not reason and _identity(path) in seen:
                 reason = "the same folder again"
             if reason:
@@ -108,13 +108,13 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
         folders[:] = entered
         for name in sorted(names):
             path = Path(place, name)
-            reason = _reason(name)
+            reason = why_no_corpus(name)
             if not reason and not path.exists():
                 raise Problem("input", path, "is a broken link", "mend it, or remove it")
             yield path, reason or ("" if path.is_file() else "no regular file")
 
 
-def _reason(name: str) -> str:
+def why_no_corpus(name: str) -> str:
     """Why a file or a folder of this name is no corpus, or "", where nobody asked for it."""
     if name.startswith("."):
         return "hidden"

@@ -351,6 +351,8 @@ def features(arguments: list[str]) -> None:
         print(f"{name}: {built['passages']} passages of {documents} documents")
     for name, count in built["left_out"].items():
         print(f"left out: {name}, which has {count} passages only")
+    for reason, count in built["passed_over"].items():
+        print(f"not used, {reason}: {count:,}")
 
 
 def groups_of(assignments: list[str]) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import unicodedata
 import zlib
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -75,7 +76,8 @@ def read_features(path: str | Path) -> FeatureSet:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"feature file {path} does not exist")
+        reason = "is a folder or no regular file" if path.exists() else "does not exist"
+        raise ValueError(f"feature file {path} {reason}")
     texts, features, empty = [], [], []
     for number, line in _lines(path):
         try:
@@ -94,6 +96,7 @@ def read_features(path: str | Path) -> FeatureSet:
     name = path.name.split(".")[0] or path.name
     found = make_features(name, texts, features)
     _tell_copies(path, found)
+    _tell_likeness(path, found.names)
     return found
 
 
@@ -117,6 +120,18 @@ def read_feature_files(paths: list[str]) -> list[FeatureSet]:
         names.add(name.casefold())
         found.append(replace(features, name=name))
     return found
+
+
+def _tell_likeness(path: Path, names: list[str]) -> None:
+    """Features whose names a reader takes for one, which are measured as several."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        shape = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        alike.setdefault(shape, []).append(name)
+    for group in alike.values():
+        if len(group) > 1:
+            shown = ", ".join(map(ascii, group))
+            print(f"{path}: the features {shown} differ in case, spaces or Unicode form alone")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -61,6 +61,35 @@ def test_folders(folder, tmp_path):
     assert (tmp_path / "again.jsonl.gz").read_bytes() == (tmp_path / "x.jsonl.gz").read_bytes()
 
 
+def test_what_is_not_used_is_counted(folder, tmp_path):
+    """Of folders: what is no corpus, links, and files that are no text; of records the others."""
+    for name in (".git/objects", "one/.hidden", "one/a0.txt~"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("\n".join(make_texts(9)))
+    (folder / "linked").symlink_to(folder / "two")
+    (folder / "one" / "link.txt").symlink_to(folder / "two" / "a0.txt")
+    (folder / "few" / "a_picture.png").write_bytes(b"\x89PNG" + bytes(range(256)))
+    built = build_features(FeaturePreparation([str(folder)], "folder", passages=60), tmp_path / "x")
+    assert set(built["documents"]) == {"one", "two"}
+    assert built["passed_over"] == {
+        "hidden": 2,
+        "an editor's or a program's copy": 1,
+        "a link": 2,
+        "invalid UTF-8": 1,
+    }
+    rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(make_texts(40))]
+    lines = [*map(json.dumps, rows), "nonsense", '{"label": "a"}', '{"text": "x"}', '{"text": "y"}']
+    (tmp_path / "records.jsonl").write_text("\n".join(lines))
+    what = FeaturePreparation(
+        [str(tmp_path / "records.jsonl")], "field", "label", passages=5, characters=50
+    )
+    assert build_features(what, tmp_path / "y")["passed_over"] == {
+        "broken JSON": 1,
+        "field 'text'": 1,
+        "no text in the field 'label'": 2,
+    }
+
+
 def test_records_with_a_label(tmp_path):
     lines = [
         {"text": "".join(make_texts(20, seed=i)), "meta": {"language": f"L{i % 3}"}}

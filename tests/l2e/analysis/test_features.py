@@ -34,6 +34,17 @@ def test_empty_passages_are_left_out_aloud(tmp_path, capsys):
     assert "1 empty passages left out (first: line 2)" in capsys.readouterr().out
 
 
+def test_features_that_look_like_one_are_told(tmp_path, capsys):
+    names = ("Perl", "Perl ", "perl", "\xe9t\xe9", "e\u0301te\u0301", "C")
+    records = [{"text": str(i), "feature": name} for i, name in enumerate(names)]
+    assert len(read_features(write(tmp_path / "x.jsonl", records)).names) == len(names)
+    told = capsys.readouterr().out
+    assert "the features 'Perl', 'Perl ', 'perl' differ in case, spaces or Unicode form" in told
+    assert r"the features 'e\u0301te\u0301', '\xe9t\xe9' differ" in told
+    with pytest.raises(ValueError, match="is a folder"):
+        read_features(tmp_path)
+
+
 def test_one_feature_is_refused(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"text": "x", "feature": "a"}] * 3)
     with pytest.raises(ValueError, match="at least two"):
