@@ -237,7 +237,7 @@ def test_branches_another_batch_size_and_broken_companions(config: Path, tmp_pat
     planned = refused("--dry-run", "--resume", checkpoints / "step_0000004", "--set", "l2e.topk=5")
     assert "step_0000004, at step 4 with 16 samples read" in planned
     assert "l2e.topk was 1, is 5" in planned
-    assert "tokens the run reads 3.9 times" in planned  # 2,000 x 4 x 32 of 65,536 less 1 %
+    assert "64,350 tokens the run reads 4.0 times" in planned  # of its 2,000 x 4 x 32
     assert "holds a run already" in refused()
     assert "none of its own checkpoints" in refused("--resume", copied)
     with Lock(run / "lock"):
