@@ -21,7 +21,7 @@ from typing import Any
 
 import datasets
 import lm_eval.tasks
-from jinja2 import Environment, meta
+from jinja2 import Environment, UndefinedError, meta
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.config.group import GroupConfig
@@ -243,15 +243,20 @@ class LocalData:
         return f"{FILE_STEMS.get(task, task)}_{split}.jsonl(.gz)"
 
     def _split_files(self, stem: str) -> dict[str, Path]:
-        found = {}
+        found: dict[str, Path] = {}
         for file in sorted(self._files()):
-            match = SPLIT_FILE.match(file.name)
+            match = SPLIT_FILE.match(file.name.lower())
             if match and match["stem"] == stem:
-                found[match["split"]] = file
+                first = found.setdefault(match["split"], file)
+                if first is not file:
+                    raise ValueError(
+                        f"--task-data: {first} and {file} both hold the {match['split']} items of "
+                        f"{stem}; keep one of them"
+                    )
         return found
 
     def _big_bench_files(self) -> list[Path]:
-        return [file for file in sorted(self._files()) if BIG_BENCH_FILE.match(file.name)]
+        return [file for file in sorted(self._files()) if BIG_BENCH_FILE.match(file.name.lower())]
 
     def _files(self) -> list[Path]:
         if not self.folder.is_dir():
@@ -267,7 +272,7 @@ class LocalData:
 def read_items(file: Path) -> list[Item]:
     """All records of a JSON-lines file, which must have the same fields, each of one kind."""
     items: list[Item] = []
-    opener = gzip.open if file.suffix == ".gz" else open
+    opener = gzip.open if file.suffix.lower() == ".gz" else open
     try:
         with opener(file, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
@@ -339,7 +344,44 @@ def local_task(config: dict[str, Any], data: LocalData) -> Task:
     for item in splits[evaluated]:
         check_item(item, used)
     config |= {"custom_dataset": in_memory(splits), "dataset_path": "json", "dataset_name": None}
-    return ConfigurableTask(config={key: value for key, value in config.items() if key != "tag"})
+    task = LocalTask(config={key: value for key, value in config.items() if key != "tag"})
+    task.items = splits[evaluated]
+    return task
+
+
+class LocalTask(ConfigurableTask):
+    """A task of local items, whose right answers are among their choices.
+
+    The harness itself counts every answer to another item as wrong.
+    """
+
+    items: list[Item]
+
+    def construct_requests(self, doc: dict[str, Any], ctx: str, **settings: Any) -> Any:
+        """The harness's requests. Raises ValueError for an item without a right answer."""
+        requests = super().construct_requests(doc, ctx, **settings)
+        if self.OUTPUT_TYPE == "multiple_choice":
+            if any(not str(request.args[1]).strip() for request in requests):
+                raise self.cannot_score(doc, "one of its choices is blank")
+            answer = self.doc_to_text(doc) if self.multiple_input else self.doc_to_target(doc)
+            for one in answer if isinstance(answer, list) else [answer]:
+                number = isinstance(one, int)
+                if not (0 <= one < len(requests) if number else one in self.doc_to_choice(doc)):
+                    reason = f"its right answer, {one!r}, is none of its {len(requests)} choices"
+                    raise self.cannot_score(doc, reason)
+        return requests
+
+    def doc_to_target(self, doc: dict[str, Any], *more: Any) -> Any:
+        """The harness's answer. Raises ValueError where an item's names none of its choices."""
+        try:
+            return super().doc_to_target(doc, *more)
+        except (ValueError, LookupError, UndefinedError) as error:
+            raise self.cannot_score(doc, f"its right answer cannot be found ({error})") from None
+
+    def cannot_score(self, doc: dict[str, Any], reason: str) -> ValueError:
+        same = (item.place for item in self.items if item == doc)
+        place = next(same, f"{self.config.task}, item {json.dumps(doc, default=str)[:80]}")
+        return ValueError(f"{place}: {reason}; mend or leave out the item")
 
 
 def in_memory(splits: dict[str, list[Item]]) -> Callable[..., dict[str, datasets.Dataset]]:
@@ -347,7 +389,7 @@ def in_memory(splits: dict[str, list[Item]]) -> Callable[..., dict[str, datasets
 
 
 def check_item(item: Item, used: set[str]) -> None:
-    """No field that a task uses is null, and no list of choices is empty or has an empty one."""
+    """No field that a task uses is null; choices are as many as their labels, and none is empty."""
     for name in used & item.keys():
         value = item[name]
         lists = [part for part in (value, *parts(value)) if isinstance(part, list)]
@@ -357,6 +399,11 @@ def check_item(item: Item, used: set[str]) -> None:
             raise ValueError(
                 f"{item.place}: field {name!r} is an empty list or has an empty text in it; mend "
                 "or leave out the item"
+            )
+        if isinstance(value, dict) and len(sizes := {len(part) for part in lists}) > 1:
+            raise ValueError(
+                f"{item.place}: field {name!r} has lists of {sorted(sizes)} entries side by side; "
+                "mend or leave out the item"
             )
 
 

@@ -202,6 +202,50 @@ def test_choices_that_are_none_name_file_and_line(tmp_path, choices):
         tasks.select(["arc_easy"], tmp_path)
 
 
+PIQA = {"goal": "g", "sol1": "one way", "sol2": "another way", "label": 1}
+ARC = {"id": "0", "question": "q", "answerKey": "A"}
+LETTERS = ["A", "B", "C"]
+ARC |= {"choices": {"text": ["a", "b", "c"], "label": LETTERS}}
+SCIQ = {f"distractor{i}": f"no{i}" for i in (1, 2, 3)}
+SCIQ |= {"question": "q", "correct_answer": "yes", "support": ""}
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "change", "told"),
+    [
+        # What test sets have whose answers are kept secret; the harness would score it as wrong.
+        ("piqa_validation", PIQA, {"label": -1}, "right answer, -1, is none of its 2 choices"),
+        ("piqa_validation", PIQA, {"label": 2}, "right answer, 2, is none of its 2 choices"),
+        ("piqa_validation", PIQA, {"sol1": " "}, "one of its choices is blank"),
+        ("arc_easy_test", ARC, {"answerKey": "E"}, "right answer cannot be found"),
+        ("arc_easy_test", ARC, {"answerKey": ""}, "right answer cannot be found"),
+        ("arc_easy_test", ARC, {"choices": {"text": ["a", "b"], "label": LETTERS}}, "of [2, 3]"),
+        ("SCIQ_TEST", SCIQ, {"correct_answer": ""}, "one of its choices is blank"),
+    ],
+)
+def test_an_item_without_a_right_answer_is_named(model, tmp_path, name, record, change, told):
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (record, record, record | change)))
+    task = name.lower().rpartition("_")[0]
+    with pytest.raises(ValueError) as refused:
+        scores.evaluate(HarnessModel(model), tasks.select([task], tmp_path))
+    assert str(refused.value).startswith(f"{path}, line 3: ")
+    assert told in str(refused.value)
+
+
+def test_labels_of_another_kind_are_named(model, tmp_path):
+    rows = [json.dumps(PIQA | {"label": str(i)}) for i in (0, 1)]
+    (tmp_path / "piqa_validation.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="line 1: its right answer, '0', is none of its 2"):
+        scores.evaluate(HarnessModel(model), tasks.select(["piqa"], tmp_path))
+
+
+def test_two_files_of_the_same_items_are_refused(tmp_path):
+    write_sciq(tmp_path).with_name("sciq_test_subset500.jsonl").write_text(json.dumps(SCIQ))
+    with pytest.raises(ValueError, match=r"sciq_test\.jsonl and .*both hold the test items"):
+        tasks.select(["sciq"], tmp_path)
+
+
 def test_an_answer_without_a_token_is_refused(model):
     request = SimpleNamespace(args=("a question", ""), task_name="t", doc_id=3)
     with pytest.raises(ValueError, match="task t, item 3: an answer without a single token"):
