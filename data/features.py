@@ -89,8 +89,12 @@ def build_features(what: FeaturePreparation, output: Path) -> dict:
         )
     write(output, full)
     documents = {name: len({row["source"] for row in rows}) for name, rows in full.items()}
-    counts = {"left_out": left_out, "passed_over": dict(passed_over)}
-    return {"passages": what.passages, "documents": documents, **counts}
+    return {
+        "passages": what.passages,
+        "documents": documents,
+        "left_out": left_out,
+        "passed_over": dict(passed_over),
+    }
 
 
 def _split_of(name: str, seed: int) -> str:
