@@ -18,7 +18,7 @@ demo: venv
 test: lint
 	$(BIN)/python -m pytest
 
-# Slurm, OpenMPI, network namespaces where they are installed; ten faults in a row.
+# Faults by the dozen, and a cluster's own programs where they are installed.
 test-cluster: venv
 	$(BIN)/python -m pytest -m cluster
 

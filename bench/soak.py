@@ -2,10 +2,11 @@
 
     python bench/soak.py --steps 2000 --faults 100 --processes 4
 
-Ranks are killed, stopped, told to leave by each signal, and find their disk full, at random moments
-of random steps. Each time the run must end (or go on) by itself inside a minute, nothing may be
-left running, the newest checkpoint must not be older than one that was there before, and in the
-end every step's loss and Monosemantic Scale statistics must be the quiet run's to the bit.
+Ranks are killed, stopped, told to leave by each signal, find their disk full, or the link between
+their hosts dead (where network namespaces can be made), at random moments of random steps. Each
+time the run must end (or go on) by itself inside a minute, nothing may be left running, the newest
+checkpoint must not be older than one that was there before, and in the end every step's loss and
+Monosemantic Scale statistics must be the quiet run's to the bit.
 """
 
 from __future__ import annotations
@@ -15,19 +16,22 @@ import json
 import random
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tests.launch import fleet
+from tests.launch.hosts import Hosts, two_hosts, why_none
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-KINDS = ("kill", "stop", "signal", "full disk")
+KINDS = ("kill", "stop", "signal", "full disk", "dead link")
 STEP_TIMEOUT = 10  # seconds; a stopped rank is given up after it
 SMALL = 4096  # bytes a file may have on the full disk
 
@@ -46,13 +50,23 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        found = soak(folder, options.steps, options.faults, options.processes, options.seed)
+        reason = why_none()
+        if reason is not None:
+            print(f"no dead links: {reason}")
+        with nullcontext() if reason else two_hosts() as hosts:
+            how = (options.steps, options.faults, options.processes, options.seed)
+            found = soak(folder, *how, hosts)
     print(json.dumps(found, indent=1))
     return 0 if not found["differing_steps"] and not found["lost_checkpoints"] else 1
 
 
-def soak(folder: Path, steps: int, faults: int, processes: int, seed: int) -> dict[str, Any]:
-    """What became of `faults` faults in a run of `steps` steps, as numbers."""
+def soak(
+    folder: Path, steps: int, faults: int, processes: int, seed: int, hosts: Hosts | None = None
+) -> dict[str, Any]:
+    """What became of `faults` faults in a run of `steps` steps, as numbers.
+
+    hosts: where the disturbed run's ranks are, by turns; without them no link dies.
+    """
     config = fleet.write_config(folder, train={"steps": steps, "global_batch_size": processes})
     quiet, disturbed = folder / "quiet", folder / "disturbed"
     with fleet.ranks(processes, config, quiet, logs=folder / "quiet_logs") as members:
@@ -66,14 +80,21 @@ def soak(folder: Path, steps: int, faults: int, processes: int, seed: int) -> di
         timeout = fleet.words({"parallel.step_timeout": STEP_TIMEOUT})
         logs = folder / f"life_{life:04d}"
         with fleet.ranks(
-            processes, config, disturbed, "--resume", "auto", *timeout, logs=logs
+            processes, config, disturbed, "--resume", "auto", *timeout, logs=logs, hosts=hosts
         ) as members:
             left = max(1, faults - sum(counts.values()))
             apart = max(2, (steps - fleet.steps(disturbed)) // (left + 1))
-            kind = disturb(members, disturbed, dice, apart, enough=sum(counts.values()) >= faults)
+            enough = sum(counts.values()) >= faults
+            kind, victim = disturb(members, disturbed, dice, apart, enough, hosts)
             counts[kind] += kind != "none"
+            if kind == "stop" and hosts is not None:
+                # Nobody of its host may be left to end it; continued, it leaves by itself.
+                fleet.wait_for_end([one for one in members if one.process is not victim], 60)
+                victim.send_signal(signal.SIGCONT)
             seconds = fleet.wait_for_end(members, 3600 if kind == "none" else 60)
             slowest = max(slowest, seconds if kind != "none" else 0.0)
+            if hosts is not None:
+                hosts.link(up=True)
         lost += newest(disturbed) < before
         print(f"life {life}: {kind}, at step {fleet.steps(disturbed)}", flush=True)
     return {
@@ -91,15 +112,21 @@ def newest(run: Path) -> int:
 
 
 def disturb(
-    members: list[fleet.Member], run: Path, dice: random.Random, apart: int, enough: bool
-) -> str:
-    """Do something to a rank about `apart` steps from now; the kind of fault."""
+    members: list[fleet.Member],
+    run: Path,
+    dice: random.Random,
+    apart: int,
+    enough: bool,
+    hosts: Hosts | None,
+) -> tuple[str, subprocess.Popen]:
+    """Do something to a rank about `apart` steps from now; the kind of fault, and to which."""
     goal = fleet.steps(run) + dice.randint(1, 2 * apart)
     while fleet.steps(run) < goal or enough:
         if any(member.process.poll() is not None for member in members):
-            return "none"  # at its end
+            return "none", members[0].process  # at its end
         time.sleep(0.02)  # polling a file that another process writes
-    kind, victim = dice.choice(KINDS), dice.choice(members).process
+    kind = dice.choice(KINDS if hosts else KINDS[:-1])
+    victim = dice.choice(members).process
     time.sleep(dice.random() * 0.1)
     if kind == "full disk":
         limits = [resource.prlimit(m.process.pid, resource.RLIMIT_FSIZE) for m in members]
@@ -110,10 +137,13 @@ def disturb(
             if member.process.poll() is None:
                 resource.prlimit(member.process.pid, resource.RLIMIT_FSIZE, limit)
         victim.send_signal(signal.SIGTERM)
+    elif kind == "dead link":
+        assert hosts is not None
+        hosts.link(up=False)
     else:
         number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "signal": dice.choice(SIGNALS)}
         victim.send_signal(number[kind])
-    return kind
+    return kind, victim
 
 
 def differing(one: Path, other: Path) -> list[int]:

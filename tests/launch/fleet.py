@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.random_tokens import write_random_tokens
+from tests.launch.hosts import Hosts
 from tests.launch.running import ENVIRONMENT, ROOT, free_port
 
 VERB = str(ROOT / "launch" / "pretrain.py")
@@ -79,21 +80,33 @@ def started(log: Path, *command: str | Path, **environment: str) -> Iterator[Mem
 
 
 @contextmanager
-def ranks(count: int, config: Path, run: Path, *more: str, logs: Path) -> Iterator[list[Member]]:
-    """`count` ranks that no launcher looks after, only each other."""
+def ranks(
+    count: int,
+    config: Path,
+    run: Path,
+    *more: str,
+    logs: Path,
+    program: str | Path = VERB,
+    hosts: Hosts | None = None,
+) -> Iterator[list[Member]]:
+    """`count` ranks that no launcher looks after, only each other; by turns on each of `hosts`."""
     logs.mkdir(parents=True, exist_ok=True)
-    place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    command = (sys.executable, VERB, "--config", config, "--run-dir", run, *more)
-    contexts = [
-        started(logs / f"rank_{rank}.log", *command, RANK=str(rank), **place)
-        for rank in range(count)
-    ]
-    members = [context.__enter__() for context in contexts]
-    try:
-        yield members
-    finally:
-        for context in contexts:
-            context.__exit__(None, None, None)
+    address = hosts.addresses[0] if hosts else "localhost"
+    place = {"WORLD_SIZE": str(count), "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
+    command = (sys.executable, program, "--config", config, "--run-dir", run, *more)
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                started(
+                    logs / f"rank_{rank}.log",
+                    *(hosts.within(rank % 2) if hosts else ()),
+                    *command,
+                    RANK=str(rank),
+                    **place,
+                )
+            )
+            for rank in range(count)
+        ]
 
 
 def end(pid: int) -> None:

@@ -1,6 +1,10 @@
-"""What becomes of a run when ranks die, hang or are told to leave. docs/operations.md lists it."""
+"""What becomes of a run when ranks die, hang or are told to leave. docs/operations.md lists it.
+
+One kill and one hang are in `make test`; the rest takes minutes (`make test-cluster`).
+"""
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -11,7 +15,7 @@ import pytest
 
 from tests.launch import fleet
 from tests.launch.fleet import ranks, started, wait_for, wait_for_end, wait_for_step, words
-from tests.launch.running import free_port
+from tests.launch.running import ROOT, free_port
 
 HOST = socket.gethostname()
 
@@ -21,29 +25,90 @@ def config(tmp_path_factory) -> Path:
     return fleet.write_config(tmp_path_factory.mktemp("faults"))
 
 
-def test_a_killed_rank_takes_the_others_along(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.cluster)])
+def test_a_killed_rank_takes_the_others_along(config: Path, tmp_path: Path, victim: int) -> None:
     """Any rank: the first one, which the others watch through, is no exception."""
     run = tmp_path / "run"
-    for victim in (1, 0):
-        before = fleet.steps(run)
-        resume = ["--resume", "auto"] if before else []
-        with ranks(3, config, run, *words({"train.global_batch_size": 3}), *resume,
-                   logs=tmp_path / str(victim)) as members:  # fmt: skip
-            wait_for_step(run, before + 8, *members)
-            members[victim].process.send_signal(signal.SIGKILL)
-            others = [m for rank, m in enumerate(members) if rank != victim]
-            wait_for_end(others, 60)
-            for member in others:
-                assert member.process.returncode == 1
-                last = member.last_line()
-                assert f"rank {victim} on {HOST} died in step" in last, member.output()
-                assert f"step_{fleet.newest(run):07d}" in last
+    few = words({"train.global_batch_size": 3})
+    with ranks(3, config, run, *few, logs=tmp_path / "logs") as members:
+        wait_for_step(run, 8, *members)
+        members[victim].process.send_signal(signal.SIGKILL)
+        check_others(members, victim, run)
+
+
+def check_others(members: list[fleet.Member], victim: int, run: Path) -> None:
+    """Within a minute they leave; the last line names the rank, its host, step and checkpoint."""
+    others = [member for rank, member in enumerate(members) if rank != victim]
+    wait_for_end(others, 60)
+    for member in others:
+        assert member.process.returncode == 1
+        last = member.last_line()
+        assert re.search(rf"rank {victim} on {HOST} died in step \d+;", last), member.output()
+        assert f"step_{fleet.newest(run):07d}" in last
+
+
+# A rank that kills itself at a place of the program, once there is a checkpoint.
+AIMED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[0] = {root!r}
+from launch.engine.signals import STOP
+STOP.listen()
+from launch import cli, pretrain
+from launch.checkpoint.tensorfile import TensorFile
+from launch.engine.engine import WholeModelEngine
+from torch.optim import AdamW
+
+def die(*_):
+    if os.environ["RANK"] == "1" and Path({run!r}, "checkpoints", "latest").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def before(owner, name):
+    inner = getattr(owner, name)
+    def outer(*given, **named):
+        die()
+        return inner(*given, **named)
+    setattr(owner, name, outer)
+
+def hooked(engine, batch):
+    if not engine.__dict__.setdefault("hooks", []):
+        parameter = engine.model.gpt_neox.layers[0].mlp.dense_h_to_4h.weight
+        engine.hooks.append(parameter.register_hook(die))
+    return split(engine, batch)
+
+split = WholeModelEngine.split
+place = {place!r}
+if place == "backward":
+    WholeModelEngine.split = hooked
+elif place == "forward":
+    from model.mlp import MLP
+    before(MLP, "forward")
+else:
+    owner = {{"step": AdamW, "save": TensorFile, "evaluation": WholeModelEngine}}[place]
+    before(owner, {{"save": "write", "evaluation": "evaluate"}}.get(place, "step"))
+cli.run_verb(pretrain.main)
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("place", ["forward", "backward", "step", "save", "evaluation"])
+def test_a_rank_is_killed_wherever_it_is(config: Path, tmp_path: Path, place: str) -> None:
+    run, program = tmp_path / "run", tmp_path / "aimed.py"
+    program.write_text(AIMED.format(root=str(ROOT), run=str(run), place=place))
+    few = words({"evaluate.interval": 3})
+    with ranks(2, config, run, *few, logs=tmp_path / "logs", program=program) as members:
+        wait_for_end(members[1:], 120)
+        assert members[1].process.returncode == -signal.SIGKILL, members[1].output()
+        check_others(members, 1, run)
+    found = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert ("step_0000010.tmp" in found) == (place == "save")
+    assert "step_0000005" in found
 
 
 def test_a_stopped_rank_ends_the_run(config: Path, tmp_path: Path) -> None:
-    """After parallel.step_timeout all show where they stand; SIGTERM does not wait for that."""
+    """After parallel.step_timeout all show where they stand."""
     run, few = tmp_path / "run", {"parallel.step_timeout": 7}
-    with ranks(2, config, run, *words(few), logs=tmp_path / "a") as members:
+    with ranks(2, config, run, *words(few), logs=tmp_path / "logs") as members:
         wait_for_step(run, 6, *members)
         members[1].process.send_signal(signal.SIGSTOP)
         wait_for_end(members, 30)
@@ -53,9 +118,13 @@ def test_a_stopped_rank_ends_the_run(config: Path, tmp_path: Path) -> None:
         shown = (run / "stacks" / "rank_00000.txt").read_text()
         assert "train_step" in shown
         assert "train_step" in members[0].output()
-    with ranks(2, config, run, "--resume", "auto", logs=tmp_path / "b") as members:
-        before = fleet.newest(run)
-        wait_for_step(run, before + 4, *members)
+
+
+@pytest.mark.cluster
+def test_sigterm_does_not_wait_for_a_stopped_rank(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with ranks(2, config, run, logs=tmp_path / "logs") as members:
+        wait_for_step(run, 6, *members)
         members[0].process.send_signal(signal.SIGSTOP)
         time.sleep(0.5)  # a step at least, so that the other one waits
         members[1].process.send_signal(signal.SIGTERM)
@@ -63,6 +132,7 @@ def test_a_stopped_rank_ends_the_run(config: Path, tmp_path: Path) -> None:
         assert f"rank 0 on {HOST} did not answer" in members[1].last_line()
 
 
+@pytest.mark.cluster
 def test_a_signal_to_one_rank_is_a_signal_to_all(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for number, status in ((signal.SIGHUP, 0), (signal.SIGINT, 130)):
@@ -76,6 +146,7 @@ def test_a_signal_to_one_rank_is_a_signal_to_all(config: Path, tmp_path: Path) -
         assert fleet.newest(run) == fleet.steps(run)
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_while_the_run_starts(number: int, config: Path, tmp_path: Path) -> None:
     """Whatever is being imported: in order, so that a batch system queues the job again."""
@@ -91,6 +162,7 @@ def test_a_signal_while_the_run_starts(number: int, config: Path, tmp_path: Path
             assert signal.Signals(number).name in member.output()
 
 
+@pytest.mark.cluster
 def test_a_second_signal_leaves_at_once(config: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     slow = words({"data.sequence_length": 256, "train.global_batch_size": 256})
@@ -106,6 +178,7 @@ def test_a_second_signal_leaves_at_once(config: Path, tmp_path: Path) -> None:
         assert "left without saving" in one.last_line()
 
 
+@pytest.mark.cluster
 def test_torchrun_restarts_from_the_newest_checkpoint(config: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -123,6 +196,7 @@ def test_torchrun_restarts_from_the_newest_checkpoint(config: Path, tmp_path: Pa
     assert sorted(fleet.losses(run)) == list(range(1, 61))
 
 
+@pytest.mark.cluster
 def test_ranks_notice_the_end_of_their_launcher(config: Path, tmp_path: Path) -> None:
     """SIGTERM to `deepspeed` ends it alone; its ranks save and leave."""
     run, log = tmp_path / "run", tmp_path / "log"
@@ -145,6 +219,7 @@ def test_ranks_notice_the_end_of_their_launcher(config: Path, tmp_path: Path) ->
     assert "stopped by a signal after step" in launcher.output()
 
 
+@pytest.mark.cluster
 def test_data_that_is_cut_short_while_a_run_reads_it(tmp_path: Path) -> None:
     """A sentence that names the file, of every rank, and no word of Python's."""
     config, run = fleet.write_config(tmp_path), tmp_path / "run"

@@ -106,7 +106,7 @@ def wait_until(condition, seconds: float, logs: Path) -> None:
 
 
 def test_a_warned_job_goes_on_by_itself(slurm: dict[str, str], tmp_path: Path) -> None:
-    config = fleet.write_config(tmp_path, train={"steps": 250, "global_batch_size": 2})
+    config = fleet.write_config(tmp_path, train={"steps": 100, "global_batch_size": 2})
     run, script = tmp_path / "run", tmp_path / "job.slurm"
     arguments = ["--config", str(config), "--run-dir", str(run), "--scheduler", "slurm"]
     jobs.main([*arguments, "--gpus-per-node", "2", "--output", str(script)])
@@ -128,4 +128,4 @@ def test_a_warned_job_goes_on_by_itself(slurm: dict[str, str], tmp_path: Path) -
     assert "Restarts=1" in state
     assert "stopped by a signal after step" in log.read_text()
     assert "resumed from" in log.read_text()
-    assert sorted(fleet.losses(run)) == list(range(1, 251))
+    assert sorted(fleet.losses(run)) == list(range(1, 101))
