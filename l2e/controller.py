@@ -6,16 +6,19 @@ its first statistics or its start. Ranks first agree on layers whose size only a
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from l2e import statistics, threshold
+from l2e import merging, statistics, threshold
 from l2e.config import L2EConfig
 from l2e.layer import L2ELayer
+from l2e.merging import Result, Shape, Sums
 from l2e.sharding import Sharding
-from l2e.state import LayerState, Phase, Sums
+from l2e.stack import Stack
+from l2e.state import LayerState, Phase
 from l2e.statistics import Statistics
 
 COLLAPSED = 0.1  # of the standard deviation at the first inhibited step
@@ -46,7 +49,7 @@ class Controller:
         self.states = [layer.state for layer in layers]
         self.unobserved: list[str] | None = None
         self._warned: set[str] = set()
-        self._metrics: dict[str, dict[str, Tensor | float]] = {}
+        self._stepped: set[str] = set()
         self._histograms: dict[str, Tensor] = {}
         self._ms_loss = torch.zeros(())
         names = [state.name for state in self.states]
@@ -81,34 +84,35 @@ class Controller:
     def step(self) -> None:
         """Merge the global batch into every layer's statistics; move tau and the shares."""
         self._agree_on_shapes()
-        states = [state for state in self.states if state.positions]
-        if states:
-            device = next((s.device for s in states if s.device.type != "cpu"), states[0].device)
-            for state in states:
-                state.to(device)
-            self._agree_on_first_centres([state for state in states if state.empty])
-            self._sum_over_data_ranks(states)
+        groups = self._stacked()
+        self._agree_on_first_centres([s for states in groups for s in states if s.empty])
+        squares = self._sum_over_data_ranks(groups)
         if self.unobserved is None:
             self.unobserved = [
                 state.name
                 for state in self.states
                 if not state.positions or float(state.sums["samples"]) == 0
             ]
-        if states:
-            merged = [_merge(state) for state in states]
-            totals = self._sum_over_tensor_ranks(states, merged)
-            self._ms_loss = self._loss(states, totals)
-            usable = [
-                self._accept(state, new, total)
-                for state, new, total in zip(states, merged, totals, strict=True)
-            ]
-            if any(state.empty or state.starting for state in states):
-                for state, used in zip(states, torch.stack(usable).tolist(), strict=True):
-                    state.note(used)
-        for state in states:
-            state.reset_sums()
+        self._merge(groups, squares)
         self._warn_of_missing_starts()
         self.phase.step += 1
+
+    def _stacked(self) -> list[list[LayerState]]:
+        """The layers that have been called, by width; those of one width share a stack."""
+        called = [state for state in self.states if state.positions]
+        device = next((s.device for s in called if s.device.type != "cpu"), torch.device("cpu"))
+        groups: dict[tuple[int, ...], list[LayerState]] = {}
+        for state in called:
+            kind = (state.units, state.positions, state.total_units, state.inhibited_layers)
+            groups.setdefault(kind, []).append(state)
+        for states in groups.values():
+            stack = states[0].stack
+            rows = [(state.stack, state.row) for state in states]
+            if stack.device != device or rows != [(stack, row) for row in range(len(stack))]:
+                stack = Stack.joined(rows, device)
+                for row, state in enumerate(states):
+                    state.be(stack, row)
+        return list(groups.values())
 
     def _warn_of_missing_starts(self) -> None:
         for state in self.states:
@@ -165,129 +169,76 @@ class Controller:
             sums["square"].copy_(square)
             state.statistics.mean.copy_(centre)
 
-    def _sum_over_data_ranks(self, states: list[LayerState]) -> None:
-        """Replace every layer's sums by those of the global batch, in one all-reduce."""
-        buffers = [state.sums for state in states]
-        for state in states:
-            if state.measuring:
-                state.measured["histogram"].copy_(threshold.to_words(state.counts))
-                buffers.append(state.measured)
-        flat = self.sharding.sum_data(torch.cat([buffer.flat for buffer in buffers]))
-        for buffer, part in zip(
-            buffers, flat.split([len(buffer.flat) for buffer in buffers]), strict=True
-        ):
-            buffer.flat.copy_(part)
+    def _sum_over_data_ranks(self, groups: list[list[LayerState]]) -> list[Tensor | None]:
+        """Replace every layer's sums by those of the global batch, in one all-reduce.
 
-    def _sum_over_tensor_ranks(
-        self, states: list[LayerState], merged: list[Statistics]
-    ) -> list[Sums]:
-        """What only sums over a layer's shards tell, in one all-reduce."""
-        totals = [
-            _totals(state, new, state.measuring, self.sharding)
-            for state, new in zip(states, merged, strict=True)
-        ]
-        flat = self.sharding.sum_tensor(torch.cat([total.flat for total in totals]))
-        parts = flat.split([len(total.flat) for total in totals])
-        return [Sums(total.sizes, part) for total, part in zip(totals, parts, strict=True)]
-
-    def _accept(self, state: LayerState, new: Statistics, total: Sums) -> Tensor:
-        """Take over the merged statistics, unless an activation was NaN or Inf.
-
-        Returns whether there were samples, all of them finite ([], bool).
+        Returns each group's sums of squares of MLP output and residual stream, [layers, 2]; None
+        for one that measures nothing.
         """
-        samples = state.sums["samples"][0]
-        finite = torch.isfinite(total["var"][0])
-        seen = finite & (samples > 0)
-        old_mean_var = state.mean_var
-        mean_var = torch.where(finite, total["var"][0] / state.total_neurons, old_mean_var)
-        state.bad_step = torch.where(
-            finite | (state.bad_step >= 0), state.bad_step, self.phase.step
+        squares, buffers = [], [states[0].stack.sums.flat for states in groups]
+        for states in groups:
+            stack, own = states[0].stack, None
+            if any(state.measuring for state in states):
+                own = torch.stack(stack.squares)
+                buffers += [stack.measured.flat, own, stack.counts]
+            squares.append(own)
+        self.sharding.sum_data(buffers)
+        return squares
+
+    def _merge(self, groups: list[list[LayerState]], squares: list[Tensor | None]) -> None:
+        """Give every layer the state of the next step, and forget the sums of this one."""
+        shapes = [self._shape(states[0]) for states in groups]
+        merged, buffers = [], []
+        for states, own, shape in zip(groups, squares, shapes, strict=True):
+            stack = states[0].stack
+            measured = None if own is None else stack.measured.parts
+            arguments = stack.running, stack.derived.denominator, stack.sums.parts, measured
+            new, totals = self._run(merging.merge, stack, *arguments, self.config, shape)
+            merged.append((new, totals))
+            buffers += [*totals.values(), *([] if own is None else [stack.counts])]
+        self.sharding.sum_tensor(buffers)
+        losses = [
+            self._advance(states, *new, own, shape)
+            for states, new, own, shape in zip(groups, merged, squares, shapes, strict=True)
+        ]
+        if losses:
+            self._ms_loss = sum(losses[1:], start=losses[0])
+
+    def _advance(
+        self,
+        states: list[LayerState],
+        new: Statistics,
+        totals: Sums,
+        squares: Tensor | None,
+        shape: Shape,
+    ) -> Tensor:
+        """Let layers of one width have their next state; returns their L_MS []."""
+        stack = states[0].stack
+        if any(state.observing for state in states):
+            stack.start = threshold.quantile(stack.counts, self.config.inhibit_fraction)
+        old = stack.running, stack.figures, stack.derived.weight, stack.start
+        flags = stack.flags([state.flags for state in states])
+        arguments = new, stack.sums.parts, totals, squares, flags, self.config, shape
+        after = self._run(merging.advance, stack, *old, *arguments)
+        stack.running, stack.derived, stack.figures = after.running, after.derived, after.figures
+        self._histograms |= {s.name: s.counts for s in states if s.measuring}
+        self._stepped |= {state.name for state in states}
+        if any(state.empty or state.starting for state in states):
+            for state, used in zip(states, after.usable.tolist(), strict=True):
+                state.note(used)
+        stack.clear()
+        return after.ms_loss
+
+    def _run(self, function: Callable[..., Result], stack: Stack, *arguments: Any) -> Result:
+        return merging.run(stack.device, self.config, function, *arguments)
+
+    def _shape(self, state: LayerState) -> Shape:
+        return Shape(
+            state.total_neurons,
+            state.inhibited_layers * state.expected_selected(1),
+            self.sharding.tensor_size,
+            self.sharding.tensor_rank,
         )
-        first_centre_only = state.statistics.samples == 0
-        old = state.statistics
-        kept_mean = torch.where(first_centre_only, torch.zeros_like(old.mean), old.mean)
-        old = Statistics(kept_mean, old.mean_low, old.var, old.samples)
-        state.statistics = statistics.where(finite, new, old)
-
-        entries = samples.clamp(min=1) * state.total_neurons
-        share, mean_ms = total["selected"][0] / entries, total["scale"][0] / entries
-        if state.selecting:
-            self._follow(state, share, mean_ms, seen)
-        if state.measuring:
-            counts = threshold.from_words(total["histogram"])
-            self._histograms[state.name] = counts
-            if state.observing:
-                start = threshold.quantile(counts, self.config.inhibit_fraction)
-                state.tau = torch.where(seen, start, state.tau)
-        state.mean_ms = torch.where(seen, mean_ms, state.mean_ms)
-        for name in ("tau", "mean_ms"):  # into the units of the merged variance
-            carried = threshold.carry(getattr(state, name), old_mean_var, mean_var)
-            setattr(state, name, carried)
-        if state.may_start:
-            state.std_at_start = torch.where(seen, mean_var.sqrt(), state.std_at_start)
-        if self.config.method == "regularize":
-            self._metrics.setdefault(state.name, {})["weight"] = state.weight
-        if state.comparing:
-            self._compare_gradients(state, total["gradient_squares"], entries, seen)
-        state.refresh(mean_var)
-        self._keep_metrics(state, share, mean_ms, total)
-        return seen
-
-    def _follow(self, state: LayerState, share: Tensor, mean_ms: Tensor, seen: Tensor) -> None:
-        """Move tau and the neurons' running shares by one selecting step."""
-        config = self.config
-        if config.selection != "topk":
-            eta = threshold.step_size(
-                state.updates, config.threshold_rate, config.threshold_rate_floor
-            )
-            tau, drift = threshold.update(
-                state.tau, state.drift, share, config.inhibit_fraction, eta
-            )
-            tau = threshold.follow(tau, state.mean_ms, mean_ms)
-            state.tau = torch.where(seen, tau, state.tau)
-            state.drift = torch.where(seen, drift, state.drift)
-        own = state.sums["selected"] / state.sums["samples"].clamp(min=1)
-        weight = threshold.share_weight(state.updates, config.forget_step)
-        state.share = torch.where(seen, torch.lerp(state.share, own, weight), state.share)
-        state.updates = state.updates + seen
-
-    def _compare_gradients(
-        self, state: LayerState, squares: Tensor, entries: Tensor, seen: Tensor
-    ) -> None:
-        """How large L_MS's gradient was beside the one that arrived; its running means."""
-        arrived, added, direction = (squares / entries).sqrt()
-        ratio = added / arrived
-        self._metrics[state.name]["gradient_ratio"] = ratio
-        if self.config.gradient_ratio is None:
-            return
-        # Whatever scaled the losses, and averages over micro-batches and ranks, scaled both.
-        ms_gradient = direction / (state.inhibited_layers * state.expected_selected(1))
-        lm_gradient = state.weight * ms_gradient / ratio
-        usable = seen & (lm_gradient > 0) & torch.isfinite(lm_gradient) & torch.isfinite(arrived)
-        newest = threshold.share_weight(state.ratio_updates, self.config.forget_step)
-        for name, value in (("lm_gradient", lm_gradient), ("ms_gradient", ms_gradient)):
-            mean = getattr(state, name)
-            setattr(state, name, torch.where(usable, torch.lerp(mean, value, newest), mean))
-        state.ratio_updates = state.ratio_updates + usable
-
-    def _keep_metrics(self, state: LayerState, share: Tensor, mean_ms: Tensor, total: Sums) -> None:
-        kept = self._metrics.setdefault(state.name, {})
-        kept |= {"tau": state.tau, "selected_fraction": share, "std": state.mean_var.sqrt()}
-        if state.measuring:
-            kept |= {
-                "mean_ms": mean_ms,
-                "max_ms": total["largest"].max(),
-                "kurtosis": statistics.median(total["kurtosis"]),
-                "mlp_to_residual": (total["output_square"] / total["residual_square"]).sqrt()[0],
-            }
-
-    def _loss(self, states: list[LayerState], totals: list[Sums]) -> Tensor:
-        loss = torch.zeros((), device=states[0].device)
-        if self.config.method == "regularize":
-            for state, total in zip(states, totals, strict=True):
-                samples = state.sums["samples"][0].clamp(min=1)
-                loss += state.loss_factor(1) * total["log_square"][0] / samples
-        return loss
 
     def ms_loss(self) -> Tensor:
         """L_MS of the last step: a detached float32 scalar.
@@ -310,14 +261,15 @@ class Controller:
         Raises:
             ValueError: an activation was NaN or Inf; names layers and steps, once.
         """
+        stepped = [state for state in self.states if state.name in self._stepped]
+        self._raise_of_bad_steps(stepped)
         metrics = {}
-        observed = [state for state in self.states if state.name in self._metrics]
-        self._raise_of_bad_steps(observed)
-        for state in observed:
-            kept = self._metrics[state.name]
-            metrics[state.name] = self.nothing() | {
-                name: float(value) for name, value in kept.items()
-            }
+        for state in stepped:
+            tau, std = state.running.tau, state.running.mean_var.sqrt()
+            figures = state.figures._asdict() | {"tau": tau, "std": std}
+            if self.config.weight is not None:
+                figures["weight"] = self.config.weight
+            metrics[state.name] = {name: float(figures[name]) for name in self.nothing()}
             self._warn_of_collapse(state, metrics[state.name]["std"])
             self._warn_of_unknown_ratio(state)
         return metrics
@@ -328,14 +280,15 @@ class Controller:
         return {name: float("nan") for name in FIGURES if name not in left_out}
 
     def _raise_of_bad_steps(self, states: list[LayerState]) -> None:
-        bad = {state: step for state in states if (step := int(state.bad_step)) >= 0}
-        if not bad:
+        ages = {state: age for state in states if (age := int(state.running.bad_age)) >= 0}
+        if not ages:
             return
-        for state in bad:
-            state.bad_step = torch.full_like(state.bad_step, -1)
+        for state in ages:
+            state.running.bad_age.fill_(-1)
         found = "; ".join(
-            f"layer {state.name}: NaN or Inf among the activations of step {step}"
-            for state, step in bad.items()
+            f"layer {state.name}: NaN or Inf among the activations of step "
+            f"{self.phase.step - 1 - age}"
+            for state, age in ages.items()
         )
         raise ValueError(
             f"l2e {found}; its statistics were left as before that step. Lower the learning rate "
@@ -351,7 +304,7 @@ class Controller:
                 state.started = not state.empty
 
     def _warn_of_collapse(self, state: LayerState, std: float) -> None:
-        start = float(state.std_at_start)
+        start = float(state.running.std_at_start)
         if std < COLLAPSED * start and state.name not in self._warned:
             self._warned.add(state.name)
             warnings.warn(
@@ -364,9 +317,9 @@ class Controller:
 
     def _warn_of_unknown_ratio(self, state: LayerState) -> None:
         """Once, of a layer whose weight stays what it was before there was an estimate."""
-        unknown = self.config.gradient_ratio is not None and float(state.ratio_updates) == 0
-        told = f"{state.name}.gradient_ratio"
-        if unknown and float(state.updates) >= PATIENCE and told not in self._warned:
+        running, told = state.running, f"{state.name}.gradient_ratio"
+        unknown = self.config.gradient_ratio is not None and float(running.ratio_updates) == 0
+        if unknown and float(running.updates) >= PATIENCE and told not in self._warned:
             self._warned.add(told)
             warnings.warn(
                 f"l2e layer {state.name}: gradient_ratio = {self.config.gradient_ratio} could not "
@@ -415,48 +368,3 @@ class Controller:
                     if name.startswith(f"{state.name}.")
                 }
             )
-
-
-def _merge(state: LayerState) -> Statistics:
-    sums = state.sums
-    return statistics.merge(
-        state.statistics,
-        sums["samples"][0],
-        sums["deviation"],
-        sums["square"],
-        state.config.forget_step,
-        first_twice=state.config.memel_code_compat,
-    )
-
-
-def _totals(state: LayerState, new: Statistics, measuring: bool, sharding: Sharding) -> Sums:
-    """This shard's part of what is summed over a layer's shards.
-
-    A NaN or Inf anywhere makes the sum of variances one too, so every shard learns of it.
-    """
-    sums, measured = state.sums, state.measured
-    parts = {
-        "var": new.var.sum().view(1),
-        "selected": sums["selected"].sum().view(1),
-        "log_square": sums["log_square"],
-        "scale": (sums["square"] / state.denominator).sum().view(1),
-        "gradient_squares": sums["gradient_squares"],
-    }
-    if measuring:
-        kurtosis = sums["samples"] * measured["fourth"] / sums["square"].square()
-        parts |= {
-            "histogram": measured["histogram"],
-            "largest": _in_own_slot(measured["largest"].max().view(1), sharding),
-            "kurtosis": _in_own_slot(kurtosis, sharding),
-            "output_square": measured["output_square"],
-            "residual_square": measured["residual_square"],
-        }
-    sizes = {name: len(part) for name, part in parts.items()}
-    return Sums(sizes, torch.cat(list(parts.values())))
-
-
-def _in_own_slot(values: Tensor, sharding: Sharding) -> Tensor:
-    """[n] -> [tensor ranks * n], zero but for this rank's: its sum over ranks is a gathering."""
-    slots = values.new_zeros(sharding.tensor_size, len(values))
-    slots[sharding.tensor_rank] = values
-    return slots.flatten()

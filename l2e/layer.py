@@ -89,7 +89,7 @@ class L2ELayer(nn.Module):
         # A compiled graph must not depend on the step; elsewhere a call that does nothing is saved.
         if self.training and (torch.compiler.is_compiling() or self.state.measuring):
             inhibition.observe_output(
-                self.state.measured_squares, mlp_output.detach(), residual.detach(), self.handle
+                self.state.squares, mlp_output.detach(), residual.detach(), self.handle
             )
 
     def extra_repr(self) -> str:

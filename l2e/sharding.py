@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+WORD = 4096
+
 
 @dataclass(frozen=True)
 class Sharding:
@@ -35,17 +37,16 @@ class Sharding:
     def tensor_rank(self) -> int:
         return _rank(self.tensor_group)
 
-    def sum_data(self, values: Tensor) -> Tensor:
-        """Sum `values`, in place, over the data-parallel ranks."""
-        if self.data_size > 1:
-            dist.all_reduce(values, group=self.data_group)
-        return values
+    def sum_data(self, tensors: list[Tensor]) -> None:
+        """Sum contiguous `tensors`, in place, over the data-parallel ranks: in one all-reduce.
 
-    def sum_tensor(self, values: Tensor) -> Tensor:
-        """Sum `values`, in place, over the tensor-parallel ranks."""
-        if self.tensor_size > 1:
-            dist.all_reduce(values, group=self.tensor_group)
-        return values
+        Integers below 2^36 / 4,096 ranks stay exact.
+        """
+        _sum(tensors, self.data_group)
+
+    def sum_tensor(self, tensors: list[Tensor]) -> None:
+        """`sum_data`, over the tensor-parallel ranks."""
+        _sum(tensors, self.tensor_group)
 
     def from_data_rank(self, rank: int, values: Tensor) -> Tensor:
         """One data-parallel rank's `values` (a new tensor)."""
@@ -75,6 +76,33 @@ class Sharding:
     def own_neurons(self, values: Tensor) -> Tensor:
         """[..., all neurons] -> this rank's shard [..., neurons]."""
         return values.chunk(self.tensor_size, dim=-1)[self.tensor_rank]
+
+
+def to_words(counts: Tensor) -> Tensor:
+    """int64 [n] -> float32 [2n] whose sums over up to 4,096 ranks are exact below 2^36."""
+    return torch.cat([counts // WORD, counts % WORD]).float()
+
+
+def from_words(words: Tensor) -> Tensor:
+    """The int64 counts [n] of summed words [2n]."""
+    high, low = words.long().chunk(2)
+    return high * WORD + low
+
+
+def _sum(tensors: list[Tensor], group: dist.ProcessGroup | None) -> None:
+    if _size(group) == 1 or not tensors:
+        return
+    if len(tensors) == 1:
+        dist.all_reduce(tensors[0], group=group)
+        return
+    whole = [not tensor.is_floating_point() for tensor in tensors]
+    rows = [t.flatten() for t in tensors]
+    rows = [to_words(row) if w else row for row, w in zip(rows, whole, strict=True)]
+    flat = torch.cat(rows)
+    dist.all_reduce(flat, group=group)
+    parts = flat.split([len(row) for row in rows])
+    parts = [from_words(part) if w else part for part, w in zip(parts, whole, strict=True)]
+    torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
 
 
 def _size(group: dist.ProcessGroup | None) -> int:

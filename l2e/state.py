@@ -1,7 +1,8 @@
 """What a layer knows: running statistics and threshold, frozen while one optimizer step runs.
 
 Held in plain float32 tensors outside the module, so that no engine casts, shards or averages
-them. A layer adds to its sums in every forward pass; the controller merges them at step's end.
+them: a row of the stack of all layers of its width. A layer adds to its sums in every forward
+pass; the controller merges them at step's end.
 """
 
 import math
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from l2e import backends, kernels
 from l2e.backends import Backend
-from l2e.config import DEFAULT_WEIGHT, L2EConfig
+from l2e.config import L2EConfig
 from l2e.sharding import Sharding
+from l2e.stack import Figures, Flags, Running, Stack, Sums
 from l2e.statistics import Statistics
-from l2e.threshold import BINS
 
 
 @dataclass
@@ -50,38 +51,14 @@ class Phase:
         return self.step >= self.start
 
 
-class Sums:
-    """What one step adds up for one layer: named views of one flat float32 buffer."""
-
-    def __init__(self, sizes: dict[str, int], flat: Tensor) -> None:
-        assert len(flat) == sum(sizes.values())
-        self.sizes, self.flat = sizes, flat
-        self.parts = dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
-
-    @classmethod
-    def zeros(cls, sizes: dict[str, int], device: torch.device) -> "Sums":
-        return cls(sizes, torch.zeros(sum(sizes.values()), device=device))
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.parts[name]
-
-
 class LayerState:
     """State of one L2ELayer.
 
     Attributes:
         neurons: this process's neurons (a shard of `total_neurons` under tensor parallelism);
             of neuron_axes "position", times the number of positions.
-        statistics, tau, share, updates: mean, var and m; the threshold; each neuron's running
-            share of selected activations; and how many updates tau and share have had.
-        std_at_start: activation standard deviation of the layer when inhibition started.
-        mean_ms: the last batch's mean MS, in the units that tau is in; NaN before there was one.
-        drift: what log tau moves by in each step beside its corrections.
-        lm_gradient, ms_gradient, ratio_updates: of a `gradient_ratio`, running means of the root
-            mean squares of the gradient that arrives and of L_MS's at weight 1, both of one
-            sample's loss; and how many steps are in them.
-        weight: of L_MS in this step.
-        bad_step: the first step with a NaN or Inf activation, -1 if there was none.
+        stack, row: where its tensors are.
+        squares: the stack's, of this row.
         started: sums of this step are taken around `statistics.mean`.
         empty: no batch was merged yet, on any rank.
         waiting: it has not had its start, the first step from the late start on that could be
@@ -91,8 +68,8 @@ class LayerState:
         centre_rank: the data-parallel rank whose centre the first batch is summed around.
     """
 
+    SAVED = tuple(name for name in Running._fields if name != "bad_age")
     RATIO = ("lm_gradient", "ms_gradient", "ratio_updates")
-    SAVED = ("share", "tau", "updates", "mean_var", "std_at_start", "mean_ms", "drift", *RATIO)
     ADDED_LATER: ClassVar = {  # older checkpoints lack them
         "mean_ms": float("nan"),
         "drift": 0.0,
@@ -112,7 +89,6 @@ class LayerState:
         self.name, self.config, self.activation = name, config, activation
         self.units, self.total_units = units or 0, total_units or units or 0
         self.inhibited_layers = inhibited_layers
-        self.weight: Tensor | float = DEFAULT_WEIGHT if config.weight is None else config.weight
         self.phase = Phase()
         self.sharding = Sharding()
         self.positions = 0
@@ -126,19 +102,17 @@ class LayerState:
         """Make the state of `positions` x `units` neurons, where only data tells how many."""
         self.units, self.total_units = units, self.total_units or units
         self.positions = positions
-        self.statistics = Statistics.empty(self.neurons, device)
-        self.share = torch.zeros(self.neurons, device=device)
-        self.tau = torch.tensor(float("inf"), device=device)
-        self.updates = torch.zeros((), device=device)
-        self.std_at_start = torch.tensor(float("nan"), device=device)
-        self.mean_ms = torch.tensor(float("nan"), device=device)
-        self.drift = torch.zeros((), device=device)
-        self.lm_gradient = torch.zeros((), device=device)
-        self.ms_gradient = torch.zeros((), device=device)
-        self.ratio_updates = torch.zeros((), device=device)
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self.refresh(torch.zeros((), device=device))
-        self.reset_sums()
+        self._start_from(Running.empty(self.neurons, device))
+
+    def _start_from(self, running: Running) -> None:
+        """Be the one row of `running`, with nothing summed up."""
+        figures = Figures.empty(running.tau.device)
+        self.be(Stack(running, figures, self.config, self.sharding.data_size), 0)
+
+    def be(self, stack: Stack, row: int) -> None:
+        """Have this row of `stack` from now on."""
+        self.stack, self.row = stack, row
+        self.squares = stack.squares[row]
 
     @property
     def neurons(self) -> int:
@@ -150,7 +124,50 @@ class LayerState:
 
     @property
     def device(self) -> torch.device:
-        return self.tau.device
+        return self.stack.device
+
+    @property
+    def running(self) -> Running:
+        return Running(*(tensor[self.row] for tensor in self.stack.running))
+
+    @property
+    def figures(self) -> Figures:
+        return Figures(*(tensor[self.row] for tensor in self.stack.figures))
+
+    @property
+    def statistics(self) -> Statistics:
+        """Mean, var and m, frozen during a step."""
+        return Statistics(*(tensor[self.row] for tensor in self.stack.running.statistics))
+
+    @property
+    def denominator(self) -> Tensor:
+        return self.stack.derived.denominator[self.row]
+
+    @property
+    def threshold(self) -> Tensor:
+        return self.stack.derived.threshold[self.row]
+
+    @property
+    def balance(self) -> Tensor:
+        return self.stack.derived.balance[self.row]
+
+    @property
+    def weight(self) -> Tensor | float:
+        """Of L_MS in this step."""
+        fixed = self.config.weight
+        return self.stack.derived.weight[self.row] if fixed is None else fixed
+
+    @property
+    def sums(self) -> Sums:
+        return self.stack.sums.row(self.row)
+
+    @property
+    def measured(self) -> Sums:
+        return self.stack.measured.row(self.row)
+
+    @property
+    def counts(self) -> Tensor:
+        return self.stack.counts[self.row]
 
     @property
     def selecting(self) -> bool:
@@ -165,11 +182,11 @@ class LayerState:
     @property
     def observing(self) -> bool:
         """A histogram of this step may give tau its start."""
-        return self.starting and self.phase.observed is not None
+        return self.starting and self.phase.observed is not None and not self.empty
 
     @property
     def may_start(self) -> bool:
-        return self.starting and not (self.observing and self.empty)
+        return self.starting and not (self.phase.observed is not None and self.empty)
 
     def note(self, usable: bool) -> None:
         """Learn at a step's end whether it had samples, all of them finite."""
@@ -188,84 +205,36 @@ class LayerState:
         asked = self.phase.measure or self.config.gradient_ratio is not None
         return asked and self.selecting and self.config.method == "regularize"
 
+    @property
+    def flags(self) -> tuple[bool, ...]:
+        """As in `Flags`."""
+        return tuple(getattr(self, name) for name in Flags._fields)
+
     def to(self, device: torch.device) -> None:
-        if self.device == device:
-            return
-        move = {name: getattr(self, name).to(device) for name in (*self.SAVED, "bad_step")}
-        self.__dict__.update(move)
-        old = self.statistics
-        self.statistics = Statistics(
-            *(t.to(device) for t in (old.mean, old.mean_low, old.var, old.samples))
-        )
-        self.refresh(self.mean_var)
-        self.reset_sums()
-
-    def refresh(self, mean_var: Tensor) -> None:
-        """Derive what the next step's forward passes compare with.
-
-        Args:
-            mean_var: [], mean of var over the whole layer, of all shards.
-        """
-        self.mean_var = mean_var
-        var = self.statistics.var
-        # A layer of constants: nothing deviates, nothing is selected.
-        tiny = torch.finfo(torch.float32).tiny
-        self.denominator = (var + self.config.eps * mean_var).clamp(min=tiny)
-        self.threshold = (self.tau * self.denominator).clamp(min=tiny)
-        self.balance = torch.where(var > 0, self.share / var, 0)
-        if self.config.gradient_ratio is not None:
-            known = self.config.gradient_ratio * self.lm_gradient / self.ms_gradient
-            self.weight = torch.where(self.ratio_updates > 0, known, DEFAULT_WEIGHT)
+        if self.device != device:
+            self.be(Stack.joined([(self.stack, self.row)], device), 0)
 
     def reset_sums(self) -> None:
-        n, scalar = self.neurons, 1
-        sizes = {
-            "deviation": n,
-            "square": n,
-            "selected": n,
-            "log_square": scalar,
-            "samples": scalar,
-            "gradient_squares": 3,
-        }
-        measured = {
-            "fourth": n,
-            "largest": self.sharding.data_size,
-            "histogram": 2 * BINS,
-            "output_square": scalar,
-            "residual_square": scalar,  # right after output_square: measured_squares
-        }
-        self.sums = Sums.zeros(sizes, self.device)
-        self.measured = Sums.zeros(measured, self.device)
-        self.counts = torch.zeros(BINS, dtype=torch.int64, device=self.device)
+        for sums in (self.sums.flat, self.measured.flat, self.counts, self.squares):
+            sums.zero_()
 
     @property
     def core_sums(self) -> Tensor:
         """The part of the sums that the kernels add to: [3, neurons] and one entry, flat."""
         return self.sums.flat[: 3 * self.neurons + 1]
 
-    @property
-    def measured_squares(self) -> Tensor:
-        """[2]: the sums of squares of MLP output and residual stream."""
-        return self.measured.flat[-2:]
-
     def join(self, phase: Phase, sharding: Sharding) -> None:
-        """Be led by a controller."""
-        self.phase, self.sharding = phase, sharding
+        """Be led by a controller, from nothing summed up on."""
+        self.phase = phase
+        self.place(sharding)
         if self.positions:
             self.reset_sums()
 
     def place(self, sharding: Sharding) -> None:
         """Take part in other process groups, with what was summed so far."""
         self.sharding = sharding
-        if not self.positions:
-            return
-        sums, measured, counts = self.sums, self.measured, self.counts
-        self.reset_sums()
-        self.sums, self.counts = sums, counts
-        for name, values in measured.parts.items():
-            own = values if name != "largest" else values.max()
-            slot = slice(None) if name != "largest" else sharding.data_rank
-            self.measured[name][slot] = own
+        if self.positions:
+            self.be(self.stack.row_in(self.row, sharding), 0)
 
     def expected_selected(self, rows: int) -> float:
         """How many activations of the whole layer are selected among `rows` samples, over time."""
@@ -326,8 +295,8 @@ class LayerState:
 
     def saved(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint, this process's shard; neurons last."""
-        tensors = {name: getattr(self, name) for name in self.SAVED}
-        tensors |= vars(self.statistics)
+        running = self.running._asdict()
+        tensors = {name: running[name] for name in self.SAVED}
         return {
             name: value.view(self.positions, self.units)
             if value.dim() and self.config.neuron_axes == "position"
@@ -337,14 +306,13 @@ class LayerState:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `saved` gave, gathered over all shards; keeps this process's shard."""
-        names = (*Statistics.__dataclass_fields__, *self.SAVED)
         if set(tensors) == {"samples"}:  # never called when it was saved
             if self.positions:
                 self.allocate(self.units, self.positions, self.device)
             self.started, self.empty, self.waiting, self.waited = False, True, True, 0
             return
         tensors = {name: torch.tensor(value) for name, value in self.ADDED_LATER.items()} | tensors
-        missing = [name for name in names if name not in tensors]
+        missing = [name for name in self.SAVED if name not in tensors]
         if missing:
             raise ValueError(f"l2e state of layer {self.name}: no entries {missing}")
         by_position = self.config.neuron_axes == "position"
@@ -360,22 +328,13 @@ class LayerState:
         device = self.device if self.positions else torch.device("cpu")
         self.allocate(total // self.sharding.tensor_size, positions, device)
         own = {
-            name: (
-                self.sharding.own_neurons(tensors[name]).flatten()
-                if tensors[name].dim()
-                else tensors[name]
-            )
-            .detach()
-            .to(device, torch.float32, copy=True)
-            for name in names
+            name: self.sharding.own_neurons(full).flatten() if full.dim() else full
+            for name, full in tensors.items()
+            if name in self.SAVED
         }
-        self.statistics = Statistics(
-            **{name: own[name] for name in Statistics.__dataclass_fields__}
-        )
-        for name in self.SAVED:
-            setattr(self, name, own[name])
-        self.started = not (empty := bool(self.statistics.samples == 0))
+        rows = {n: t.detach()[None].to(device, torch.float32, copy=True) for n, t in own.items()}
+        self._start_from(Running(**rows, bad_age=self.stack.running.bad_age))
+        self.started = not (empty := bool(own["samples"] == 0))
         self.empty = empty
-        has_start = math.isfinite(self.tau) or self.config.selection == "topk"
+        has_start = math.isfinite(own["tau"]) or self.config.selection == "topk"
         self.waiting, self.waited = empty or not has_start or not self.phase.selecting, 0
-        self.refresh(self.mean_var)

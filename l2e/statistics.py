@@ -4,15 +4,14 @@ Sums are taken around the running mean, never around zero, and the mean is kept 
 words, so that a mean of 10,000 beside a standard deviation of 1 costs no accuracy.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Running statistics of one layer; all float32.
+class Statistics(NamedTuple):
+    """Running statistics of one layer, or of several, stacked ([layers, ...]); all float32.
 
     Attributes:
         mean: [neurons], the running mean, and the centre that new sums are taken around.
@@ -26,11 +25,6 @@ class Statistics:
     var: Tensor
     samples: Tensor
 
-    @classmethod
-    def empty(cls, neurons: int, device: torch.device) -> "Statistics":
-        zeros = torch.zeros(neurons, device=device)
-        return cls(zeros, zeros.clone(), zeros.clone(), torch.zeros((), device=device))
-
 
 def merge(
     old: Statistics,
@@ -42,6 +36,8 @@ def merge(
 ) -> Statistics:
     """The statistics with one more batch (MEmeL, Lemma 3.2, with its forgetting).
 
+    Of one layer, or of several, stacked.
+
     Args:
         count: [], the batch's samples b (0 changes nothing).
         deviation: [neurons], sum over the batch of z - old.mean.
@@ -49,8 +45,8 @@ def merge(
         forget_step: n_f; the old samples' weight is at most n_f batches'.
         first_twice: the mean counts one batch too many as old, as MEmeL's code does.
     """
-    b = count.clamp(min=1)
-    m = torch.minimum(old.samples, forget_step * b)
+    samples = torch.minimum(old.samples, forget_step * count.clamp(min=1))
+    b, m = count.clamp(min=1)[..., None], samples[..., None]
     shift = deviation / b  # batch mean - old.mean
     v = (square / b - shift * shift).clamp(min=0)
     step = shift - old.mean_low  # batch mean - running mean, to both words
@@ -64,16 +60,18 @@ def merge(
         mean=mean,
         mean_low=offset - (mean - old.mean),
         var=var,
-        samples=torch.minimum(m + b, forget_step * b),
+        samples=torch.minimum(m + b, forget_step * b)[..., 0],
     )
     return where(count > 0, new, old)
 
 
 def where(condition: Tensor, yes: Statistics, no: Statistics) -> Statistics:
+    """A layer's from `yes` where `condition` [] is true, else from `no`."""
+    of_neurons = condition[..., None]
     return Statistics(
-        mean=torch.where(condition, yes.mean, no.mean),
-        mean_low=torch.where(condition, yes.mean_low, no.mean_low),
-        var=torch.where(condition, yes.var, no.var),
+        mean=torch.where(of_neurons, yes.mean, no.mean),
+        mean_low=torch.where(of_neurons, yes.mean_low, no.mean_low),
+        var=torch.where(of_neurons, yes.var, no.var),
         samples=torch.where(condition, yes.samples, no.samples),
     )
 
@@ -86,8 +84,8 @@ def recentre(
 
 
 def median(values: Tensor) -> Tensor:
-    """The lower median [] of the values [n] that are numbers; unlike nanmedian a GPU's host does
-    not wait for it."""
+    """The lower median [...] of the values [..., n] that are numbers; unlike nanmedian a GPU's host
+    does not wait for it."""
     ordered = values.sort().values  # what is no number comes last
-    numbers = len(values) - values.isnan().sum()
-    return ordered.gather(0, ((numbers - 1) // 2).clamp(min=0).view(1))[0]
+    numbers = values.shape[-1] - values.isnan().sum(-1, keepdim=True)
+    return ordered.gather(-1, ((numbers - 1) // 2).clamp(min=0))[..., 0]

@@ -10,7 +10,6 @@ from torch import Tensor
 BINS_PER_OCTAVE = 32
 LOWEST, HIGHEST = -20, 20  # log2 of the MS; what lies outside falls into the first or last bin
 BINS = (HIGHEST - LOWEST) * BINS_PER_OCTAVE
-WORD = 4096
 MAX_STEP = 0.5
 
 
@@ -28,21 +27,13 @@ def bin_edges() -> Tensor:
     return 2.0 ** (LOWEST + torch.arange(BINS + 1, dtype=torch.float64) / BINS_PER_OCTAVE)
 
 
-def to_words(counts: Tensor) -> Tensor:
-    """int64 [n] -> float32 [2n] whose sums over up to 4,096 ranks are exact below 2^36."""
-    return torch.cat([counts // WORD, counts % WORD]).float()
-
-
-def from_words(words: Tensor) -> Tensor:
-    """The int64 counts [n] of summed words [2n]."""
-    high, low = words.long().chunk(2)
-    return high * WORD + low
-
-
 def quantile(counts: Tensor, fraction: float) -> Tensor:
-    """The MS (float32, []) that `fraction` of the counted entries reach: its bin's centre."""
-    reached = counts.flip(0).cumsum(0).double()
-    from_top = (reached < fraction * reached[-1]).sum()
+    """The MS (float32, [...]) that `fraction` of the entries counted in [..., BINS] reach.
+
+    It is its bin's centre.
+    """
+    reached = counts.flip(-1).cumsum(-1).double()
+    from_top = (reached < fraction * reached[..., -1:]).sum(-1)
     log2 = LOWEST + (BINS - 0.5 - from_top) / BINS_PER_OCTAVE
     return torch.exp2(log2.float())
 

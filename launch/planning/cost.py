@@ -13,9 +13,9 @@ from model.config import padded_vocab_size
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32 = 4
-# Of L2E: a layer's histogram in words and in counts (l2e.threshold.BINS of 1,280), and, of one
-# layer at a time, the rows in which a GPU's programs sum and count what they see.
-MEASURED_BYTES = 1280 * (2 * 4 + 8)
+# Of L2E: a layer's histogram (l2e.threshold.BINS of 1,280), and, of one layer at a time, the rows
+# in which a GPU's programs sum and count what they see.
+HISTOGRAM_BYTES = 1280 * 8
 WORKSPACE_BYTES = 8 * 2**20
 # What ZeRO-3 keeps whole at most (DeepSpeed's stage3_max_live_parameters and max_reuse_distance).
 LIVE_PARAMETERS = 10**9
@@ -182,11 +182,12 @@ def logits_memory(model: ModelShape, layout: LayoutPlan) -> int:
 
 
 def l2e_memory(model: ModelShape, layout: LayoutPlan) -> int:
-    """Bytes of L2E: per neuron and layer its mean, variance, share above tau and three sums, a
-    measured step's fourth moments and histograms, and what one layer's kernels sum in rows.
+    """Bytes of L2E: per neuron and layer its mean in two words, variance and share above tau, what
+    is derived from them (three numbers) and four sums; a histogram, and what one layer's kernels
+    sum in rows.
     """
     neurons = model.intermediate_size // layout.tensor
-    a_layer = 7 * neurons * FP32 + MEASURED_BYTES
+    a_layer = 11 * neurons * FP32 + HISTOGRAM_BYTES
     return layout.inhibited_layers * a_layer + (WORKSPACE_BYTES if layout.inhibited_layers else 0)
 
 

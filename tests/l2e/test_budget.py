@@ -1,18 +1,21 @@
 """What a step on a GPU does with tensors as large as the activations, counted without a GPU.
 
 The kernels are replaced by notes of what they were given: on a GPU each is one launch and one pass.
-Beside them no operation may touch a tensor that large, and none may make the host wait.
+Beside them no operation may touch a tensor that large, and none may make the host wait. And how
+many launches the controller's step is, where torch.compile fuses it.
 """
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.async_compile import AsyncCompile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from l2e import Controller, L2EConfig, L2ELayer, backends, inhibition, kernels
+from l2e import Controller, L2EConfig, L2ELayer, backends, inhibition, kernels, merging
 
 pytest.importorskip("triton")
 from l2e import triton_kernels
@@ -29,6 +32,8 @@ FREE = (
     "slice",
     "select",
     "split",
+    "split_with_sizes",
+    "unbind",
     "as_strided",
     "t",
 )
@@ -49,6 +54,11 @@ class Counter(TorchDispatchMode):
     def __init__(self, large: int) -> None:
         super().__init__()
         self.large, self.passes, self.waits, self.all = large, [], [], []
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Compiled code runs as such while it is counted."""
+        return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -141,3 +151,51 @@ def test_the_plain_kernels_do_not_pass(monkeypatch):
         pre[pre > 3]
     assert len(counter.passes) > 5
     assert "index" in counter.waits
+
+
+@pytest.fixture
+def loops(monkeypatch) -> list[int]:
+    """Calls of compiled code that would have been made: the loops over tensors in each.
+
+    torch.compile fuses for a CPU here, into functions of one loop after the other; on a GPU each
+    loop is a kernel. They are not compiled further, and compute nothing.
+    """
+    found: list[int] = []
+
+    def note(self, arguments, source: str):
+        loops = len(re.findall(r"^    \{$", source, re.MULTILINE))
+        assert loops
+        return lambda *_: found.append(loops)
+
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", note)
+    monkeypatch.setattr(merging, "compiles", lambda _: True)
+    merging.compiled.cache_clear()
+    torch.compiler.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield found
+    torch.compiler.reset()
+    merging.compiled.cache_clear()
+
+
+@pytest.mark.parametrize("layers", [2, 32])
+def test_the_controllers_step_is_twenty_launches_for_any_number_of_layers(loops, layers):
+    config = L2EConfig(late_start_step=2)
+    inhibitors = [
+        L2ELayer(NEURONS, config, name=str(n), inhibited_layers=layers).train()
+        for n in range(layers)
+    ]
+    controller = Controller(inhibitors, config)
+    controller.phase.step = 10
+    for inhibitor in inhibitors:
+        for _ in ("its first statistics", "its start"):
+            inhibitor.state.note(usable=True)
+        assert inhibitor.state.selecting
+    for measured in (False, True):
+        controller.measure = measured
+        controller.step()  # compiles
+        loops.clear()
+        with Counter(ROWS * NEURONS) as counter:
+            controller.step()
+        assert len(loops) >= 2  # merge and advance were compiled
+        assert sum(loops) + len(counter.all) <= 20, (loops, counter.all)
+        assert counter.waits == []

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l2e import Controller, L2EConfig, L2ELayer, threshold
+from l2e import Controller, L2EConfig, L2ELayer, sharding, threshold
 
 DRAWS = {
     "gaussian": lambda rng, shape: rng.standard_normal(shape),
@@ -108,8 +108,8 @@ def test_extremes_fall_into_the_outer_bins():
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.integers(1, 4096))
 def test_counts_sum_exactly_through_float32_words(shares, ranks):
     counts = [int(share * (2**36 // ranks - 1)) for share in shares]
-    words = threshold.to_words(torch.tensor(counts))
-    total = threshold.from_words(sum_of(words, ranks))
+    words = sharding.to_words(torch.tensor(counts))
+    total = sharding.from_words(sum_of(words, ranks))
     assert total.tolist() == [ranks * count for count in counts]
 
 

@@ -129,9 +129,8 @@ def test_l2e_keeps_what_is_counted():
     """State, sums and what a measured step adds up, of two layers; no tensor of activations."""
     config = L2EConfig(late_start_step=2)
     layer = L2ELayer(2048, config, name="0", inhibited_layers=2)
-    state = layer.state
-    statistics = (state.statistics.mean, state.statistics.var, state.share)
-    held = [*statistics, state.sums.flat, state.measured.flat, state.counts]
+    stack = layer.state.stack
+    held = [*stack.running, *stack.derived, stack.sums.flat, stack.measured.flat, stack.counts]
     kept = 2 * sum(tensor.nbytes for tensor in held)
     counted = cost.l2e_memory(PYTHIA["70m"], LayoutPlan(inhibited_layers=2)) - cost.WORKSPACE_BYTES
     assert abs(counted / kept - 1) < 0.01
