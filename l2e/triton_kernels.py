@@ -43,6 +43,9 @@ SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_TWO_PI = tl.constexpr(0.3989422804014327)
 TANH_SCALE = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
 TANH_CUBIC = tl.constexpr(0.044715)
+FAR = tl.constexpr(
+    1e4
+)  # from here on GELU is x or 0 in every precision: what multiplies x vanishes
 HALF_UNIT = tl.constexpr(5.961e-8)  # a little over half of float32's last place
 HISTOGRAM_LOWEST = tl.constexpr(LOWEST)
 HISTOGRAM_BINS = tl.constexpr(BINS)
@@ -159,26 +162,27 @@ def _sigmoid_of_tanh(x):
 
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr, dtype: tl.constexpr):
-    """The activation of float32 x, to be stored as `dtype`."""
+    """The activation of float32 x, to be stored as `dtype`; of infinite x its limit."""
     if ACTIVATION == "gelu":
-        return tl.fma(-tl.abs(x), _tail(x, dtype), tl.maximum(x, 0.0))
+        return tl.fma(-tl.minimum(tl.abs(x), FAR), _tail(x, dtype), tl.maximum(x, 0.0))
     elif ACTIVATION == "gelu_tanh":
-        return x * _sigmoid_of_tanh(x)
+        return tl.maximum(x, -FAR) * _sigmoid_of_tanh(x)
     else:
         return x
 
 
 @triton.jit
 def _slope(x, ACTIVATION: tl.constexpr, dtype: tl.constexpr):
-    """The activation's derivative at float32 x."""
+    """The activation's derivative at float32 x; at infinite x its limit."""
+    near = tl.minimum(tl.maximum(x, -FAR), FAR)
     if ACTIVATION == "gelu":
         tail = _tail(x, dtype)
         density = _exp2(x * x * (-0.5 * LOG2_E)) * INVERSE_SQRT_TWO_PI
-        return tl.fma(x, density, tl.where(x < 0.0, tail, 1.0 - tail))
+        return tl.fma(near, density, tl.where(x < 0.0, tail, 1.0 - tail))
     elif ACTIVATION == "gelu_tanh":
         s = _sigmoid_of_tanh(x)
-        inner = tl.fma(x * x, 6.0 * TANH_SCALE * TANH_CUBIC, 2.0 * TANH_SCALE)
-        return tl.fma(x * s * (1.0 - s), inner, s)
+        inner = tl.fma(near * near, 6.0 * TANH_SCALE * TANH_CUBIC, 2.0 * TANH_SCALE)
+        return tl.fma(near * s * (1.0 - s), inner, s)
     else:
         return tl.full(x.shape, 1.0, tl.float32)
 

@@ -158,6 +158,21 @@ def test_deactivation_puts_the_mean_and_turns_the_gradient(made_by):
     assert torch.equal(found, torch.where(selected, -3.0 * grad, grad))
 
 
+@pytest.mark.parametrize("dtype", list(PRECISION))
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_far_from_zero_gelu_and_its_slope_are_their_limits(activation, dtype):
+    """torch's own are NaN at -inf, and in some precisions at inf; a NaN stays one."""
+    observe = arguments(1, torch.Generator(), activation=activation, threshold=None)
+    far = [float("inf"), 6e4, 300.0, -300.0, -6e4, -float("inf"), float("nan")]
+    pre = torch.tensor(far, device=DEVICE).to(dtype)[:, None]
+    out = triton_kernels.forward(pre, observe, None)
+    assert torch.equal(out[:6], pre[:6].clamp(min=0))
+    slope, _ = triton_kernels.backward(torch.ones_like(pre), pre, observe, 0.0)
+    assert slope[:6].flatten().tolist() == [1, 1, 1, 0, 0, 0]
+    assert out[6].isnan()
+    assert slope[6].isnan()
+
+
 @BOTH
 def test_nothing_is_selected_before_there_is_a_threshold(made_by):
     generator = torch.Generator().manual_seed(0)
