@@ -202,16 +202,35 @@ def give_up(process: Process, store: dist.Store, reason: str) -> None:
         time.sleep(2 * LONGEST_PAUSE)  # its store ends with it
 
 
-def first_of_host(joined: Joined, name: str, work: Callable[[], T]) -> T:
-    """`work()`, first by one rank of each host and then by the others, who find it done."""
-    host = joined.hosts[joined.process.rank]
-    if joined.process.local_rank == 0:
-        result = work()
-        joined.store.set(f"{name}/{host}", "done")
-        return result
-    while not joined.store.check([f"{name}/{host}"]):
-        time.sleep(LONGEST_PAUSE / 10)
-    return work()
+def first_of_host(
+    joined: Joined, name: str, work: Callable[[], T], say: Callable[[str], None] = say_now
+) -> T:
+    """`work()`, first by one rank of each host and then by the others, who find it done.
+
+    They begin when all hosts are done, however long that takes, and so does what follows: the
+    process group's forming has a limit, and one host's download may take longer than another's.
+    """
+    if joined.process.local_rank != 0:
+        wait_for_hosts(joined, name, say)
+        return work()
+    result = work()
+    joined.store.set(f"{name}/{joined.hosts[joined.process.rank]}", "done")
+    wait_for_hosts(joined, name, say)
+    return result
+
+
+def wait_for_hosts(joined: Joined, name: str, say: Callable[[str], None]) -> None:
+    """Until every host has set its key; after 20 s and then every minute the first rank tells."""
+    notices, attempt = Notices(float("inf"), say), 0
+
+    def awaited() -> list[str]:
+        hosts = sorted(set(joined.hosts))
+        return [host for host in hosts if not joined.store.check([f"{name}/{host}"])]
+
+    while awaited():
+        message = partial("waiting for {} on {}".format, name, ", ".join(awaited()))
+        notices.pause(message, lambda: joined.process.is_first, attempt)
+        attempt += 1
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -1,13 +1,17 @@
 """Ranks that find each other: real stores, one thread a rank."""
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from launch.engine import joining
 from launch.engine.joining import Joined, join
-from launch.engine.processes import find
+from launch.engine.processes import ALONE, find
 from tests.launch.running import free_port
 
 
@@ -71,3 +75,32 @@ def test_a_host_whose_name_leads_to_itself(monkeypatch: pytest.MonkeyPatch) -> N
         joining.interface(process, told)
     reached["a"] = "10.9.8.6"
     assert joining.interface(process, told) == {}
+
+
+def test_all_hosts_wait_for_the_slowest_ones_data():
+    """Of two hosts with two ranks each, one rank of each works first, and nobody goes on early."""
+    store, hosts = dist.HashStore(), ["a", "a", "b", "b"]
+    release, order = threading.Event(), []
+
+    def rank(number: int) -> str:
+        process = replace(ALONE, rank=number, world_size=4, local_rank=number % 2, local_size=2)
+
+        def work() -> str:
+            if number == 2:
+                assert release.wait(30)
+            order.append(number)
+            return f"path of {number}"
+
+        path = joining.first_of_host(Joined(process, store, hosts, {}), "data", work)
+        assert {0, 2} <= set(order)
+        return path
+
+    with ThreadPoolExecutor(4) as pool:
+        paths = [pool.submit(rank, number) for number in range(4)]
+        while order != [0]:
+            time.sleep(0.01)
+        assert not any(path.done() for path in paths)
+        release.set()
+        assert [path.result(30) for path in paths] == [f"path of {n}" for n in range(4)]
+    assert order[:2] == [0, 2]
+    assert sorted(order[2:]) == [1, 3]
