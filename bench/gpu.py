@@ -113,7 +113,7 @@ def supervise(
     command += ["--seconds", str(seconds)] + (["--smoke"] if arguments.smoke else [])
     end = time.monotonic() + seconds
     child = subprocess.Popen(command, env=environment)
-    current, since = "", time.monotonic()
+    current, since, why = "", time.monotonic(), ""
     try:
         while child.poll() is None:
             time.sleep(0.1)
@@ -121,16 +121,21 @@ def supervise(
             if running != current:
                 current, since = running, time.monotonic()
                 collect(folder, Path(arguments.output))
-            too_long = current and time.monotonic() - since > PARTS[current]
-            if too_long or time.monotonic() > end:
+            if current and time.monotonic() - since > PARTS[current]:
+                why = f"stopped after its {PARTS[current]} s"
+            elif time.monotonic() > end:
+                why = f"stopped by the end of the bench's {arguments.seconds:.0f} s"
+            if why:
                 child.kill()
+                break
     finally:
         child.kill()
         child.wait()
     current = read_text(folder / "running")
     if current in parts:  # it did not get to its end
         taken = time.monotonic() - since
-        note(folder / f"{current}.json", f"ended with {child.returncode} after {taken:.0f} s")
+        ended = why or f"ended with {child.returncode}"
+        note(folder / f"{current}.json", f"{ended}, {taken:.0f} s after its begin")
         return parts[parts.index(current) + 1 :]
     return []
 

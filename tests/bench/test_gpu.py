@@ -28,7 +28,15 @@ def test_smoke(tmp_path):
     assert parts["step"]["measured_seconds"] > 0
 
 
-def test_a_part_that_hangs_leaves_the_others(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("limits", "why", "after_it"),
+    [
+        ({"PARTS": gpu.PARTS | {"layer": 0.5}}, "stopped after its 0.5 s", True),
+        ({"LEAST_SECONDS": 0}, "stopped by the end of the bench's", False),
+    ],
+    ids=["its own limit", "the whole's"],
+)
+def test_a_part_that_hangs_leaves_the_others(tmp_path, monkeypatch, limits, why, after_it):
     """The worker is a script that writes one part's numbers and never ends the second."""
     worker = tmp_path / "worker.py"
     worker.write_text(
@@ -43,15 +51,17 @@ def test_a_part_that_hangs_leaves_the_others(tmp_path, monkeypatch):
     )
     output = tmp_path / "found.json"
     monkeypatch.setattr(gpu, "__file__", str(worker))
-    monkeypatch.setattr(gpu, "PARTS", gpu.PARTS | {"layer": 0.5})
-    only = ["--only", "machine,layer,loss", "--output", str(output)]
+    for name, value in limits.items():
+        monkeypatch.setattr(gpu, name, value)
+    seconds = "30" if after_it else "2"
+    only = ["--only", "machine,layer,loss", "--output", str(output), "--seconds", seconds]
     monkeypatch.setattr(sys, "argv", ["bench/gpu.py", *only])
     gpu.main()
     parts = json.loads(output.read_text())["parts"]
     assert parts["machine"] == {"failed": [], "kept": 1}
-    assert parts["loss"] == {"failed": [], "kept": 1}
+    assert parts.get("loss") == ({"failed": [], "kept": 1} if after_it else None)
     assert parts["layer"]["kept"] == 1
-    assert "ended with -9 after" in parts["layer"]["failed"][0]
+    assert parts["layer"]["failed"][0].startswith(why)
 
 
 def test_every_part_is_one_that_can_be_run():
