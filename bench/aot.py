@@ -144,8 +144,8 @@ def _width(instruction: str) -> int:
 def layer_variants(dtype: str) -> Iterator[tuple[str, Any, dict[str, object]]]:
     """(name, kernel, constants) of every variant that training launches."""
     for activation in ("gelu", "gelu_tanh", None):
-        common = {"ACTIVATION": activation, "BIASED": activation is not None, "EVEN": True}
-        common |= triton_kernels.tiles(BYTES[dtype])
+        common: dict[str, object] = {"ACTIVATION": activation, "EVEN": True}
+        common |= {"BIASED": activation is not None, **triton_kernels.tiles(BYTES[dtype])}
         title = activation or "identity"
         for method in ("regularize", "deactivate", "none"):
             chosen = common | {"METHOD": method, "SELECTING": True, "SUMMING": True}
@@ -213,7 +213,7 @@ def weight_gradient_bytes(preset: str) -> float:
 
     The first chunk's product writes it; each other one's is written, and read and added to it.
     """
-    config, (batch, length) = ModelConfig(preset=preset), SHAPES[preset]
+    config, (batch, length) = ModelConfig.model_validate({"preset": preset}), SHAPES[preset]
     chunk = CHUNK_BYTES["cuda"] // (BYTES["bf16"] * padded_vocab_size(config.vocab_size))
     chunks = math.ceil(batch * length / chunk)
     return (4 + (chunks - 1) * 16) * config.hidden_size / (batch * length)

@@ -12,9 +12,10 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,9 @@ DEVICE = torch.device("cuda", 0) if CUDA else default_device()  # as tensors nam
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Pythia's shapes in training: micro-batch, and so tokens and neurons of a layer.
 SHAPES = {"70m": (32, 2048), "410m": (16, 2048), "2.8b": (4, 2048)}
-TINY = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=512)
+TINY = ModelConfig.model_validate(
+    {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512}
+)
 
 # Largest relative error against float64 (2-norm). The interpreter truncates to bf16.
 LAYER_LIMITS = {"fp32": 1e-5, "bf16": 1e-2 if CUDA else 3e-2, "fp16": 2e-3}
@@ -183,7 +186,10 @@ def layer(part: Part) -> None:
         part.save(worst_relative_errors={k: float(f"{v:.2e}") for k, v in worst.items()})
     copy = copy_speed(part)
     for preset, (batch, length) in SHAPES.items():
-        tokens, neurons = batch * length, ModelConfig(preset=preset).intermediate_size
+        tokens, neurons = (
+            batch * length,
+            ModelConfig.model_validate({"preset": preset}).intermediate_size,
+        )
         if part.smoke:
             tokens, neurons = 64, 64
         with part.attempt(f"time {preset}"):
@@ -318,7 +324,7 @@ def loss(part: Part) -> None:
                 if not max(errors.values()) <= {"fp32": 1e-5}.get(name, 1e-2):
                     part.fail(f"{name}: {errors}")
         for preset, (batch, length) in SHAPES.items():
-            config = TINY if part.smoke else ModelConfig(preset=preset)
+            config = TINY if part.smoke else ModelConfig.model_validate({"preset": preset})
             tokens = 64 if part.smoke else batch * length
             h, w, y = loss_inputs(tokens, config.hidden_size, config.vocab_size, torch.bfloat16)
 
@@ -364,6 +370,8 @@ def loss_errors(part: Part, dtype: torch.dtype, group: Any) -> dict[str, float]:
     exact.backward()
     assert h.grad is not None
     assert w.grad is not None
+    assert exact_h.grad is not None
+    assert exact_w.grad is not None
     return {
         "loss": abs(value.item() / exact.item() - 1),
         "to_hidden": relative(h.grad / scale, exact_h.grad),
@@ -610,7 +618,10 @@ def measuring(part: Part) -> None:
     """What measuring costs one layer: time and memory; and how long the controller's step takes."""
     for preset in ("70m", "2.8b"):
         batch, length = SHAPES[preset]
-        tokens, neurons = batch * length, ModelConfig(preset=preset).intermediate_size
+        tokens, neurons = (
+            batch * length,
+            ModelConfig.model_validate({"preset": preset}).intermediate_size,
+        )
         if part.smoke:
             tokens, neurons = 64, 64
         with part.attempt(preset):
@@ -654,7 +665,7 @@ def workload(part: Part, preset: str) -> Workload:
     if part.smoke:
         return Workload(TINY, 2, 64, "fp32", DEVICE)
     batch, length = SHAPES[preset]
-    return Workload(ModelConfig(preset=preset), batch, length, "bf16", DEVICE)
+    return Workload(ModelConfig.model_validate({"preset": preset}), batch, length, "bf16", DEVICE)
 
 
 def speed(part: Part, preset: str) -> None:
@@ -730,7 +741,7 @@ def fast_weights() -> Iterator[None]:
     import model.mlp
 
     modules = (model.attention, model.embedding, model.mlp)
-    drawn, placed, sampled = modules[0].initializer, Workload.place, Workload.sample
+    placed = Workload.place
 
     def place(self: Workload, built: torch.nn.Module) -> torch.nn.Module:
         built = placed(self, built)
@@ -740,15 +751,15 @@ def fast_weights() -> Iterator[None]:
                     parameter.normal_(std=0.02)
         return built
 
-    for module in modules:
-        module.initializer = lambda *_, **__: lambda weight: weight
-    Workload.place = place
-    try:
-        yield
-    finally:
+    with ExitStack() as replaced:
         for module in modules:
-            module.initializer = drawn
-        Workload.place, Workload.sample = placed, sampled
+            replaced.enter_context(patch.object(module, "initializer", lambda *_, **__: _as_it_is))
+        replaced.enter_context(patch.object(Workload, "place", place))
+        yield
+
+
+def _as_it_is(weight: Tensor) -> Tensor:
+    return weight
 
 
 # --- attention -----------------------------------------------------------------------------------
@@ -762,7 +773,7 @@ def attention(part: Part) -> None:
         for preset in ("70m", "2.8b"):
             with part.attempt(preset):
                 batch, length = (1, 64) if part.smoke else SHAPES[preset]
-                config = TINY if part.smoke else ModelConfig(preset=preset)
+                config = TINY if part.smoke else ModelConfig.model_validate({"preset": preset})
                 module = Attention("attention", config, seed=0, sequence_parallel=False)
                 module = module.to(DEVICE, torch.bfloat16)
                 shape = (length, batch, config.hidden_size)
