@@ -52,7 +52,9 @@ def test_a_command_is_one_that_its_program_takes(page, command, monkeypatch) -> 
         paths = [word for word in words[3:] if not word.startswith("-")]
         assert all((ROOT / path.split("::")[0]).exists() for path in paths), command
         return
-    scripts = [word for word in words if re.fullmatch(r"(launch|bench|docs)/\w+\.py", word)]
+    scripts = [
+        word for word in words if re.fullmatch(r"(launch|bench|docs|examples)/\w+\.py", word)
+    ]
     assert scripts, f"{page.name}: {command}: names no verb"
     assert (ROOT / scripts[0]).exists(), command
     takes(scripts[0], words[words.index(scripts[0]) + 1 :], monkeypatch)
