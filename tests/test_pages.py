@@ -1,6 +1,7 @@
 """Every command of every page is one that its verb takes; what the pages name exists.
 
 The README's own commands are run by test_readme.py, and each how-to's by the test of its subject.
+CONTRIBUTING.md says which are not run.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from launch import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -24,7 +27,10 @@ LAUNCHERS = ("python", "python3", "deepspeed", "torchrun")
 
 
 def commands(page: Path) -> list[str]:
-    """The commands of a page's bash blocks, continuation lines joined, comments left out."""
+    """The commands of a page's bash blocks, continuation lines joined, comments left out.
+
+    Those marked as `shell` need what the page makes first, and are run by its own test.
+    """
     text = page.read_text(encoding="utf-8")
     blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -32,6 +38,50 @@ def commands(page: Path) -> list[str]:
 
 
 FOUND = [(page, command) for page in PAGES for command in commands(page)]
+
+
+def mentions(page: Path) -> list[str]:
+    """Commands in a page's sentences, which may leave out what they need."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    found = re.findall(r"`((?:python|make)\s[^`]+)`", text)
+    return [" ".join(words.split()) for words in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_sentence_names_exists(page) -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in mentions(page):
+        program, name, *more = command.split()
+        if program == "make":
+            assert name in targets, command
+        elif name == "-m":
+            assert (ROOT / more[0].replace(".", "/")).with_suffix(".py").exists(), command
+        else:
+            assert (ROOT / name).exists(), command
+
+
+def test_commands_stand_in_blocks_that_say_so() -> None:
+    """A block without a language would be looked at by nobody."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        blocks = re.findall(r"^```([^\n]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        for line in "".join(block for language, block in blocks if not language).splitlines():
+            assert not line.startswith(LAUNCHERS), f"{page.name}: {line}"
+
+
+def test_the_cluster_pages_jobs_are_written(tmp_path, monkeypatch) -> None:
+    page = ROOT / "docs" / "how_to" / "run_on_a_cluster.md"
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    written = []
+    for command in commands(page):
+        words = shlex.split(command)
+        if words[1:3] == ["launch/plan.py", "job"]:
+            plan.main(words[2:])
+            written.append(Path(words[words.index("--output") + 1]))
+            assert written[-1].stat().st_size > 0
+            written[-1].unlink()
+    assert len(written) >= 4
 
 
 class ParsedError(Exception):
