@@ -41,10 +41,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=60, help="timed steps of each contender")
-    rounds, device = parser.parse_args().rounds, default_device()
+    parser.add_argument("--note", default="", help="what readers should know about the machine")
+    arguments, device = parser.parse_args(), default_device()
     if device.type == "cpu":
         torch.set_num_threads(1)
-    found = {"machine": describe_machine(device), "rounds": rounds} | measure(rounds, device)
+    machine = describe_machine(device) | {"note": arguments.note}
+    found = {"machine": machine, "rounds": arguments.rounds} | measure(arguments.rounds, device)
     file = RESULTS / "attach" / f"{kind(device)}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=2) + "\n")

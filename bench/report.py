@@ -139,7 +139,7 @@ def attached(result: dict) -> str:
         f"## l2e.attach in somebody else's model: {machine['name']}\n\n{machine['date']}, "
         f"`bench/attach_speed.py --rounds {result['rounds']}`, {machine['cores']} cores, one "
         f"thread, {versions}. Linear 256 -> 4096, GELU, Linear 4096 -> 256, fp32, 2,048 rows "
-        "a step, attached behind the GELU and past the late start.\n\n"
+        f"a step, attached behind the GELU and past the late start. {machine['note']}\n\n"
         + table(["method", "milliseconds a step", "added, %"], body)
     )
 
