@@ -251,6 +251,11 @@ class ModuleHook(OwnHook):
         """Refuse what the method cannot be applied to, in one sentence."""
         if torch.compiler.is_compiling():
             return
+        if torch.jit.is_tracing():
+            raise ValueError(
+                f"l2e: module {self.name} is traced in training mode, and a trace would keep this "
+                "step's threshold for ever: call model.eval() before it, or handle.detach()"
+            )
         if z.layout is not torch.strided or z.is_nested or hasattr(z, "device_mesh"):
             raise ValueError(
                 f"l2e: module {self.name} returned a {type(z).__name__} of layout {z.layout}; the "

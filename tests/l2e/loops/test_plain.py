@@ -669,6 +669,14 @@ def test_function_transforms_get_a_sentence():
         model(torch.autograd.forward_ad.make_dual(x, x))
 
 
+def test_a_trace_in_training_mode_gets_a_sentence():
+    model, _, x = observed()
+    with pytest.raises(ValueError, match=r"module 1 is traced in training mode.*model\.eval"):
+        torch.jit.trace(model, x)
+    model.eval()
+    assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+
+
 # Arguments.
 
 
