@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from l2e import statistics, threshold
 from l2e.config import L2EConfig
@@ -19,6 +20,8 @@ from l2e.statistics import Statistics
 
 Sums = dict[str, Tensor]
 Result = TypeVar("Result")
+Fields = TypeVar("Fields", Running, Figures, Statistics)
+_agreed: set[Callable] = set()  # with their plain form, when first used
 _not_compiled: set[Callable] = set()
 
 
@@ -128,7 +131,7 @@ def advance(
 
     running = _follow(old, sums, selected_fraction, mean_ms, usable & flags.selecting, config)
     tau = torch.where(usable & flags.observing, start, running.tau)
-    figures = figures._replace(selected_fraction=selected_fraction, weight=weight)
+    figures = replaced(figures, selected_fraction=selected_fraction, weight=weight)
     ms_loss = samples.new_zeros(())
     if config.method == "regularize":
         factor = (weight if config.weight is None else config.weight) / shape.expected_selected
@@ -136,7 +139,7 @@ def advance(
         gradients = (totals["gradient_squares"] / entries[:, None]).sqrt()
         arrived, added, _ = gradients.unbind(1)
         ratio = torch.where(flags.comparing, added / arrived, figures.gradient_ratio)
-        figures = figures._replace(gradient_ratio=ratio)
+        figures = replaced(figures, gradient_ratio=ratio)
         if config.gradient_ratio is not None:
             comparing = usable & flags.comparing
             running = _compare(running, gradients, weight, comparing, config, shape)
@@ -146,8 +149,9 @@ def advance(
     mean_ms = torch.where(usable, mean_ms, old.mean_ms)
     first_centre_only = old.samples == 0  # is no statistic
     centre = torch.where(first_centre_only[:, None], 0, old.mean)
-    merged = statistics.where(finite, new, old.statistics._replace(mean=centre))
-    running = running._replace(
+    merged = statistics.where(finite, new, replaced(old.statistics, mean=centre))
+    running = replaced(
+        running,
         **merged._asdict(),
         tau=threshold.carry(tau, old.mean_var, mean_var),
         mean_ms=threshold.carry(mean_ms, old.mean_var, mean_var),
@@ -174,7 +178,8 @@ def _follow(
         tau = threshold.follow(tau, old.mean_ms, mean_ms)
     share = sums["selected"] / sums["samples"].clamp(min=1)
     weight = threshold.share_weight(old.updates, config.forget_step)[:, None]
-    return old._replace(
+    return replaced(
+        old,
         tau=torch.where(moving, tau, old.tau),
         drift=torch.where(moving, drift, old.drift),
         share=torch.where(moving[:, None], torch.lerp(old.share, share, weight), old.share),
@@ -206,7 +211,8 @@ def _compare(
     def moved(mean: Tensor, value: Tensor) -> Tensor:
         return torch.where(usable, torch.lerp(mean, value, newest), mean)
 
-    return old._replace(
+    return replaced(
+        old,
         lm_gradient=moved(old.lm_gradient, lm_gradient),
         ms_gradient=moved(old.ms_gradient, ms_gradient),
         ratio_updates=old.ratio_updates + usable,
@@ -224,27 +230,50 @@ def _measured(
         "mlp_to_residual": (output / residual).sqrt(),
     }
     before = old._asdict()
-    return old._replace(**{n: torch.where(measuring, v, before[n]) for n, v in new.items()})
+    return replaced(old, **{n: torch.where(measuring, v, before[n]) for n, v in new.items()})
+
+
+def replaced(old: Fields, **new: Tensor) -> Fields:
+    """`old._replace(**new)`, of which torch.compile makes an empty tuple in PyTorch 2.11."""
+    return type(old)(**(old._asdict() | new))
 
 
 def run(
     device: torch.device, config: L2EConfig, function: Callable[..., Result], *arguments: Any
 ) -> Result:
-    """One of the functions above, compiled on a GPU unless `kernels` is "plain"."""
+    """One of the functions above, compiled on a GPU unless `kernels` is "plain".
+
+    A compiled function is held against the plain one when it is first used.
+    """
     if config.kernels == "plain" or not compiles(device) or function in _not_compiled:
         return function(*arguments)
     try:
-        return compiled(function)(*arguments)
+        result = compiled(function)(*arguments)
+        problem = None if function in _agreed else difference(result, function(*arguments))
     except Exception as error:  # a compiler may fail in any way; training goes on without it
-        _not_compiled.add(function)
-        first_line = str(error).strip().partition("\n")[0]
-        logging.getLogger("l2e").warning(
-            "l2e: the statistics are merged by plain operations, whose launches cost time: "
-            "torch.compile failed: %s: %s",
-            type(error).__name__,
-            first_line,
-        )
-        return function(*arguments)
+        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if problem is None:
+        _agreed.add(function)
+        return result
+    _not_compiled.add(function)
+    logging.getLogger("l2e").warning(
+        "l2e: the statistics are merged by plain operations, whose launches cost time: "
+        "torch.compile failed: %s",
+        problem,
+    )
+    return function(*arguments)
+
+
+def difference(found: Any, expected: Any) -> str | None:
+    """How two results differ, if by more than rounding; they are waited for."""
+    tensors, structure = tree_flatten(found)
+    wanted, wanted_structure = tree_flatten(expected)
+    if structure != wanted_structure:
+        return f"it returns {structure}"
+    for one, other in zip(tensors, wanted, strict=True):
+        if not torch.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True):
+            return f"it differs by up to {(one - other).abs().max().item()}"
+    return None
 
 
 def compiles(device: torch.device) -> bool:
