@@ -21,8 +21,8 @@ from l2e.statistics import Statistics
 Sums = dict[str, Tensor]
 Result = TypeVar("Result")
 Fields = TypeVar("Fields", Running, Figures, Statistics)
-_agreed: set[Callable] = set()  # with their plain form, when first used
-_not_compiled: set[Callable] = set()
+agreed: set[Callable] = set()  # with their plain form, when first used
+not_compiled: set[Callable] = set()
 
 
 class Shape(NamedTuple):
@@ -245,17 +245,17 @@ def run(
 
     A compiled function is held against the plain one when it is first used.
     """
-    if config.kernels == "plain" or not compiles(device) or function in _not_compiled:
+    if config.kernels == "plain" or not compiles(device) or function in not_compiled:
         return function(*arguments)
     try:
         result = compiled(function)(*arguments)
-        problem = None if function in _agreed else difference(result, function(*arguments))
+        problem = None if function in agreed else difference(result, function(*arguments))
     except Exception as error:  # a compiler may fail in any way; training goes on without it
         problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if problem is None:
-        _agreed.add(function)
+        agreed.add(function)
         return result
-    _not_compiled.add(function)
+    not_compiled.add(function)
     logging.getLogger("l2e").warning(
         "l2e: the statistics are merged by plain operations, whose launches cost time: "
         "torch.compile failed: %s",

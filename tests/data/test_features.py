@@ -116,7 +116,7 @@ def test_code_language_from_the_machines_own_files(tmp_path):
     rows = read(tmp_path / "code.jsonl.gz")
     check_set(rows, 20, set(CODE))
     signs = {
-        "Python": ("import ", "def ", "self.", "return ", "assert"),
+        "Python": ("import ", "def ", "self.", "return ", "assert", '"""', " = "),
         "C and C++ headers": ("#define", "#if", "#include", "/*", "//", ");"),
         "HTML": ("</", "/>", "<p", "<!"),
         "Perl": ("$", "=head", "sub "),

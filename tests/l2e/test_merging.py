@@ -10,8 +10,8 @@ from l2e import Controller, L2EConfig, L2ELayer, merging
 def compiler(monkeypatch):
     """Stands for torch.compile on a GPU; returns what to set it by."""
     monkeypatch.setattr(merging, "compiles", lambda _: True)
-    monkeypatch.setattr(merging, "_agreed", set())
-    monkeypatch.setattr(merging, "_not_compiled", set())
+    monkeypatch.setattr(merging, "agreed", set())
+    monkeypatch.setattr(merging, "not_compiled", set())
     return lambda compiled: monkeypatch.setattr(merging, "compiled", compiled)
 
 
