@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -16,6 +15,7 @@ from data.files import sha256
 from data.index import TokenFile, idx_path
 from data.maps import build_once
 from data.order import ORDERS, Order, count_epochs, count_tokens
+from l2e.memory import GIB, host_bytes
 from l2e.problems import Problem
 
 PRESHUFFLED = "preshuffled"
@@ -376,13 +376,12 @@ def check_enough(
         )
     epochs = count_epochs(tokens, length, samples)
     size = 12 * epochs * len(documents) + 8 * samples
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > memory:
+    if size > (memory := host_bytes()):
         raise Problem(
             "token file",
             Path(file.prefix),
             f"{samples:,} samples read its {tokens:,} tokens {epochs:,} times, and to shuffle that "
-            f"takes {size / 2**30:,.0f} GiB, of which this machine has {memory / 2**30:,.0f}",
+            f"takes {size / GIB:,.0f} GiB, of which this machine has {memory / GIB:,.0f}",
             "take a larger corpus, fewer train.steps, a smaller train.global_batch_size or fewer "
             "evaluate.batches",
         )

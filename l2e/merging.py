@@ -19,9 +19,10 @@ from l2e.stack import Derived, Figures, Flags, Running
 from l2e.statistics import Statistics
 
 Sums = dict[str, Tensor]
+Variant = tuple[Callable, bool]  # a function, and whether its step is measured: a graph each
 Result = TypeVar("Result")
 Fields = TypeVar("Fields", Running, Figures, Statistics)
-agreed: set[Callable] = set()  # with their plain form, when first used
+agreed: set[Variant] = set()  # with their plain form, when first used
 not_compiled: set[Callable] = set()
 
 
@@ -243,17 +244,18 @@ def run(
 ) -> Result:
     """One of the functions above, compiled on a GPU unless `kernels` is "plain".
 
-    A compiled function is held against the plain one when it is first used.
+    A compiled function is held against the plain one when it is first used, measured or not.
     """
     if config.kernels == "plain" or not compiles(device) or function in not_compiled:
         return function(*arguments)
+    variant = function, all(argument is not None for argument in arguments)
     try:
         result = compiled(function)(*arguments)
-        problem = None if function in agreed else difference(result, function(*arguments))
+        problem = None if variant in agreed else difference(result, function(*arguments))
     except Exception as error:  # a compiler may fail in any way; training goes on without it
         problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if problem is None:
-        agreed.add(function)
+        agreed.add(variant)
         return result
     not_compiled.add(function)
     logging.getLogger("l2e").warning(

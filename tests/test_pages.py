@@ -103,7 +103,7 @@ def test_a_command_is_one_that_its_program_takes(page, command, monkeypatch) -> 
         assert all((ROOT / path.split("::")[0]).exists() for path in paths), command
         return
     scripts = [
-        word for word in words if re.fullmatch(r"(launch|bench|docs|examples)/\w+\.py", word)
+        word for word in words if re.fullmatch(r"(launch|bench|docs|docs/how_to)/\w+\.py", word)
     ]
     assert scripts, f"{page.name}: {command}: names no verb"
     assert (ROOT / scripts[0]).exists(), command

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from l2e.memory import GIB
 from launch.planning import cost
 from launch.planning.cost import LayoutPlan, ModelShape
 from launch.planning.layouts import layout_of
@@ -14,7 +15,6 @@ from launch.planning.speed import GPU, GPUS, step_seconds
 if TYPE_CHECKING:
     from configs import Config
 
-GIB = 2**30
 SHOWN = 3
 WORTHWHILE = 0.02  # a remedy frees at least this share of the plan
 

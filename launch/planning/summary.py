@@ -7,11 +7,10 @@ from configs.checks import BUILTIN
 from data.dataset import readings
 from l2e import L2EConfig, select_layers
 from l2e.hub import is_hub
+from l2e.memory import GIB
 from launch.planning import cost
 from launch.planning.cost import LayoutPlan
 from launch.planning.layouts import layout_of
-
-GIB = 2**30
 
 
 def summary(config: Config, layout: LayoutPlan) -> str:

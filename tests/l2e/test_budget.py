@@ -169,7 +169,8 @@ def loops(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(AsyncCompile, "cpp_pybinding", note)
     monkeypatch.setattr(merging, "compiles", lambda _: True)
-    monkeypatch.setattr(merging, "agreed", {merging.merge, merging.advance})  # by no number
+    functions = merging.merge, merging.advance
+    monkeypatch.setattr(merging, "agreed", {(f, m) for f in functions for m in (False, True)})
     merging.compiled.cache_clear()
     torch.compiler.reset()
     with torch._inductor.config.patch(force_disable_caches=True):

@@ -1,6 +1,6 @@
 """MEmeL on Swin: images of stripes, four modules in the middle of the third stage.
 
-python examples/memel_swin.py
+python docs/how_to/memel_swin.py
 
 A class is a direction of stripes of any width and place, under noise; the images are generated.
 """
@@ -11,13 +11,13 @@ import math
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import memel
 import torch
 from torch import Tensor, nn
 
 import l2e
-from examples import memel
 
 SIZE, CLASSES, BATCH = 32, 6, 32
 IMAGES, VALIDATION, NOISE = 1024, 512, 1.5

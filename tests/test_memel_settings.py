@@ -3,9 +3,12 @@
 import json
 import random
 
+import memel
+import memel_bert
+import memel_convgru
+import memel_swin
 import pytest
 
-from examples import memel, memel_bert, memel_convgru, memel_swin
 from launch.comparison.statistics import over_seeds
 
 FEW = {"BATCH": 4, "VALIDATION": 8, "IMAGES": 16, "SEQUENCES": 16}

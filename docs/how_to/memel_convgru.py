@@ -1,6 +1,6 @@
 """MEmeL on ConvGRU: frames of drifting blobs to be forecast, in all six recurrent modules.
 
-python examples/memel_convgru.py
+python docs/how_to/memel_convgru.py
 
 An encoder of three cells sees some frames, a forecaster of three cells gives the next ones.
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import memel
 import torch
 from torch import Tensor, nn
 
 import l2e
-from examples import memel
 
 SIZE, SEEN, FORECAST, BATCH = 16, 5, 5, 16
 SEQUENCES, VALIDATION, BLOBS = 512, 256, 3

@@ -1,7 +1,7 @@
 """MEmeL on BERT: a GLUE file, four modules in the middle of twelve.
 
-python examples/memel_bert.py --data cola.jsonl.gz
-python examples/memel_bert.py --data mrpc.jsonl.gz --model bert-base-uncased --steps 300
+python docs/how_to/memel_bert.py --data cola.jsonl.gz
+python docs/how_to/memel_bert.py --data mrpc.jsonl.gz --model bert-base-uncased --steps 300
 
 Lines of the file: {"sentence": ..., "label": 0 or 1}, or with sentence1 and sentence2. Every fifth
 is kept for validation. Without --model a small BERT of twelve layers learns from nothing.
@@ -17,13 +17,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import memel
 import torch
 from torch import Tensor, nn
 
 import l2e
-from examples import memel
 
 BATCH, LENGTH = 32, 64
 Encode = Callable[[list[str]], list[int]]
