@@ -56,6 +56,18 @@ def train(config: Path, folder: Path, *settings: str) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_the_schedule_is_followed(config, tmp_path, monkeypatch):
+    """At a rate of 0 from step 3 on, weights stay what they are after it, and so does the loss."""
+    program = experiment.load_program(PROGRAM)
+    monkeypatch.setattr(program, "learning_rate", lambda _, step: 0.01 if step < 3 else 0.0)
+    words = ["--config", str(config), "--run-dir", str(tmp_path), "--set", "l2e.method=none"]
+    program.main([*words, "--set", "evaluate.interval=1"])
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["validation_loss"] for row in rows]
+    assert len(set(losses[:3])) == 3
+    assert losses[2:] == [losses[2]] * (STEPS - 2)
+
+
 def test_losses_are_those_of_transformers(config, tmp_path):
     """The first step's and the last validation's, computed anew with transformers' own loss."""
     rows = train(config, tmp_path, "l2e.method=none", "optimizer.learning_rate=0")

@@ -107,3 +107,10 @@ def test_a_batch_is_told_with_its_subsets(tmp_path) -> None:
     samples = open_dataset(prefix, 32, seed=1, samples=40, order="preshuffled")
     assert describe_samples(samples, range(8, 12)) == "samples 8 to 11, Books 50.0%, Code 50.0%"
     assert describe_samples(samples, range(9, 13)) == "samples 9 to 12, Code 75.0%, Books 25.0%"
+    books, code = [np.full(10, 1)] * 20, [np.full(40, 2)] * 20  # by length most is Code
+    mixed = write_tokens(tmp_path / "y", [*books, *code])
+    np.repeat(np.array([0, 1], np.int32), (20, 20)).tofile(f"{mixed}.subsets")
+    manifest.path(mixed).write_text(json.dumps(told))
+    one = open_dataset(mixed, 499, seed=1, samples=1)
+    share = (np.asarray(one[0]) == 2).mean()
+    assert f"Code {share:.1%}, Books {1 - share:.1%}" in describe_samples(one, range(1))
