@@ -34,6 +34,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 KINDS = ("kill", "stop", "signal", "full disk", "dead link")
 STEP_TIMEOUT = 10  # seconds; a stopped rank is given up after it
 SMALL = 4096  # bytes a file may have on the full disk
+FULL = 0.3  # seconds that a disk is full at most, before a signal and after it
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -119,8 +120,8 @@ def disturb(
     enough: bool,
     hosts: Hosts | None,
 ) -> tuple[str, subprocess.Popen]:
-    """Do something to a rank about `apart` steps from now; the kind of fault, and to which."""
-    goal = fleet.steps(run) + dice.randint(1, 2 * apart)
+    """Do something to a rank up to `apart` steps from now; the kind of fault, and to which."""
+    goal = fleet.steps(run) + dice.randint(1, apart)
     while fleet.steps(run) < goal or enough:
         if any(member.process.poll() is not None for member in members):
             return "none", members[0].process  # at its end
@@ -132,11 +133,12 @@ def disturb(
         limits = [resource.prlimit(m.process.pid, resource.RLIMIT_FSIZE) for m in members]
         for member, (_, hard) in zip(members, limits, strict=True):
             resource.prlimit(member.process.pid, resource.RLIMIT_FSIZE, (SMALL, hard))
-        time.sleep(0.5 + dice.random())
+        time.sleep(dice.random() * FULL)
+        victim.send_signal(signal.SIGTERM)
+        time.sleep(FULL)
         for member, limit in zip(members, limits, strict=True):
             if member.process.poll() is None:
                 resource.prlimit(member.process.pid, resource.RLIMIT_FSIZE, limit)
-        victim.send_signal(signal.SIGTERM)
     elif kind == "dead link":
         assert hosts is not None
         hosts.link(up=False)

@@ -12,7 +12,7 @@ from tests.launch.hosts import two_hosts, why_none
 @pytest.mark.cluster
 def test_ten_faults_leave_the_numbers_as_they_are(tmp_path: Path) -> None:
     with nullcontext() if why_none() else two_hosts() as hosts:
-        found = soak.soak(tmp_path, 300, faults=10, processes=2, seed=1, hosts=hosts)
+        found = soak.soak(tmp_path, 600, faults=10, processes=2, seed=1, hosts=hosts)
     assert sum(found["faults"].values()) >= 10
     assert found["lost_checkpoints"] == 0
     assert found["differing_steps"] == []
