@@ -1,12 +1,15 @@
-"""A batch that makes no finite gradient: the run goes back and past it."""
+"""A batch that makes no finite gradient, or a loss that jumps: the run goes back and past it."""
 
 import json
 from pathlib import Path
 
+import numpy as np
+
+from tests.data.conftest import write_tokens
 from tests.launch import fleet
 from tests.launch.running import ROOT, python
 
-# The eighth batch that this process reads is poison, whenever it comes up.
+# The batch that this process reads as number NTH is poison, whenever it comes up.
 POISONED = """
 import sys
 sys.path[0] = {root!r}
@@ -16,17 +19,24 @@ from launch import cli, pretrain
 
 split, seen, poison = Engine.split, [], []
 
+def bad_gradient(engine, labels):
+    def spoil(gradient):
+        hook.remove()
+        return gradient * float("nan")
+
+    hook = engine.model.embed_out.weight.register_hook(spoil)
+    return labels
+
+def bad_labels(engine, labels):
+    return (labels + 128) % 256
+
 def poisoned(engine, batch):
     seen.append(batch)
-    if len(seen) == 9:  # after seven steps and a validation
+    if len(seen) == {nth}:
         poison.append(batch)
     tokens, labels = split(engine, batch)
     if poison and batch.equal(poison[0]) and engine.model.training:
-        def spoil(gradient):
-            hook.remove()
-            return gradient * float("nan")
-
-        hook = engine.model.embed_out.weight.register_hook(spoil)
+        labels = {kind}(engine, labels)
     return tokens, labels
 
 Engine.split = poisoned
@@ -34,20 +44,53 @@ cli.run_verb(pretrain.main)
 """
 
 
-def test_a_run_goes_back_and_past_a_bad_batch(tmp_path: Path) -> None:
-    config = fleet.write_config(
-        tmp_path, train={"steps": 15, "micro_batch_size": 4, "on_nonfinite": "rollback"}
-    )
-    run = tmp_path / "run"
+def run_poisoned(folder: Path, kind: str, nth: int, **sections: dict) -> tuple[Path, str]:
+    """The folder and the output of a run whose batch `nth` is spoilt by the function `kind`."""
+    config = fleet.write_config(folder, **sections)
+    run = folder / "run"
     arguments = ["launch/pretrain.py", "--config", str(config), "--run-dir", str(run)]
-    script = tmp_path / "poisoned.py"
-    script.write_text(POISONED.format(root=str(ROOT), arguments=arguments))
+    script = folder / "poisoned.py"
+    script.write_text(POISONED.format(root=str(ROOT), arguments=arguments, nth=nth, kind=kind))
     done = python(script)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("its update was not made: back to") == 1
-    assert "step_0000005" in done.stdout.split("back to")[1].splitlines()[0]
+    return run, done.stdout
+
+
+def samples_read(run: Path, step: int) -> int:
+    state = json.loads((run / "checkpoints" / f"step_{step:07d}" / "state.json").read_text())
+    return state["samples"]
+
+
+def test_a_run_goes_back_and_past_a_bad_batch(tmp_path: Path) -> None:
+    """After seven steps and a validation."""
+    train = {"steps": 15, "micro_batch_size": 4, "on_nonfinite": "rollback"}
+    run, told = run_poisoned(tmp_path, "bad_gradient", 9, train=train)
+    assert told.count("its update was not made: back to") == 1
+    assert "step_0000005" in told.split("back to")[1].splitlines()[0]
     assert sorted(fleet.losses(run)) == list(range(1, 16))
     assert all(loss is not None for loss in fleet.losses(run).values())
     # Steps 6 to 8 were made with the samples after step 8: three steps' data were passed over.
-    state = json.loads((run / "checkpoints" / "step_0000015" / "state.json").read_text())
-    assert state["samples"] == (15 + 3) * 4
+    assert samples_read(run, 15) == (15 + 3) * 4
+
+
+def test_a_run_goes_back_and_past_a_batch_whose_loss_jumps(tmp_path: Path) -> None:
+    """A language of sixteen words in one order is soon learnt; one batch's labels are wrong."""
+    random = np.random.default_rng(0)
+    starts, lengths = random.integers(0, 16, 2000), random.integers(20, 60, 2000)
+    documents = [np.arange(a, a + n) % 16 for a, n in zip(starts, lengths, strict=True)]
+    prefix = write_tokens(tmp_path / "words", documents)
+    run, told = run_poisoned(
+        tmp_path,
+        "bad_labels",
+        74,  # after 72 steps and a validation
+        data={"path": prefix, "validation_path": str(tmp_path / "tokens")},
+        train={"steps": 80, "micro_batch_size": 4, "on_spike": "rollback"},
+    )
+    assert told.count("the loss jumped at step 73:") == 1
+    line = next(line for line in told.splitlines() if "the loss jumped" in line)
+    assert "samples 288 to 291" in line
+    assert "step_0000070" in line.split("back to")[1]
+    losses = fleet.losses(run)
+    assert sorted(losses) == list(range(1, 81))
+    assert losses[73] < 1
+    assert samples_read(run, 80) == (80 + 3) * 4
