@@ -15,6 +15,7 @@ import pytest
 
 from tests.launch import fleet
 from tests.launch.fleet import ranks, started, wait_for, wait_for_end, wait_for_step, words
+from tests.launch.models import byte_tokenizer, write_sciq
 from tests.launch.running import ROOT, free_port
 
 HOST = socket.gethostname()
@@ -103,6 +104,47 @@ def test_a_rank_is_killed_wherever_it_is(config: Path, tmp_path: Path, place: st
     found = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert ("step_0000010.tmp" in found) == (place == "save")
     assert "step_0000005" in found
+
+
+# A rank that is told to leave while downstream tasks are scored; it would take an hour.
+SCORING = """
+import os, signal, sys, time
+sys.path[0] = {root!r}
+from launch.engine.signals import STOP
+STOP.listen()
+from launch import cli, pretrain
+from launch.evaluation import scores
+
+def told_to_leave(*_):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.{signal})
+    time.sleep(3600)
+
+scores.evaluate = told_to_leave
+cli.run_verb(pretrain.main)
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 0), ("SIGINT", 130)])
+def test_a_signal_while_tasks_are_scored(
+    config: Path, tmp_path: Path, name: str, status: int
+) -> None:
+    """The step was saved before the scoring began: all leave at once, and it is the newest."""
+    run, program = tmp_path / "run", tmp_path / "scoring.py"
+    program.write_text(SCORING.format(root=str(ROOT), signal=name))
+    settings = {
+        "model.vocab_size": 300,
+        "tokenizer.path": byte_tokenizer(tmp_path),
+        "evaluate.tasks": '["sciq"]',
+        "evaluate.task_data": write_sciq(tmp_path / "tasks").parent,
+        "evaluate.task_interval": 7,
+    }
+    with ranks(2, config, run, *words(settings), logs=tmp_path / "l", program=program) as members:
+        wait_for(lambda: (run / "checkpoints" / "step_0000007").exists(), *members)
+        assert wait_for_end(members, 60) < 30
+        assert [m.process.returncode for m in members] == [status] * 2, members[0].output()
+    assert fleet.newest(run) == 7
 
 
 def test_a_stopped_rank_ends_the_run(config: Path, tmp_path: Path) -> None:
