@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test test-cluster lint fuzz bench docs
+.PHONY: venv demo test test-cluster test-pages lint fuzz bench docs
 
 venv: .venv/installed
 
@@ -21,6 +21,10 @@ test: lint
 # Faults by the dozen, and a cluster's own programs where they are installed.
 test-cluster: venv
 	$(BIN)/python -m pytest -m cluster
+
+# The long commands of README.md and docs/, on small inputs.
+test-pages: venv
+	$(BIN)/python -m pytest -m pages
 
 lint: venv
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from l2e.analysis import analyses, analysis
 from launch import analyze
@@ -76,6 +77,26 @@ def test_the_notebook_page(place, capsys, monkeypatch):
         names["run"]("x", names["subject"])
     with pytest.raises(ValueError, match="no feature passages"):
         names["run"]("fkr", names["Subject"]("EleutherAI/pythia-70m"))
+
+
+def test_the_monitor_in_a_loop_of_ones_own(place):
+    """docs/analysis.md, on a model of transformers."""
+    [snippet] = blocks("analysis.md", "python")
+    model, tokenizer = make_model("gpt_neox"), byte_tokenizer()
+
+    @torch.no_grad()
+    def observe(tokens, see):
+        hidden = model(tokens, output_hidden_states=True).hidden_states
+        for number, block in enumerate(model.gpt_neox.layers):
+            inner = block.mlp.dense_h_to_4h(block.post_attention_layernorm(hidden[number]))
+            see(number, block.mlp.act(inner))
+
+    names = {"path": "languages.jsonl.gz", "tokenizer": tokenizer, "observe": observe}
+    names |= {"micro_batch_size": 4, "step": 0, "tokens_per_step": 64}
+    exec(snippet, names)
+    layers = names["metrics"]["layers"]
+    assert list(layers) == [0, 1, 2]
+    assert all(layer["mean_ms"] > 0 <= layer["fkr"] <= 1 for layer in layers.values())
 
 
 def test_how_to_add_an_analysis(place, monkeypatch):
