@@ -2,8 +2,8 @@
 
 The tokens pass in chunks. Each chunk's logits are computed once: the loss and both gradients
 are taken from them at once, in the forward pass, and the logits are dropped. The softmax is
-float32 whatever the model's dtype: plain torch operations on a float32 copy, or on a GPU Triton
-kernels that need none (`model.triton_loss`).
+float32 whatever the model's dtype: plain torch operations on float32 copies of a few rows, or on a
+GPU Triton kernels that need none (`model.triton_loss`).
 """
 
 import logging
@@ -16,9 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits held at a time, in bytes (float32 where the softmax is plain): in a CPU's cache, or so many
-# on a GPU that adding up the chunks' gradients of the weight is little beside reading the logits.
+# Logits held at a time, in bytes: so many that adding up the chunks' gradients of the weight is
+# little beside reading the logits.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+# Of these the plain softmax works on so many in float32 at a time: on a CPU its passes find them in
+# the cache of one core.
+SLICE_BYTES = {"cpu": 2**20, "cuda": 2**28}
 
 # (logits [tokens, rows], targets [tokens], vocabulary, group, wants_gradient) -> losses [tokens];
 # puts the gradient in the place of the logits. No group: the rows are whole.
@@ -54,11 +57,10 @@ class _CrossEntropy(torch.autograd.Function):
         first_row = dist.get_rank(group) * weight.shape[0]
         vocabulary = min(max(vocab_size - first_row, 0), weight.shape[0])  # of this shard
         tokens, fused = hidden.shape[0], fused_softmax(hidden.device, hidden.dtype, group)
-        element = hidden.element_size() if fused else torch.float32.itemsize
-        chunk_tokens = min(_chunk_tokens(weight, element), tokens)
+        chunk_tokens = min(_chunk_tokens(weight, hidden.element_size()), tokens)
         # One or two buffers for all chunks: new memory each time costs page faults.
         product = hidden.new_empty(chunk_tokens, weight.shape[0])
-        softmax = fused or _PlainSoftmax(product)
+        softmax = fused or _PlainSoftmax(product, group)
         if wants_gradient:
             hidden_gradient = torch.empty_like(hidden)
             weight_gradient = torch.empty_like(weight, dtype=torch.float32)
@@ -91,11 +93,19 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _PlainSoftmax:
-    """The softmax of one chunk after another in torch operations, on a float32 copy."""
+    """The softmax in torch operations, of a slice of the chunk after another, in float32."""
 
-    def __init__(self, product: Tensor) -> None:
+    def __init__(self, product: Tensor, group: dist.ProcessGroup) -> None:
         """`product` [tokens, rows] is as large as the chunks will be."""
-        self.logits = product.float()
+        tokens, rows = product.shape
+        self.is_sharded = dist.get_world_size(group) > 1
+        held = SLICE_BYTES[product.device.type]
+        if self.is_sharded:  # each slice takes messages
+            held = CHUNK_BYTES[product.device.type] // 4
+        self.slice_tokens = min(max(1, held // (torch.float32.itemsize * rows)), tokens)
+        self.copy = None
+        if product.dtype != torch.float32:
+            self.copy = product.new_empty(self.slice_tokens, rows, dtype=torch.float32)
 
     def __call__(
         self,
@@ -105,12 +115,31 @@ class _PlainSoftmax:
         group: dist.ProcessGroup | None,
         wants_gradient: bool,
     ) -> Tensor:
-        logits = self.logits[: len(product)].copy_(product)
-        logits[:, vocabulary:] = torch.finfo(logits.dtype).min
-        losses, gradient = _softmax(logits, targets, group)
-        if wants_gradient:
-            product.copy_(gradient)
-        return losses
+        """targets: outside [0, rows) where another rank has the label's row."""
+        product[:, vocabulary:] = torch.finfo(product.dtype).min
+        mine = (targets >= 0) & (targets < product.shape[-1])
+        targets = torch.where(mine, targets, 0).unsqueeze(-1)
+        target = torch.where(mine, product.gather(-1, targets).squeeze(-1).float(), 0.0)
+        minus_one = -mine.float().unsqueeze(-1)
+        normaliser = torch.empty_like(target)
+        for start in range(0, len(product), self.slice_tokens):
+            part = slice(start, start + self.slice_tokens)
+            logits = product[part]
+            if self.copy is not None:
+                logits = self.copy[: len(logits)].copy_(logits)
+            peak = logits.amax(-1)
+            softmax = torch.softmax(logits, -1, out=logits)
+            # log sum exp(logits): the largest entry's logit less its log-probability.
+            torch.sub(peak, softmax.amax(-1).log_(), out=normaliser[part])
+            if group is not None and self.is_sharded:
+                shard = normaliser[part].clone()
+                normaliser[part], target[part] = _join(shard, target[part], group)
+                softmax.mul_((shard - normaliser[part]).exp_().unsqueeze(-1))
+            if wants_gradient:
+                gradient = softmax.scatter_add_(-1, targets[part], minus_one[part])
+                if self.copy is not None:
+                    product[part] = gradient
+        return normaliser - target
 
 
 @cache
@@ -158,28 +187,6 @@ def disagreement(fused: Softmax, device: torch.device, dtype: torch.dtype) -> st
     return f"differs from float64 by {worst}"
 
 
-def _softmax(
-    logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Loss of each token [tokens] and its gradient by the logits [tokens, rows], in their place.
-
-    targets: [tokens], the label's row in this shard, outside [0, rows) where another rank has it.
-    """
-    mine = (targets >= 0) & (targets < logits.shape[-1])
-    targets = torch.where(mine, targets, 0).unsqueeze(-1)
-    target = torch.where(mine, logits.gather(-1, targets).squeeze(-1), 0.0)
-    peak = logits.amax(-1)
-    softmax = torch.softmax(logits, -1, out=logits)
-    # log sum exp(logits): the largest entry's logit less its log-probability.
-    normaliser = peak - softmax.amax(-1).log()
-    if group is not None and dist.get_world_size(group) > 1:
-        shard = normaliser
-        normaliser, target = _join(shard, target, group)
-        softmax.mul_((shard - normaliser).exp_().unsqueeze(-1))
-    gradient = softmax.scatter_add_(-1, targets, -mine.float().unsqueeze(-1))
-    return normaliser - target, gradient
-
-
 def _join(normaliser: Tensor, target: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """From every shard's log sum of exponentials and target logit (or 0), the whole row's."""
     peak = normaliser.clone()
@@ -198,12 +205,13 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> Non
         else:
             total += torch.mm(left, right, out_dtype=total.dtype)
         return
-    if first:
-        total.zero_()
-    if right.dtype == total.dtype:
-        total.addmm_(left, right)
+    if right.dtype != total.dtype:
+        product = left @ right
+        total.copy_(product) if first else total.add_(product)
+    elif first:
+        torch.mm(left, right, out=total)
     else:
-        total += left @ right
+        total.addmm_(left, right)
 
 
 @cache
