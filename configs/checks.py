@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from data import check as data_check
 from data import check_one_tokenizer, check_tokenizer, manifest
 from data.index import bin_path
 from l2e import select_layers
+from l2e.files import OPEN_TO_ALL, strangers_folder
 from l2e.hub import is_hub
 from l2e.problems import Problem
 
@@ -35,7 +37,6 @@ FILLED_IN = {
     "elasticity": "train.global_batch_size",
     "steps_per_print": "logging.interval",
 }
-OPEN_TO_ALL = 0o002  # of a folder's mode
 
 
 def cross_check(
@@ -297,10 +298,17 @@ def check_cache(config: Config) -> Iterator[Problem]:
     folder = config.data.cache_dir
     if folder is None:
         return
-    place = nearest_folder(Path(folder))
-    if place.stat().st_mode & OPEN_TO_ALL:
+    path = Path(folder)
+    place = nearest_folder(path)
+    mode = place.stat().st_mode
+    # In a sticky one, as /tmp is, a folder that the run makes is nobody's else to replace.
+    own_is_safe = mode & stat.S_ISVTX and not path.exists()
+    if mode & OPEN_TO_ALL and not own_is_safe:
         fix = "make a folder of your own in it first, and name that"
         yield Problem("data.cache_dir", folder, f"{place} can be written by every user", fix)
+    elif theirs := strangers_folder(path):
+        fix = "name a folder of your own"
+        yield Problem("data.cache_dir", folder, f"{theirs} is another user's", fix)
     elif not place.is_dir() or not os.access(place, os.W_OK):
         fix = "name a folder of your own"
         yield Problem("data.cache_dir", folder, f"{place} cannot be written to", fix)

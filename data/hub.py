@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from l2e.files import create
+from l2e.files import create, own_folder
 from l2e.hub import parse, refuse_escapes
 from l2e.problems import Problem
 
@@ -72,7 +72,7 @@ def join_parts(source: Path, prefix: Path) -> str:
         )
     target, done = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     if not done.exists():  # the index is linked last: it says that the tokens are whole
-        target.parent.mkdir(parents=True, exist_ok=True)
+        own_folder("data.cache_dir", target.parent)
         if len(parts) == 1:
             link(target, parts[0])
         else:

@@ -17,7 +17,7 @@ import numpy as np
 
 from data.files import sync
 from data.lock import Held, Lock
-from l2e.files import fresh_folder, refuse_foreign
+from l2e.files import fresh_folder, own_folder, refuse_foreign
 from l2e.problems import Problem
 
 TIMEOUT = 3600.0  # seconds; a full Pile is shuffled in minutes
@@ -82,7 +82,7 @@ def _build(target: Path, identity: dict, build: Callable[[], Maps]) -> None:
 def _locked(target: Path, timeout: float) -> Iterator[None]:
     """One builder at a time; the others wait here."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        own_folder("data.cache_dir", target.parent)
         with _wait(target, timeout):
             yield
     except OSError as error:

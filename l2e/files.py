@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, BinaryIO
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROOT_USER = 0
+OPEN_TO_ALL = stat.S_IWOTH  # of a folder's mode
 
 
 def create(path: Path) -> BinaryIO:
@@ -65,6 +67,30 @@ def refuse_foreign(key: str, path: Path) -> None:
     if owner not in (os.geteuid(), ROOT_USER, path.parent.stat().st_uid):
         reason = f"belongs to another user (number {owner}), whose work is not taken for yours"
         raise Problem(key, path, reason, fix)
+
+
+def own_folder(key: str, path: Path) -> None:
+    """Make a folder, and those around it that are missing; raises ValueError where another user
+    was faster, in a folder where everybody may make some."""
+    path.mkdir(parents=True, exist_ok=True)
+    if theirs := strangers_folder(path):
+        fix = "name a folder of your own"
+        raise Problem(key, path, f"{theirs} was made by another user, who may change it", fix)
+
+
+def strangers_folder(path: Path) -> Path | None:
+    """The first on the way to `path` that another user made where everybody may make some.
+
+    Its maker can replace it, also in a sticky folder such as /tmp, where nobody else can.
+    """
+    path = path.absolute()
+    for folder in (*reversed(path.parents), path):
+        if not os.path.lexists(folder):
+            return None
+        around, owner = folder.parent.stat(), folder.lstat().st_uid
+        if around.st_mode & OPEN_TO_ALL and owner not in (os.geteuid(), ROOT_USER, around.st_uid):
+            return folder
+    return None
 
 
 def inside(folder: Path, name: object, source: Path) -> Path:

@@ -38,8 +38,6 @@ def main(arguments: list[str] | None = None) -> int:
     from launch.comparison import plan
 
     output = options.output or Path("runs") / options.plan.stem
-    if not options.dry_run:  # before it is looked at: in /tmp others could make it first
-        output.mkdir(parents=True, exist_ok=True)
     experiment = plan.read(options.plan, output, not options.no_control)
     if options.dry_run:
         from launch.comparison.preview import lines

@@ -25,6 +25,7 @@ from data import (
 from data import manifest as corpus_manifest
 from data.files import read_json
 from data.identity import changes
+from l2e.files import own_folder
 from l2e.hub import is_hub
 from launch.checkpoint.stored import StoredCheckpoint
 from launch.training.position import Position
@@ -171,7 +172,7 @@ def prepare_builtin(config: Config, paths: Paths) -> Paths:
         command = [sys.executable, str(ROOT / "launch" / "prepare.py"), "--corpus", "builtin"]
         command += ["--train-tokenizer", "sentencepiece"]
         command += ["--vocab-size", str(config.tokenizer.vocab_size), "--output", str(prefix)]
-        prefix.parent.mkdir(parents=True, exist_ok=True)
+        own_folder("data.cache_dir", prefix.parent)
         if subprocess.run(command, check=False).returncode:
             raise ValueError(f"preparing the built-in corpus failed: {' '.join(command)}")
     return paths

@@ -25,7 +25,7 @@ from data.manifest import Subsets
 from data.maps import build_once
 from data.partial import LENGTHS, REJECTS, SUBSETS, TOKENS, PartialCorpus
 from l2e.analysis.weights import Weights
-from l2e.files import fresh_folder, inside, refuse_foreign
+from l2e.files import fresh_folder, inside, own_folder, refuse_foreign
 from l2e.hub import refuse_escapes
 from launch.checkpoint import folders
 from launch.checkpoint.huggingface import reshard
@@ -330,6 +330,22 @@ def test_what_the_owner_of_the_folder_left_is_taken(tmp_path) -> None:
         refuse_foreign("cache", tmp_path / "entry")
     os.chown(tmp_path, STRANGER, STRANGER)
     refuse_foreign("cache", tmp_path / "entry")
+
+
+@as_root
+@pytest.mark.parametrize("name", ["cache", "cache/deeper", "link"])
+def test_a_cache_in_a_folder_open_to_all_is_made_by_this_user(tmp_path, name) -> None:
+    """Whoever makes it can replace it: a stranger may be faster than the run that checked."""
+    tmp_path.chmod(0o1777)
+    build_once(tmp_path / "fresh" / "deeper", {}, lambda: {"first": np.arange(5)})
+    (tmp_path / "cache" / "deeper").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "cache")
+    own_folder("cache", tmp_path / name)
+    os.chown(tmp_path / name.split("/")[0], STRANGER, STRANGER, follow_symlinks=False)
+    with pytest.raises(ValueError, match="another user"):
+        build_once(tmp_path / name, {}, lambda: {"first": np.arange(5)})
+    tmp_path.chmod(0o755)  # nobody else can have put it here but who owns the folder
+    own_folder("cache", tmp_path / name)
 
 
 @pytest.mark.parametrize(

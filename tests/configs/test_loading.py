@@ -222,11 +222,14 @@ def test_a_cache_that_others_can_write_is_refused(tmp_path: Path) -> None:
     shared.chmod(0o1777)
     (tmp_path / "link").symlink_to(shared)
     (shared / "mine").mkdir(mode=0o700)
-    for folder in (shared, shared / "new" / "deeper", tmp_path / "link"):
+    anybodys = tmp_path / "anybodys"  # without the bit by which only owners replace what is theirs
+    anybodys.mkdir()
+    anybodys.chmod(0o777)
+    for folder in (shared, tmp_path / "link", anybodys, anybodys / "new"):
         data = SMALL["data"] | {"cache_dir": str(folder)}
         found = mistakes(tmp_path, SMALL | {"data": data})
         assert "can be written by every user" in found["data.cache_dir"]
-    for folder in (own, own / "new", shared / "mine" / "new"):
+    for folder in (own, own / "new", shared / "mine" / "new", shared / "new" / "deeper"):
         configs.load(write(tmp_path, SMALL | {"data": SMALL["data"] | {"cache_dir": str(folder)}}))
 
 
