@@ -116,6 +116,22 @@ class L2EConfig(Settings):
         """The key to lower where L_MS pulls too hard."""
         return "weight" if self.gradient_ratio is None else "gradient_ratio"
 
+    def acting(self) -> dict[str, Any]:
+        """The keys that have a say in training, as the others are set; none where nothing is done.
+
+        Settings that act alike train the same.
+        """
+        if self.method == "none" or (self.method == "regularize" and self.weight == 0):
+            return {}
+        if self.method == "silence":
+            return {"method": self.method, "layers": self.layers}
+        idle = {"delta"} if self.method == "regularize" else {"weight", "gradient_ratio"}
+        if self.selection == "topk":
+            idle |= {"inhibit_fraction", "threshold_rate", "threshold_rate_floor"}
+        else:
+            idle.add("topk")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in idle}
+
     def _contradictions(self) -> Iterator[Problem]:
         if self.threshold_rate_floor > self.threshold_rate:
             yield Problem(

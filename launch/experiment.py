@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     from launch.comparison import plan
 
     output = options.output or Path("runs") / options.plan.stem
+    if not options.dry_run:
+        refuse_unfit(output, options.slurm)
     experiment = plan.read(options.plan, output, not options.no_control)
     if options.dry_run:
         from launch.comparison.preview import lines
@@ -47,14 +49,30 @@ def main(arguments: list[str] | None = None) -> int:
     return run(experiment, options)
 
 
+def refuse_unfit(output: Path, job: Path | None) -> None:
+    """Raise ValueError where a folder is no experiment's, or a job cannot be written."""
+    from launch.comparison import record
+
+    taken = [name for name in record.FOLDERS if (output / name).exists()]
+    if taken and not (output / record.NAME).exists():
+        raise ValueError(
+            f"--output {output}: holds {' and '.join(taken)}, which are no experiment's "
+            f"({record.NAME} is missing); name a new folder"
+        )
+    if job is not None and (job.is_dir() or not job.absolute().parent.is_dir()):
+        raise ValueError(f"--slurm {job}: no file can be written there; name one in a folder")
+
+
 def run(experiment: Experiment, options: argparse.Namespace) -> int:
     """Train what is not finished yet, then write the page."""
     from launch.comparison import record, workers
+    from launch.comparison.plan import not_alike
     from launch.training import data
     from launch.training.provenance import git_commit
 
     commit = git_commit()
-    for warning in record.check_folder(experiment, options.output, commit):
+    warnings = [*not_alike(experiment), *record.check_folder(experiment, options.output, commit)]
+    for warning in warnings:
         print(f"warning: {warning}", flush=True)
     record.write(experiment, options.output, commit)
     left = [run for run in experiment.runs if not run.finished]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.files import read_json
 from launch.comparison import record, statistics
 from launch.comparison.comparison import scores_over_seeds
-from launch.comparison.plan import Plan, folder_of
+from launch.comparison.likeness import unlike
+from launch.comparison.plan import Arm, Plan, folder_of
 from launch.comparison.readouts import EQUAL_TIME, Readouts, curves, pace, readouts
 from launch.comparison.runs import RecordedRun, read_run
 from launch.comparison.statistics import Difference
@@ -23,14 +24,8 @@ def find(folder: Path) -> dict[str, Any]:
     """Everything the page says, from an experiment's folder, of whatever runs are finished."""
     plans = record.read(folder)
     plan = Plan.model_validate(plans[-1]["plan"])
-    runs: Runs = {
-        arm.name: {
-            seed: read_run(path)
-            for seed in plan.seeds[: arm.seeds]
-            if ((path := folder_of(folder, arm.name, seed)) / "finished").exists()
-        }
-        for arm in plan.arms
-    }
+    damaged: dict[str, str] = {}
+    runs = {arm.name: finished_runs(plan, arm, folder, damaged) for arm in plan.arms}
     values = {
         arm: {seed: readouts(run) for seed, run in seeds.items()} for arm, seeds in runs.items()
     }
@@ -43,6 +38,15 @@ def find(folder: Path) -> dict[str, Any]:
             for arm in plan.arms
             if (missing := [s for s in plan.seeds[: arm.seeds] if s not in runs[arm.name]])
         },
+        "damaged": damaged,
+        "unlike": unlike(
+            {
+                arm: known
+                for arm, seeds in runs.items()
+                for known in [one.configuration for one in seeds.values()][:1]
+                if known is not None and "evaluate.batches" in known  # else damaged, which is told
+            }
+        ),
         "arms": values,
         "without": without(plan, values),
         "differences": {
@@ -54,6 +58,30 @@ def find(folder: Path) -> dict[str, Any]:
             arm: {seed: curves(run) for seed, run in seeds.items()} for arm, seeds in runs.items()
         },
     }
+
+
+def finished_runs(
+    plan: Plan, arm: Arm, folder: Path, damaged: dict[str, str]
+) -> dict[int, RecordedRun]:
+    """An arm's finished runs by seed; those that cannot be read whole are put into `damaged`."""
+    runs = {}
+    for seed in plan.seeds[: arm.seeds]:
+        path = folder_of(folder, arm.name, seed)
+        if not (path / "finished").exists():
+            continue
+        try:
+            run = read_run(path)
+            last, steps = max(run.steps), (run.configuration or {}).get("train.steps")
+            if steps is not None and last < steps:
+                raise ValueError(
+                    f"{path / 'metrics.jsonl'}: ends at step {last:,} of {steps:,}, though the run "
+                    "is finished; put the whole file back, or delete the run's folder"
+                )
+        except ValueError as error:
+            damaged[f"{arm.name}, seed {seed}"] = str(error)
+        else:
+            runs[seed] = run
+    return runs
 
 
 def references(plan: Plan) -> list[str]:
@@ -176,13 +204,15 @@ def describe(
 
 def provenance(runs: list[RecordedRun]) -> dict[str, list[str]]:
     """Commits, versions, machines and dates of the runs, each different one once."""
-    manifests = [json.loads((run.folder / "manifest.json").read_text()) for run in runs]
+    read = [read_json(run.folder / "manifest.json") for run in runs]
+    manifests = [manifest for manifest in read if manifest is not None]
     told: dict[str, set[str]] = {"commit": set(), "versions": set(), "hardware": set()}
     for manifest in manifests:
-        told["commit"].add(manifest["git_commit"] or "unknown (no git where it ran)")
-        told["versions"].add(", ".join(f"{k} {v}" for k, v in manifest["versions"].items()))
-        told["hardware"].add(manifest["hardware"])
-    dates = sorted(manifest["created"] for manifest in manifests)
+        told["commit"].add(manifest.get("git_commit") or "unknown (no git where it ran)")
+        versions = manifest.get("versions", {})
+        told["versions"].add(", ".join(f"{name} {version}" for name, version in versions.items()))
+        told["hardware"].add(manifest.get("hardware", "unknown"))
+    dates = sorted(manifest.get("created", "unknown") for manifest in manifests)
     first_and_last = list(dict.fromkeys(dates[:1] + dates[-1:]))
     return {name: sorted(values) for name, values in told.items()} | {"date": first_and_last}
 
@@ -202,6 +232,8 @@ def summary(found: dict[str, Any]) -> str:
             lines.append(f"  {arm:<20} {in_words(told)}: {told['verdict']}")
         if told := table.get(EQUAL_TIME, {}).get(plan.primary.arm):
             lines.append(f"  {plan.primary.arm} at equal time: {in_words(told)}")
+    lines += [f"not alike: {told}" for told in found["unlike"]]
+    lines += [f"left out: {name}: {reason}" for name, reason in found["damaged"].items()]
     lines += [
         f"not measured: {readout} (arms {', '.join(arms)})"
         for readout, arms in found["without"].items()

@@ -13,6 +13,7 @@ import numpy as np
 from launch.comparison.figures import draw_curves, draw_differences, draw_worth
 from launch.comparison.plan import Plan
 from launch.comparison.readouts import EQUAL_TIME, LAST_MEASURED, WORTH
+from launch.comparison.record import changed
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto; padding: 0 1rem; }
@@ -133,6 +134,9 @@ def missing(found: dict[str, Any]) -> list[str]:
         arms = [f"{arm} ({', '.join(map(str, seeds))})" for arm, seeds in found["missing"].items()]
         told = f"{text('; '.join(arms))}. All that is said is without them."
         lines.append(f"<p><b>Not finished:</b> {told}</p>")
+    lines += [f"<p><b>Not alike:</b> {text(told)}.</p>" for told in found["unlike"]]
+    for name, reason in found["damaged"].items():
+        lines.append(f"<p><b>Left out:</b> {text(name)}: {text(reason)}</p>")
     for readout, arms in found["without"].items():
         told = f"The plan asks for {readout}; runs of {', '.join(arms)} do not tell it."
         lines.append(f"<p><b>Not measured:</b> {text(told)}</p>")
@@ -241,7 +245,7 @@ def times_table(found: dict[str, Any]) -> str:
 def others(plan: Plan, found: dict[str, Any], against: str) -> str:
     """All arms minus one in the readouts beside the primary one; folded up."""
     told = found["differences"][against]
-    names = plan.readouts or [name for name in READOUTS if name in told]
+    names = list(dict.fromkeys(plan.readouts)) or [name for name in READOUTS if name in told]
     rows = [
         [title_of(name) if place == 0 else "", arm, precisely(one), str(one["seeds"]),
          number(one["p_holm"])]
@@ -301,10 +305,13 @@ def origin(found: dict[str, Any]) -> list[str]:
     first, *later = found["plans"]
     rows = [[name, "; ".join(values)] for name, values in found["provenance"].items() if values]
     rows.append(["plan", f"sha256 {first['sha256']}, first started {first['started']}"])
+    if files := first.get("files"):
+        named = [f"{name} sha256 {digest}" for name, digest in files.items()]
+        rows.append(["its files", "; ".join(named)])
     lines = "".join(f"<li>{text(name)}: {text(value)}</li>" for name, value in rows)
     parts = [f"<ul>{lines}</ul>"]
     for plan in later:
-        differing = changed(first["plan"], plan["plan"])
+        differing = changed(first, plan)
         parts.append(
             f"<p><b>The plan was changed after the first run:</b> sha256 {plan['sha256']}, "
             f"started {plan['started']}, another {text(', '.join(differing))}.</p>"
@@ -315,10 +322,6 @@ def origin(found: dict[str, Any]) -> list[str]:
     parts.append(f"<details><summary>The plan</summary><pre>{text(plan_text)}</pre></details>")
     parts.append("<p class='note'>Every number is in report.json beside this page.</p>")
     return parts
-
-
-def changed(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    return [key for key in {**one, **other} if one.get(key) != other.get(key)]
 
 
 def picture(path: Path) -> str:

@@ -14,13 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from configs import Config, load
+from configs.loading import once
 from configs.schema import Section, key
+from data.files import sha256
 from l2e.problems import ConfigError
+from launch.comparison.likeness import flat_configuration, trained_alike, unlike
 from launch.comparison.readouts import problem_with
 from launch.planning import cost
 from launch.planning.jobs import Task
@@ -29,7 +32,9 @@ from launch.planning.jobs import Task
 class Arm(Section):
     """One way to train: the base configuration with some keys changed."""
 
-    name: str = key(..., "the arm's name, and its folder's", pattern=r"^[A-Za-z0-9][\w.-]*$")
+    name: str = key(
+        ..., "the arm's name, and its folder's", pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100
+    )
     overrides: dict[str, Any] = key({}, "configuration keys of this arm, such as l2e.weight")
     control_for: str | None = key(None, "what this arm rules out, in words")
     seeds: int | None = key(None, "how many of the plan's seeds it runs; default: all", ge=1)
@@ -59,7 +64,7 @@ class Plan(Section):
         "result of `analyze.py fkr` on a checkpoint, relative to the plan's folder: "
         "l2e.inhibit_fraction is the k of its least FKR, unless an override names one",
     )
-    seeds: list[int] = key(
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = key(
         ..., "seeds of initial weights and data order, the same in all arms", min_length=1
     )
     arms: list[Arm] = key(..., "what is compared", min_length=2)
@@ -124,11 +129,18 @@ class Experiment:
     plan: Plan
     raw: dict[str, Any]
     runs: list[PlannedRun]
+    folder: Path  # the plan's, from which it names others
     program: Path | None = None  # what trains a run, if not pretrain.py
 
     @property
     def hash(self) -> str:
         return plan_hash(self.raw)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """{key: SHA-256 of what is in the file it names}, of whatever the plan's runs follow from
+        beside the plan itself."""
+        return {name: sha256(path) for name, path in named_files(self.plan, self.folder).items()}
 
     def seeds_of(self, arm: Arm) -> list[int]:
         return self.plan.seeds[: arm.seeds]
@@ -149,8 +161,8 @@ def read(path: Path, output: Path, control: bool = True) -> Experiment:
         ValueError: lists everything that is wrong with the plan.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as a plan in JSON ({error})") from None
     return build(raw, path, output, control)
 
@@ -161,7 +173,7 @@ def build(raw: dict[str, Any], path: Path, output: Path, control: bool = True) -
         plan = Plan.model_validate(raw)
     except ValidationError as report:
         told = [
-            f"  {'.'.join(str(part) for part in error['loc'])}: {explain(error)}"
+            f"  {'.'.join(map(str, error['loc'])) or 'the plan'}: {explain(error)}"
             for error in report.errors()
         ]
         raise ValueError("\n".join([f"{path}: {len(told)} errors", *told])) from None
@@ -184,6 +196,7 @@ def build(raw: dict[str, Any], path: Path, output: Path, control: bool = True) -
     if not problems:
         problems += unmeasured(plan, runs)
         problems += arms_alike(runs)
+        problems += of_other_data(runs)
         problems += controls_missing(runs) if control else []
     if problems:
         lines = [f"  {problem}" for problem in problems]
@@ -191,7 +204,13 @@ def build(raw: dict[str, Any], path: Path, output: Path, control: bool = True) -
     most = {arm.name: len(plan.seeds[: arm.seeds]) for arm in plan.arms}
     order = {arm.name: place for place, arm in enumerate(plan.arms)}
     runs.sort(key=lambda run: (-most[run.arm], plan.seeds.index(run.seed), order[run.arm]))
-    return Experiment(plan, raw, runs, program)
+    return Experiment(plan, raw, runs, path.parent, program)
+
+
+def named_files(plan: Plan, folder: Path) -> dict[str, Path]:
+    """The files that a plan in `folder` names, by its keys."""
+    names = {key: getattr(plan, key) for key in ("base", "program", "inhibit_fraction_from")}
+    return {key: folder / name for key, name in names.items() if name}
 
 
 @contextmanager
@@ -231,8 +250,9 @@ def mistakes(plan: Plan) -> Iterator[str]:
     for seed, count in Counter(plan.seeds).items():
         if count > 1:
             yield f"seeds: {seed} is named {count} times; a run repeated is no further evidence"
-    names = Counter(arm.name for arm in plan.arms)
-    yield from (f"arms: {name!r} names {count} arms" for name, count in names.items() if count > 1)
+    names = {arm.name: None for arm in plan.arms}
+    alike = Counter(arm.name.casefold() for arm in plan.arms)  # some disks know one case only
+    yield from (f"arms: {name!r} names {count} arms" for name, count in alike.items() if count > 1)
     for which in ("arm", "against"):
         if (name := getattr(plan.primary, which)) not in names:
             yield f"primary.{which}: there is no arm {name!r}; there are {', '.join(names)}"
@@ -241,9 +261,12 @@ def mistakes(plan: Plan) -> Iterator[str]:
     for arm in plan.arms:
         if arm.seeds is not None and arm.seeds > len(plan.seeds):
             yield f"arm {arm.name}: {arm.seeds} seeds, but the plan has {len(plan.seeds)}"
-        for name in ("train.seed", "model.seed"):
+        for name, why in (
+            ("train.seed", "is the plan's to set, from its seeds"),
+            ("train.stop_after", "leaves runs unfinished, of which nothing is said"),
+        ):
             if name in arm.overrides or name in plan.overrides:
-                yield f"arm {arm.name}: {name} is the plan's to set, from its seeds"
+                yield f"arm {arm.name}: {name} {why}"
 
 
 def planned(plan: Plan, arm: Arm, folder: Path, output: Path) -> Iterator[PlannedRun]:
@@ -260,7 +283,7 @@ def planned(plan: Plan, arm: Arm, folder: Path, output: Path) -> Iterator[Planne
     for seed in plan.seeds[: arm.seeds]:
         keys = shared | {"train.seed": seed}
         assignments = tuple(f"{name}={json.dumps(value)}" for name, value in keys.items())
-        config = load(base, assignments) if config is None else with_seed(config, seed)
+        config = load(base, assignments, 1) if config is None else with_seed(config, seed)
         own = folder_of(output, arm.name, seed)
         yield PlannedRun(arm.name, seed, own, base, assignments, config)
 
@@ -309,13 +332,38 @@ def unmeasured(plan: Plan, runs: list[PlannedRun]) -> Iterator[str]:
 
 
 def arms_alike(runs: list[PlannedRun]) -> Iterator[str]:
-    """Arms whose configurations are the same."""
-    seen: dict[str, str] = {}
-    for run in runs:
-        text = run.config.model_dump_json()
-        if seen.setdefault(text, run.arm) != run.arm:
-            yield f"arms {seen[text]!r} and {run.arm!r} are the same configuration"
-            return
+    """Arms that train the same, whatever else they differ in."""
+    seen: dict[str, PlannedRun] = {}
+    for run in firsts(runs):
+        first = seen.setdefault(trained_alike(run.config), run)
+        if first is not run:
+            one, other = (flat_configuration(known.config) for known in (first, run))
+            keys = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+            what = f"train the same: nothing of that depends on {', '.join(keys)}"
+            what = what if keys else "are the same configuration"
+            yield f"arms {first.arm!r} and {run.arm!r} {what}"
+
+
+def firsts(runs: list[PlannedRun]) -> list[PlannedRun]:
+    """Each arm's first run."""
+    return list({run.arm: run for run in reversed(runs)}.values())[::-1]
+
+
+def of_other_data(runs: list[PlannedRun]) -> Iterator[str]:
+    """Arms that would be trained on other data than the first one, whose seeds would not pair."""
+    first, *others = firsts(runs)
+    for run in others:
+        data, tokenizer = first.config.data, first.config.tokenizer
+        if (run.config.data.path, run.config.tokenizer) != (data.path, tokenizer):
+            yield (
+                f"arm {run.arm}: other data.path or tokenizer than {first.arm}'s; runs of other "
+                "data say nothing of the arms: give each corpus an experiment of its own"
+            )
+
+
+def not_alike(experiment: Experiment) -> list[str]:
+    """What sets the arms' losses apart beside what they ask about."""
+    return unlike({run.arm: flat_configuration(run.config) for run in firsts(experiment.runs)})
 
 
 def controls_missing(runs: list[PlannedRun]) -> Iterator[str]:

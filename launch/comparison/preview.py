@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launch.comparison import statistics
-from launch.comparison.plan import Experiment, checkpoint_bytes, tokens
+from launch.comparison.plan import Experiment, checkpoint_bytes, not_alike, tokens
 from launch.planning.cost import flops_per_token, parameters
 
 # Of one core, as a model of 2 M parameters reaches them on an AMD EPYC.
@@ -40,6 +40,7 @@ def lines(experiment: Experiment, workers: int) -> list[str]:
         f"time       about {hours:.1f} hours with {workers} workers, if each has a core that "
         f"sustains {CORE_FLOPS / 1e9:.0f} GFLOP/s; a GPU is another matter",
     ]
+    told += [f"not alike  {line}" for line in not_alike(experiment)]
     return told + findable(experiment)
 
 

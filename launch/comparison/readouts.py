@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.files import read_json
 from launch.comparison.runs import RecordedRun, last_mean, last_value
 
 if TYPE_CHECKING:
@@ -40,12 +39,14 @@ Readouts = dict[str, float]
 
 def problem_with(readout: str, config: Config) -> str | None:
     """Why a run of this configuration would not tell a readout; None if it would."""
-    figure = re.sub(r", block \d+$", "", readout)
+    figure, _, block = readout.partition(", block ")
     if readout.endswith("-shot"):
         return None if config.evaluate.tasks else "set evaluate.tasks"
     if figure not in (*NAMES, "worth"):
         known = ", ".join(NAMES)
         return f"unknown; there are {known}, each layer's as 'std, block 2', and 'TASK 0-shot'"
+    if block and not (block.isdecimal() and int(block) < config.model.num_layers):
+        return f"there is no block {block}; they are 0 to {config.model.num_layers - 1}"
     if figure in FEATURE_FIGURES and config.monitor.features is None:
         return "set monitor.features to a feature set (launch/prepare.py features)"
     if figure in (WORTH, "worth") and not config.evaluate.layer_worth:
@@ -62,8 +63,8 @@ def readouts(run: RecordedRun) -> Readouts:
         "step_seconds": pace(run) if run.series("step_seconds") else None,
         "training_seconds": sum(run.series("step_seconds").values()),
     }
-    manifest = json.loads((run.folder / "manifest.json").read_text(encoding="utf-8"))
-    size = manifest["data"]["bytes_per_token"]
+    manifest = read_json(run.folder / "manifest.json") or {}
+    size = manifest.get("data", {}).get("bytes_per_token")
     if size and found["validation_loss"] is not None:
         found["bits_per_byte"] = found["validation_loss"] / math.log(2) / size
     for figure in LAYER_FIGURES:

@@ -10,25 +10,31 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import Any
 
-from launch.comparison.plan import Experiment, PlannedRun, checkpoint_bytes, plan_hash
+from data.files import read_json, write_json
+from launch.comparison.likeness import flat_configuration
+from launch.comparison.plan import Experiment, PlannedRun, checkpoint_bytes
+from launch.comparison.runs import read_configuration
 
 NAME = "experiment.json"
+FOLDERS = ("runs", "data")  # beside it
 
 
 def write(experiment: Experiment, output: Path, commit: str | None) -> None:
-    """Remember the plan; a plan that has changed since the first start joins the earlier ones."""
+    """Remember the plan; one that has changed since the last start, or whose files have, joins the
+    earlier ones."""
     output.mkdir(parents=True, exist_ok=True)
     plans = read(output) if (output / NAME).exists() else []
-    if not plans or plan_hash(plans[-1]["plan"]) != experiment.hash:
+    if not plans or changed(plans[-1], {"plan": experiment.raw, "files": experiment.files}):
         now = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "sha256": experiment.hash,
             "git_commit": commit,
             "machine": platform.node(),
             "base": str(experiment.runs[0].base),
+            "files": experiment.files,
             "plan": experiment.raw,
         }
-        (output / NAME).write_text(json.dumps([*plans, now], indent=1) + "\n", encoding="utf-8")
+        write_json(output / NAME, [*plans, now])
 
 
 def read(output: Path) -> list[dict[str, Any]]:
@@ -39,9 +45,12 @@ def read(output: Path) -> list[dict[str, Any]]:
     """
     path = output / NAME
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        plans = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(plans, list) and plans and all("plan" in plan for plan in plans)):
+            raise ValueError("no list of plans")
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{output}: no experiment's folder ({path.name}: {error})") from None
+    return plans
 
 
 def check_folder(experiment: Experiment, output: Path, commit: str | None) -> list[str]:
@@ -60,18 +69,12 @@ def check_folder(experiment: Experiment, output: Path, commit: str | None) -> li
 
 
 def other_configuration(run: PlannedRun) -> Iterator[str]:
-    path = run.folder / "config.json"
-    if not path.exists():
+    there, wanted = read_configuration(run.folder / "config.json"), flat_configuration(run.config)
+    if there is None:
         return
-    there = json.loads(path.read_text(encoding="utf-8"))
-    wanted = json.loads(run.config.model_dump_json())
-    changed = [
-        f"{section}.{name}"
-        for section, keys in wanted.items()
-        if isinstance(keys, dict)
-        for name, value in keys.items()
-        if (there.get(section) or {}).get(name, value) != value
-    ]
+    # The folder may have been moved, or named otherwise.
+    keys = {**wanted, **there}.keys() - {"data.cache_dir"}
+    changed = sorted(key for key in keys if there.get(key) != wanted.get(key))
     if changed:
         yield (
             f"{run.name}: the run in {run.folder} was started with another "
@@ -81,17 +84,13 @@ def other_configuration(run: PlannedRun) -> Iterator[str]:
 
 def manifests(runs: list[PlannedRun]) -> dict[str, dict[str, Any]]:
     """{run: its manifest} of the runs that have begun."""
-    paths = {run.name: run.folder / "manifest.json" for run in runs}
-    return {
-        name: json.loads(path.read_text(encoding="utf-8"))
-        for name, path in paths.items()
-        if path.exists()
-    }
+    read = {run.name: read_json(run.folder / "manifest.json") for run in runs}
+    return {name: manifest for name, manifest in read.items() if manifest is not None}
 
 
 def corpus(manifest: dict[str, Any]) -> dict[str, Any]:
     """What of a run's data does not depend on its seed."""
-    training = manifest["data"]["training"]
+    training = manifest.get("data", {}).get("training", {})
     return {key: value for key, value in training.items() if key.endswith("sha256")}
 
 
@@ -119,10 +118,33 @@ def disk_too_small(runs: list[PlannedRun], output: Path) -> Iterator[str]:
 
 def other_commits(runs: list[PlannedRun], now: str | None) -> Iterator[str]:
     """Runs that were trained by other code than would train now."""
-    for commit in {manifest["git_commit"] for manifest in manifests(runs).values()} - {now}:
+    for commit in {manifest.get("git_commit") for manifest in manifests(runs).values()} - {now}:
         yield f"runs of commit {commit} are in the folder; this is {now}: the page will say so"
 
 
 def other_plan(experiment: Experiment, output: Path) -> Iterator[str]:
-    if (output / NAME).exists() and (first := read(output)[0])["sha256"] != experiment.hash:
-        yield f"the plan is not the one of {first['started']}: the page will say what changed"
+    if not (output / NAME).exists():
+        return
+    first = read(output)[0]
+    if differing := changed(first, {"plan": experiment.raw, "files": experiment.files}):
+        yield (
+            f"the plan is not the one of {first['started']}: another {', '.join(differing)}; the "
+            "page will say so"
+        )
+
+
+def changed(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The keys of a plan that two starts differ in, and the files that it names.
+
+    Folders of earlier versions remember no files' hashes: nothing is said of these.
+    """
+    plans, files = (one["plan"], other["plan"]), (one.get("files"), other.get("files"))
+    differing = [key for key in {**plans[0], **plans[1]} if plans[0].get(key) != plans[1].get(key)]
+    if files[0] is not None and files[1] is not None:
+        names = {**files[0], **files[1]}
+        differing += [
+            f"{name} (what is in the file)"
+            for name in names
+            if name not in differing and files[0].get(name) != files[1].get(name)
+        ]
+    return differing

@@ -1,7 +1,6 @@
 """A run as its folder tells of it: metrics step by step, and scores."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 
 from configs.loading import as_read_today
 from data.files import read_json
+from launch.comparison.likeness import flat, flat_configuration
 
 # Steps at the end whose mean stands for a run's loss.
 LAST_STEPS = 100
@@ -82,20 +82,10 @@ def read_configuration(path: Path) -> dict[str, Any] | None:
     if written is None:
         return None
     try:
-        written = json.loads(as_read_today(written).model_dump_json())
+        return flat_configuration(as_read_today(written))
     except ValueError as error:
         print(f"{path} is compared as it stands ({str(error).splitlines()[0]})")
     return dict(flat(written))
-
-
-def flat(content: dict[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of everything inside."""
-    for key, value in content.items():
-        path = f"{name}.{key}".lstrip(".")
-        if isinstance(value, dict):
-            yield from flat(value, path)
-        else:
-            yield path, value
 
 
 def record_of(line: str) -> dict[str, Any] | None:

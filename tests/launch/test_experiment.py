@@ -6,6 +6,7 @@ Training itself is stood in for by a few lines; the whole command is run by test
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 import launch.comparison
 from launch import experiment
 from launch.comparison import findings, plan, record, workers
-from launch.comparison.page import write_page
+from launch.comparison.page import missing, origin, write_page
 from tests.launch.stand_in import stand_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +52,7 @@ def test_every_mistake_is_told_at_once_before_the_first_run(raw, tmp_path):
         ({"weeds": [1]}, "weeds: unknown key"),
         ({"smallest_difference": 0}, "smallest_difference: input should be greater than 0"),
         ({"base": "nowhere.json"}, "no such file"),
+        ({"readouts": ["std, block 4"]}, "there is no block 4; they are 0 to 3"),
         ({"program": "nowhere.py"}, "nowhere.py: no such Python file"),
         ({"overrides": {"l2e.wieght": 1}}, "did you mean l2e.weight"),
     ],
@@ -58,6 +60,169 @@ def test_every_mistake_is_told_at_once_before_the_first_run(raw, tmp_path):
 def test_what_is_wrong_with_a_plan(raw, tmp_path, change, told):
     with pytest.raises(ValueError, match=told):
         build(raw | change, tmp_path)
+
+
+@pytest.mark.parametrize("seeds", [[1, 2**32], [1, 2, -3], [1, 2.0], [True, 2]])
+def test_every_seed_is_checked_not_the_first_alone(raw, tmp_path, seeds):
+    with pytest.raises(ValueError, match=r"seeds\.\d: input should be"):
+        build(raw | {"seeds": seeds}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"seeds": [1], "seeds": [2]}', '{"arms": [{"name": "a", "name": "b"}]}', "[" * 10**5, "\0"],
+)
+def test_plans_that_would_be_read_as_another(tmp_path, content):
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(ValueError, match="not readable as a plan"):
+        plan.read(tmp_path / "plan.json", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"l2e.method": "none", "logging.interval": 7},
+        {"l2e.method": "none", "l2e.weight": 0.5, "l2e.selection": "topk"},
+        {"l2e.method": "none", "data.cache_dir": "elsewhere", "checkpoint.keep_last": 3},
+        {"l2e.method": "silence", "l2e.inhibit_fraction": 0.3, "l2e.layers": [1, 2]},
+        {"l2e.method": "regularize", "l2e.weight": 0},
+        {"l2e.method": "deactivate", "l2e.weight": 1.0},
+        {"l2e.method": "deactivate", "schedule.decay_steps": 60},
+    ],
+)
+def test_arms_that_differ_in_what_changes_nothing(raw, tmp_path, keys):
+    raw["arms"].append({"name": "deactivate", "overrides": {"l2e.method": "deactivate"}})
+    raw["arms"].append({"name": "again", "overrides": keys})
+    told = "arms '.*' and 'again' train the same: nothing of that depends on "
+    with pytest.raises(ValueError, match=told) as caught:
+        build(raw, tmp_path)
+    assert list(keys)[-1] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"l2e.weight": 0.5}, None),
+        ({"data.order": "megatron"}, None),
+        ({"train.stop_after": 30}, r"arm again: train\.stop_after leaves runs unfinished"),
+        ({"tokenizer.vocab_size": 1024}, "arm again: other data.path or tokenizer than none's"),
+        ({"parallel.tensor": 2}, "1 processes are no multiple of 2"),
+    ],
+)
+def test_what_an_arm_may_override(raw, tmp_path, keys, told):
+    raw["arms"].append({"name": "again", "overrides": {"l2e.method": "regularize"} | keys})
+    if told is None:
+        assert len(build(raw, tmp_path).runs) == 9
+        return
+    with pytest.raises(ValueError, match=told):
+        build(raw, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"train.steps": 80}, "tokens differ: none 122,880, silence 163,840; each is compared"),
+        ({"evaluate.batches": 5}, "losses are over other samples: none .*samples 64; .*samples 80"),
+        ({"data.sequence_length": 64, "train.steps": 120}, "sequence_length 128.*_length 64"),
+    ],
+)
+def test_arms_whose_losses_are_not_alike(raw, tmp_path, keys, told):
+    """Told before the first run, and on the page."""
+    raw["arms"][1]["overrides"] |= keys
+    one = build(raw, tmp_path)
+    (line,) = plan.not_alike(one)
+    assert re.search(told, line)
+    out = trained(raw, tmp_path)
+    for run in one.runs:
+        (run.folder / "config.json").write_text(run.config.model_dump_json())
+        path = run.folder / "metrics.jsonl"
+        last = f'"step": {run.config.train.steps}'
+        path.write_text(path.read_text().replace('"step": 60', last))
+    found = findings.find(out)
+    assert found["unlike"] == [line]
+    assert line in findings.summary(found)
+    assert line in "".join(missing(found))
+
+
+@pytest.mark.parametrize("names", [("none", "NONE"), ("none", "none"), ("a" * 101, "none")])
+def test_names_that_no_two_folders_have(raw, tmp_path, names):
+    for arm, name in zip(raw["arms"], names, strict=True):
+        arm["name"] = name
+    with pytest.raises(ValueError, match=r"names 2 arms|at most 100 characters"):
+        build(raw, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--output", "{0}/taken"], "holds data, which are no experiment's"),
+        (["--output", "{0}/out", "--slurm", "{0}"], "no file can be written there"),
+        (["--output", "{0}/out", "--slurm", "{0}/nowhere/job.sh"], "no file can be written there"),
+    ],
+)
+def test_where_nothing_can_be_written(tmp_path, words, told):
+    (tmp_path / "taken" / "data").mkdir(parents=True)
+    with pytest.raises(ValueError, match=told):
+        experiment.main([str(TINY), *(word.format(tmp_path) for word in words)])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["base", "program", "inhibit_fraction_from"])
+def test_a_file_of_the_plan_that_changed_is_told(raw, tmp_path, key):
+    """And nothing is said of a folder that an earlier version made, which remembers no files."""
+    files = {
+        "base": Path(raw["base"]).read_text(),
+        "program": "main = print\n",
+        "inhibit_fraction_from": json.dumps(
+            {"curve": [{"k": k, "fkr": fkr} for k, fkr in ((0.1, 0.5), (0.2, 0.2), (0.3, 0.6))]}
+        ),
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.py").write_text(content)
+        raw[name] = f"{name}.py"
+    out = trained(raw, tmp_path)
+    record.write(build(raw, tmp_path), out, "c")
+    assert len(record.read(out)) == 1
+    (tmp_path / f"{key}.py").write_text(files[key] + "\n")
+    later = build(raw, tmp_path)
+    (warning,) = record.check_folder(later, out, "c")
+    assert f"another {key} (what is in the file)" in warning
+    record.write(later, out, "c")
+    assert f"another {key} (what is in the file)" in "".join(origin(findings.find(out)))
+    old = {name: value for name, value in record.read(out)[0].items() if name != "files"}
+    (out / record.NAME).write_text(json.dumps([old]))
+    assert record.check_folder(later, out, "c") == []
+    assert "another" not in "".join(origin(findings.find(out)))
+
+
+def test_runs_that_are_damaged_are_left_out_and_told(raw, tmp_path):
+    """A finished run whose metrics end early would give an earlier step's loss as its last."""
+    out = trained(raw, tmp_path)
+    runs = out / "runs" / "none"
+    for run in build(raw, tmp_path).runs:
+        (run.folder / "config.json").write_text(run.config.model_dump_json())
+    lines = (runs / "seed_1" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (runs / "seed_1" / "metrics.jsonl").write_text("".join(lines[:2]))
+    (runs / "seed_2" / "metrics.jsonl").write_text("no record\n")
+    (runs / "seed_3" / "manifest.json").write_text("{}")
+    (out / "runs" / "silence" / "seed_3" / "manifest.json").write_text("")
+    found = findings.find(out)
+    assert found["missing"] == {"none": [1, 2]}
+    assert "ends at step 40 of 60" in found["damaged"]["none, seed 1"]
+    assert "line 1: no step's record" in found["damaged"]["none, seed 2"]
+    assert found["differences"]["none"]["validation_loss"]["silence"]["seeds"] == 1
+    for told in ("".join(missing(found)), findings.summary(found)):
+        assert "ends at step 40 of 60" in told
+
+
+def test_a_folder_that_was_moved_goes_on(raw, tmp_path):
+    """Its cache lies elsewhere then; nothing that is trained depends on it."""
+    for run in build(raw, tmp_path).runs:
+        stand_in(run.arguments())
+        (run.folder / "config.json").write_text(run.config.model_dump_json())
+    (tmp_path / "out").rename(tmp_path / "moved")
+    moved = plan.build(raw, tmp_path / "plan.json", tmp_path / "moved")
+    assert record.check_folder(moved, tmp_path / "moved", "c") == []
 
 
 def test_arms_alike_and_missing_controls(raw, tmp_path):
@@ -311,6 +476,7 @@ def test_the_array_job_has_the_runs_that_are_left(raw, tmp_path, monkeypatch):
     one = plan.read(path, tmp_path / "out")
     for run in one.runs[:2]:
         stand_in(run.arguments())
+    record.write(one, tmp_path / "out", "c")
     arguments = [str(path), "--output", str(tmp_path / "out"), "--slurm", str(job)]
     assert experiment.main(arguments) == 0
     subprocess.run(["bash", "-n", str(job)], check=True)
