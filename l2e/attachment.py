@@ -20,10 +20,10 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from l2e import matching
 from l2e.config import L2EConfig
 from l2e.controller import MEASURED, Controller
-from l2e.hook import ForwardPass, ModelHook, ModuleHook, OwnerHook
+from l2e.hook import AfterModelHook, ForwardPass, ModelHook, ModuleHook, OwnerHook
 from l2e.layer import L2ELayer
 from l2e.outputs import Key
-from l2e.reminder import StepReminder
+from l2e.reminder import StepReminder, skipped
 from l2e.sharding import Sharding
 
 if TYPE_CHECKING:
@@ -145,12 +145,14 @@ class Handle(Joinable):
             for module, layer in zip(modules.values(), self.layers, strict=True)
         ]
         self._owner_hooks = OwnerHook.of(model, self._hooks)
+        self._after_hooks = [AfterModelHook(model, self._pass)] if mask else []
         self._loss: Tensor | None = None
         self._loss_was_taken = False
         self._warned: set[str] = set()
         self._registered: list[Any] = [
             model.register_forward_pre_hook(self._model_hook, with_kwargs=True),
             *(hook.module.register_forward_pre_hook(hook) for hook in self._owner_hooks),
+            *(model.register_forward_hook(hook) for hook in self._after_hooks),
             *(hook.module.register_forward_hook(hook) for hook in self._hooks),
         ]
         if self.optimizer is not None:
@@ -162,17 +164,21 @@ class Handle(Joinable):
         """L_MS of the forward passes since the last call: add it to the micro-batch's loss.
 
         A float32 scalar, the mean over all samples of these passes; 0 unless the method is
-        "regularize", and where L_MS is injected. The same until the next forward pass. A pass
-        whose graph another backward pass has used has no part in it.
+        "regularize", where L_MS is injected, and of a pass in eval mode. The same until the next
+        forward pass. A pass whose graph another backward pass has used has no part in it.
         """
         if any(hook.terms for hook in self._hooks):
             self._reminder.loss_taken()
-            self._loss = self._of_terms()
+            with torch.inference_mode(False), torch.enable_grad():  # also where it is only logged
+                self._loss = self._of_terms()
             self._loss_was_taken = True
-        return torch.zeros(()) if self._loss is None else self._loss
+        if self._loss is None or (self._pass.evaluated and not self._model_hook.module.training):
+            return torch.zeros((), dtype=torch.float32)
+        return self._loss
 
     def _of_terms(self) -> Tensor:
-        total = torch.zeros((), device=next(h.terms[0][0].device for h in self._hooks if h.terms))
+        device = next(h.terms[0][0].device for h in self._hooks if h.terms)
+        total = torch.zeros((), dtype=torch.float32, device=device)
         for hook in self._hooks:
             terms = [term for term in hook.terms if not _graph_was_used(term[0])]
             if len(terms) < len(hook.terms):
@@ -186,9 +192,9 @@ class Handle(Joinable):
             state = hook.layer.state
             if terms and state.config.method == "regularize":
                 entries = torch.as_tensor(sum(entries for _, entries in terms))
-                samples = (entries / state.neurons).clamp(min=1).to(total.device)
                 logs = torch.stack([logs for logs, _ in terms]).sum()
-                total = total + state.loss_factor(1) / samples * logs
+                samples = (entries.float() / state.neurons).clamp(min=1).to(logs.device)
+                total = total + (state.loss_factor(1) / samples * logs).to(device)
         return total
 
     def step(self) -> None:
@@ -212,6 +218,7 @@ class Handle(Joinable):
             world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
             self.controller.place(Sharding(data_group=world))
         self._warn_of_unused_loss()
+        self._warn_of_replaced()
         self._forget_pass()
         self._model_hook.steps_to_look -= 1
         first = self.controller.unobserved is None
@@ -225,8 +232,7 @@ class Handle(Joinable):
             )
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)  # a fused step that was skipped
-        if found_inf is None or not bool(found_inf):
+        if not skipped(optimizer):
             self._step()
 
     def discard(self) -> None:
@@ -308,7 +314,7 @@ class Handle(Joinable):
         for registered in self._registered:
             registered.remove()
         self._reminder.detach()
-        for hook in (self._model_hook, *self._owner_hooks, *self._hooks):
+        for hook in (self._model_hook, *self._after_hooks, *self._owner_hooks, *self._hooks):
             hook.clean_copies()
         self._forget_pass()
 
@@ -383,6 +389,15 @@ class Handle(Joinable):
                 "loss, or attach(..., inject=True) where the loss is out of reach"
             )
         self._loss_was_taken = False
+
+    def _warn_of_replaced(self) -> None:
+        for hook in self._hooks:
+            if not matching.leads_to(self._model_hook.module, hook.name, hook.module):
+                self._warn_once(
+                    f"the model's {hook.name} is no longer the module that was attached (replaced, "
+                    "wrapped or removed), and what stands there is not inhibited: detach(), attach "
+                    "again, and give the new handle this one's state_dict()"
+                )
 
     def _warn_of_unobserved(self) -> None:
         unobserved = self.controller.unobserved

@@ -129,12 +129,12 @@ def _disagreement(fused, variant: Variant) -> str | None:
     pre, grad = (
         torch.randn(CHECKED_ROWS, neurons, generator=generator).to(device, dtype) for _ in range(2)
     )
-    threshold = torch.full((neurons,), 1.5, device=device)
+    threshold = torch.full((neurons,), 1.5, dtype=torch.float32, device=device)
     arguments = KernelArguments(
         variant.activation,
         variant.method,
         variant.delta,
-        torch.zeros(neurons, device=device),
+        torch.zeros_like(threshold),
         threshold,
         balance=threshold / 100 if variant.balanced else None,
         bias=grad[0] / 16 if variant.biased else None,
@@ -151,12 +151,12 @@ def _disagreement(fused, variant: Variant) -> str | None:
 
 
 def _results(backend, pre: Tensor, grad: Tensor, arguments: KernelArguments) -> dict[str, Tensor]:
-    sums = torch.zeros(3 * pre.shape[1] + 1, device=pre.device)
+    sums = arguments.mean.new_zeros(3 * pre.shape[1] + 1)
     output = backend.forward(pre, arguments, sums)
     gradient, bias_gradient = backend.backward(grad, pre, arguments, 0.3, None)
     results = {"output": output, "sums": sums, "gradient": gradient}
     if arguments.method == "regularize":  # a variant of its own
-        squares = torch.zeros(2, device=pre.device)
+        squares = sums.new_zeros(2)
         results["gradient, compared"] = backend.backward(grad, pre, arguments, 0.3, squares)[0]
         results |= {"arrived": squares[0], "direction": squares[1]}
     if bias_gradient is not None:

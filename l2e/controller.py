@@ -51,7 +51,7 @@ class Controller:
         self._warned: set[str] = set()
         self._stepped: set[str] = set()
         self._histograms: dict[str, Tensor] = {}
-        self._ms_loss = torch.zeros(())
+        self._ms_loss = torch.zeros((), dtype=torch.float32)
         names = [state.name for state in self.states]
         if len(set(names)) != len(names):
             raise ValueError(f"l2e layers need distinct names, found {names}")
@@ -122,8 +122,8 @@ class Controller:
             warnings.warn(
                 f"l2e: nothing is selected in layers {', '.join(late)}, {PATIENCE} steps after "
                 f"their late start (late_start_step = {self.config.late_start_step}): in none of "
-                "these steps were they called in training mode with finite activations and earlier "
-                "statistics. Each will begin after its first step that can be used",
+                "these steps were they called in training mode with finite activations that vary, "
+                "and earlier statistics. Each will begin after its first step that can be used",
                 stacklevel=3,
             )
 
@@ -224,8 +224,9 @@ class Controller:
         self._histograms |= {s.name: s.counts for s in states if s.measuring}
         self._stepped |= {state.name for state in states}
         if any(state.empty or state.starting for state in states):
-            for state, used in zip(states, after.usable.tolist(), strict=True):
-                state.note(used)
+            learned = torch.stack([after.usable, after.starts], 1).tolist()
+            for state, (usable, starts) in zip(states, learned, strict=True):
+                state.note(usable, starts)
         stack.clear()
         return after.ms_loss
 
@@ -341,10 +342,12 @@ class Controller:
 
         Every tensor-parallel rank must call it. `step` counts the merged steps.
         """
-        tensors = {"step": torch.tensor(self.phase.step)}
+        tensors = {"step": torch.tensor(self.phase.step, device="cpu")}
         for state in self.states:
             if not state.positions:  # never called
-                tensors[f"{state.name}.samples"] = torch.zeros(())
+                tensors[f"{state.name}.samples"] = torch.zeros(
+                    (), dtype=torch.float32, device="cpu"
+                )
                 continue
             for name, value in state.saved().items():
                 full = self.sharding.gather_neurons(value) if value.dim() else value

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
 from l2e import inhibition, matching, outputs, pull
@@ -20,6 +22,7 @@ from l2e.reminder import StepReminder
 # How torch's modules name the number of their neurons, which are an output's last dimension, or
 # the first after the batch.
 WIDTHS = {"out_features": -1, "out_channels": 1, "num_features": 1, "num_channels": 1}
+WITH_WIDTHS = (nn.Linear, nn.Bilinear, _ConvNd, _NormBase, nn.GroupNorm)
 LOOKS_FOR_PADDING = 10  # steps; each look waits for the device
 
 
@@ -33,6 +36,9 @@ class ForwardPass:
             their gradient.
         counted: true where a sample counts; None: all do.
         reminder: learns that something was observed.
+        evaluated: the model's last pass was one in eval mode.
+        masked_inside: how many passes of the model run whose argument is the mask; None if masks
+            do not come from an argument.
         circumstances: whether it was paused, and the mask, of each kind of pass with gradients
             since the last backward pass that recomputed one (activation checkpointing).
     """
@@ -42,6 +48,8 @@ class ForwardPass:
         self.observe_no_grad, self.collects = observe_no_grad, collects
         self.counted: Tensor | None = None
         self.reminder = reminder
+        self.evaluated = False
+        self.masked_inside: int | None = None
         self.circumstances: list[tuple[bool, Tensor | None]] = []
         self.recomputed = False
 
@@ -53,6 +61,7 @@ class ForwardPass:
         if self.paused:
             return False
         if torch.is_grad_enabled() or self.observe_no_grad:
+            self._refuse_old_mask(name)
             return True
         if torch.compiler.is_compiling() or not _in_checkpointed_function():
             return False
@@ -62,6 +71,17 @@ class ForwardPass:
                 "its graph from handle.loss(): use use_reentrant=False, or attach(..., inject=True)"
             )
         return True
+
+    def _refuse_old_mask(self, name: str) -> None:
+        if torch.compiler.is_compiling() or inhibition.in_backward():
+            return
+        if self.masked_inside == 0:
+            raise ValueError(
+                f"l2e: module {name} is called outside the forward pass of the model, which takes "
+                "the mask, so which samples count is not known: call the model, attach to the "
+                "part that is called, or attach without mask= and give masks with "
+                "handle.mask(tensor)"
+            )
 
     def _follow_recomputation(self) -> None:
         """Activation checkpointing runs a pass again, which has to be the pass it was.
@@ -84,6 +104,23 @@ class ForwardPass:
             )
 
 
+class ScriptingError(ValueError, AttributeError):
+    """Who merely asks whether a hook has a name learns that it has none."""
+
+
+class Unscriptable:
+    """In the place of a hook's name, which only torch.jit.script needs."""
+
+    def __get__(self, hook: Any, owner: Any) -> str:
+        if hook is None:
+            return owner.__qualname__
+        raise ScriptingError(
+            "l2e: torch.jit.script cannot compile the hooks of an attached model, or of a copy of "
+            "one that was never called: call handle.detach() before it, or script a copy that has "
+            "been called once"
+        )
+
+
 class OwnHook:
     """A hook that serves the module it was made for, and none of its copies."""
 
@@ -99,6 +136,8 @@ class OwnHook:
             self.copies.append(weakref.ref(copied))
         return CopiedHook()
 
+    __name__ = Unscriptable()
+
     def clean_copies(self) -> None:
         """Take what stands for this hook out of the copies that still have it."""
         for reference in self.copies:
@@ -109,16 +148,22 @@ class OwnHook:
 class CopiedHook:
     """Stands for a hook in a copied or unpickled module, until that is first called."""
 
+    __name__ = Unscriptable()
+
     def __call__(self, module: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return
         _remove_copied_hooks(module)
-        if module.training and torch.is_grad_enabled():
-            warnings.warn(
-                "l2e: a copy of an attached model runs in training mode. It is neither observed "
-                "nor inhibited: attach to the copy as well if it should be",
-                stacklevel=2,
-            )
+        _tell_of_copy(module)
+
+
+def _tell_of_copy(module: nn.Module) -> None:
+    if module.training and torch.is_grad_enabled():
+        warnings.warn(
+            "l2e: a copy of an attached model runs in training mode. It is neither observed "
+            "nor inhibited: attach to the copy as well if it should be",
+            stacklevel=3,
+        )
 
 
 def _remove_copied_hooks(module: nn.Module) -> None:
@@ -162,6 +207,8 @@ class ModuleHook(OwnHook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if module is not self.module:
             self._refuse_replicas(module)
+            if not torch.compiler.is_compiling():
+                _tell_of_copy(module)
             return None
         if not self.forward_pass.observes(module, self.name):
             return None
@@ -239,23 +286,25 @@ class ModuleHook(OwnHook):
                 "neurons"
             )
         found = z.shape[dim]
-        if self.width not in (0, found):
+        # Elsewhere these names may mean something else, such as the inputs; then neuron_dim tells.
+        certain = self.neuron_dim is None or isinstance(self.module, WITH_WIDTHS)
+        if certain and self.width not in (0, found):
             raise ValueError(
                 f"l2e: module {self.name} has {self.width} neurons, but dimension neuron_dim = "
                 f"{dim} of its output {list(z.shape)} counts {found}; use neuron_dim = "
-                f"{next((d for d, n in enumerate(z.shape) if n == self.width), 1)}"
+                f"{next((d for d, n in enumerate(z.shape) if n == self.width), dim)}"
             )
         return dim
 
     def _check(self, z: Tensor) -> None:
         """Refuse what the method cannot be applied to, in one sentence."""
-        if torch.compiler.is_compiling():
-            return
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
             raise ValueError(
                 f"l2e: module {self.name} is traced in training mode, and a trace would keep this "
                 "step's threshold for ever: call model.eval() before it, or handle.detach()"
             )
+        if torch.compiler.is_compiling():
+            return
         if z.layout is not torch.strided or z.is_nested or hasattr(z, "device_mesh"):
             raise ValueError(
                 f"l2e: module {self.name} returned a {type(z).__name__} of layout {z.layout}; the "
@@ -312,6 +361,7 @@ class ModelHook(OwnHook):
         self.argument = mask or "attention_mask"
         parameters = inspect.signature(model.forward).parameters
         names = list(parameters)
+        _refuse_opposite_mask(mask)
         self.position = names.index(self.argument) if self.argument in names else None
         anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if mask is not None and self.position is None and not anything:
@@ -319,14 +369,19 @@ class ModelHook(OwnHook):
                 f"l2e.attach: mask = {mask!r}: the model's forward has no such argument, it has "
                 f"{', '.join(names)}; name one of them, or give the mask with handle.mask(tensor)"
             )
+        if self.takes:
+            forward_pass.masked_inside = 0
         self.steps_to_look = LOOKS_FOR_PADDING
         self.missing_told = False
         self.joined = False
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module is not self.module or not (
-            torch.is_grad_enabled() or self.forward_pass.observe_no_grad
-        ):
+        if module is not self.module:
+            return
+        self.forward_pass.evaluated = not module.training
+        if self.forward_pass.masked_inside is not None:
+            self.forward_pass.masked_inside += 1
+        if not (torch.is_grad_enabled() or self.forward_pass.observe_no_grad):
             return
         if not torch.compiler.is_compiling():
             self.joined = _joined(module)
@@ -368,6 +423,27 @@ class ModelHook(OwnHook):
                 "out",
                 stacklevel=2,
             )
+
+
+def _refuse_opposite_mask(mask: str | None) -> None:
+    if mask is not None and mask.endswith(("padding_mask", "pad_mask")):
+        raise ValueError(
+            f"l2e.attach: mask = {mask!r}: such an argument is commonly true where padding is, the "
+            "opposite of what counts: attach without mask=, and before each forward pass call "
+            f"handle.mask(~{mask})"
+        )
+
+
+class AfterModelHook(OwnHook):
+    """After the forward pass of a model that `ModelHook` takes masks from."""
+
+    def __init__(self, module: nn.Module, forward_pass: ForwardPass) -> None:
+        super().__init__(module)
+        self.forward_pass = forward_pass
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module is self.module and self.forward_pass.masked_inside:
+            self.forward_pass.masked_inside -= 1
 
 
 def _joined(module: nn.Module) -> bool:

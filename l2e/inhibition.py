@@ -87,7 +87,7 @@ def observe(pre: Tensor, counted: Tensor | None, handle: Tensor, neuron_dim: int
 
 @observe.register_fake
 def _(pre: Tensor, counted: Tensor | None, handle: Tensor, neuron_dim: int) -> Tensor:
-    return torch.empty((), device=pre.device)
+    return torch.empty((), dtype=torch.float32, device=pre.device)
 
 
 def _forward(
@@ -95,13 +95,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `inhibit` returns, of rows [samples, neurons]; without samples nothing is done."""
     if len(rows) == 0:
-        loss, mask = torch.zeros((), device=rows.device), torch.zeros_like(rows, dtype=torch.bool)
-        return rows.clone(), loss, mask
+        mask = torch.zeros_like(rows, dtype=torch.bool)
+        return rows.clone(), torch.zeros((), dtype=torch.float32, device=rows.device), mask
     recomputing = in_backward()
     arguments, mask = prepare(state, rows, bias, sequence)
     sums = None if recomputing else torch.zeros_like(state.core_sums)
     out = state.backend(rows, arguments).forward(rows, arguments, sums)
-    loss = torch.zeros((), device=rows.device)
+    loss = arguments.mean.new_zeros(())
     if sums is not None:
         loss = record(state, rows, arguments, sums)
     return out, loss, mask
@@ -127,7 +127,7 @@ def _(
     keep_mask: bool,
     neuron_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss = torch.empty((), device=pre.device)
+    loss = torch.empty((), dtype=torch.float32, device=pre.device)
     mask = torch.empty(pre.shape if keep_mask else 0, dtype=torch.bool, device=pre.device)
     return torch.empty_like(pre), loss, mask
 
@@ -186,7 +186,7 @@ def _gradients(
     injected = state.phase.gradient_scale * state.loss_factor(len(rows))
     loss_gradient = injected if loss_grad is None else loss_grad
     arguments = state.kernel_arguments(threshold, None, bias)
-    squares = torch.zeros(2, device=rows.device) if state.comparing else None
+    squares = arguments.mean.new_zeros(2) if state.comparing else None
     backward = state.backend(rows, arguments).backward
     gradients = backward(grads, rows, arguments, loss_gradient, squares)
     if squares is not None:
@@ -216,12 +216,28 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, loss_grad, _):
     pre, bias, counted, mask, handle = ctx.saved_tensors
+    if loss_grad is None and type(handle) is Tensor:  # not while torch.compile traces it
+        state = _states[int(handle)]
+        if state.config.method == "regularize" and state.phase.gradient_scale:
+            inject_once(ctx, state)
     if grad is None:
         grad = torch.zeros_like(pre)
     to_pre, to_bias = inhibit_backward(
         grad, loss_grad, pre, bias, counted, mask, handle, ctx.neuron_dim
     )
     return to_pre, None if bias is None else to_bias, None, None, None, None
+
+
+def inject_once(ctx, state: LayerState) -> None:
+    """Refuse to add L_MS's gradient in a second backward pass through one forward pass."""
+    if getattr(ctx, "injected", False):
+        raise ValueError(
+            f"l2e layer {state.name}: a second backward pass goes through one forward pass "
+            "(retain_graph=True), in which L_MS's gradient would be injected twice: run one "
+            "backward pass of the sum of the losses, or attach without inject=True and add "
+            "handle.loss() to one of them"
+        )
+    ctx.injected = True
 
 
 def no_second_derivatives(ctx, *grads):

@@ -104,7 +104,7 @@ def observe(
     pulls = arguments.method == "regularize"
     found: list[tuple[Tensor, Tensor]] = []
     # Reused, since memory that is new to the process costs more than the arithmetic.
-    buffers = torch.empty(3, len(pre[next(slices(pre))]), neurons, device=pre.device)
+    buffers = arguments.mean.new_empty(3, len(pre[next(slices(pre))]), neurons)
     for rows in slices(pre):
         z = activate(arguments.biased(pre[rows]), arguments.activation).float()
         deviation, square, compared = buffers[:, : len(z)]
@@ -118,7 +118,7 @@ def observe(
             entries = _numbers(selected.view(-1))
             found.append((entries + rows.start * neurons, deviation.view(-1)[entries]))
     if not found:
-        nothing = torch.empty(0, device=pre.device)
+        nothing = arguments.mean.new_empty(0)
         return nothing.long(), nothing, nothing
     entries, deviations = (torch.cat(parts) for parts in zip(*found, strict=True))
     columns = entries % neurons

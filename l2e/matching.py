@@ -53,6 +53,24 @@ def chosen(model: nn.Module, pattern: Any, config: L2EConfig) -> dict[str, nn.Mo
     }
 
 
+def leads_to(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether `name` still means this module, behind whatever wrappers."""
+    here: nn.Module | None = model
+    for part in name.split("."):
+        while here is not None and part not in here._modules:
+            here = _wrapped(here)
+        if here is None:
+            return False
+        here = here._modules[part]
+    while here is not None and here is not module:
+        here = _wrapped(here)
+    return here is module
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    return next((m for name, m in module._modules.items() if name in WRAPPERS), None)
+
+
 def owner(model: nn.Module, module: nn.Module) -> nn.Module:
     """The module inside whose forward this one is called; containers do not call."""
     name = next(name for name, other in model.named_modules() if other is module)
@@ -67,18 +85,29 @@ def renamed(tensors: dict[str, Tensor], saved: set[str], own: list[str]) -> dict
     """A state with the names that this model gives its layers."""
     if not saved or set(own) <= saved:
         return tensors
-    for name in saved:
+    fits = []
+    for name in sorted(saved):
         if name.endswith(f".{own[0]}"):
             old, new = name.removesuffix(own[0]), ""
         elif own[0].endswith(f".{name}"):
             old, new = "", own[0].removesuffix(name)
         else:
             continue
-        if set(own) <= {new + other.removeprefix(old) for other in saved}:
-            return {
-                key if key == "step" else new + key.removeprefix(old): value
-                for key, value in tensors.items()
-            }
+        if set(own) <= {new + other.removeprefix(old) for other in saved if other.startswith(old)}:
+            fits.append((old, new))
+    if len(fits) == 1:
+        [(old, new)] = fits
+        return {
+            key if key == "step" else new + key.removeprefix(old): value
+            for key, value in tensors.items()
+            if key == "step" or key.startswith(old)
+        }
+    if fits:
+        raise ValueError(
+            f"l2e state of layers {', '.join(sorted(saved))}: this handle's {', '.join(own)} could "
+            f"be those under {' or '.join(old or 'no prefix' for old, _ in fits)}: load it into "
+            "the model it was saved from, or keep the entries of one prefix"
+        )
     raise ValueError(
         f"l2e state of layers {', '.join(sorted(saved))}: this handle's are {', '.join(own)}; "
         "attach with the pattern that the state was saved under"

@@ -46,6 +46,7 @@ class Merged(NamedTuple):
 
     Attributes:
         usable: [layers] bool, whether there were samples, all of them finite.
+        starts: [layers] bool, whether the step is the layer's start.
         ms_loss: [], L_MS of these layers.
     """
 
@@ -53,6 +54,7 @@ class Merged(NamedTuple):
     derived: Derived
     figures: Figures
     usable: Tensor
+    starts: Tensor
     ms_loss: Tensor
 
 
@@ -130,8 +132,12 @@ def advance(
     entries = samples.clamp(min=1) * shape.total_neurons
     selected_fraction, mean_ms = totals["selected"] / entries, totals["scale"] / entries
 
+    mean_var = torch.where(finite, var / shape.total_neurons, old.mean_var)
+    scored_by = mean_var if config.selection == "topk" else old.mean_var
+    starts = usable & flags.may_start & (scored_by > 0)  # of constants there is no MS
+
     running = _follow(old, sums, selected_fraction, mean_ms, usable & flags.selecting, config)
-    tau = torch.where(usable & flags.observing, start, running.tau)
+    tau = torch.where(starts & flags.observing, start, running.tau)
     figures = replaced(figures, selected_fraction=selected_fraction, weight=weight)
     ms_loss = samples.new_zeros(())
     if config.method == "regularize":
@@ -146,7 +152,6 @@ def advance(
             running = _compare(running, gradients, weight, comparing, config, shape)
     if squares is not None:
         figures = _measured(figures, totals, mean_ms, squares, flags.measuring)
-    mean_var = torch.where(finite, var / shape.total_neurons, old.mean_var)
     mean_ms = torch.where(usable, mean_ms, old.mean_ms)
     first_centre_only = old.samples == 0  # is no statistic
     centre = torch.where(first_centre_only[:, None], 0, old.mean)
@@ -157,10 +162,10 @@ def advance(
         tau=threshold.carry(tau, old.mean_var, mean_var),
         mean_ms=threshold.carry(mean_ms, old.mean_var, mean_var),
         mean_var=mean_var,
-        std_at_start=torch.where(usable & flags.may_start, mean_var.sqrt(), old.std_at_start),
+        std_at_start=torch.where(starts, mean_var.sqrt(), old.std_at_start),
         bad_age=torch.where(old.bad_age >= 0, old.bad_age + 1, torch.where(finite, -1, 0)),
     )
-    return Merged(running, Derived.of(running, config), figures, usable, ms_loss)
+    return Merged(running, Derived.of(running, config), figures, usable, starts, ms_loss)
 
 
 def _follow(

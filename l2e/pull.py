@@ -42,7 +42,12 @@ def pull(
     if not (torch.is_grad_enabled() and z.requires_grad and state.config.method == "regularize"):
         return loss
     anchor = z[(0,) * z.dim()].clone() if z.numel() else z.sum()
-    factor = (lambda: state.phase.gradient_scale * state.loss_factor(rows)) if inject else None
+
+    def injected(ctx) -> Tensor | float:
+        inhibition.inject_once(ctx, state)
+        return state.phase.gradient_scale * state.loss_factor(rows)
+
+    factor = injected if inject else None
     with torch.autograd._unsafe_preserve_version_counter(z):  # no value of it is changed
         return _Pull.apply(z, z, loss, places, directions, anchor, factor)[1]
 
@@ -64,7 +69,7 @@ class _Pull(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, loss_grad):
         places, directions, anchor = ctx.saved_tensors
-        factor = loss_grad if ctx.factor is None else ctx.factor()
+        factor = loss_grad if ctx.factor is None else ctx.factor(ctx)
         pull = None
         if factor is not None:
             values = (2 * factor * directions).to(ctx.dtype)
@@ -106,8 +111,8 @@ def _observe(
         kept = inhibition.kept_rows(counted, moved, neuron_dim, state)
         rows = rows[kept]
     if len(rows) == 0:
-        nothing = torch.empty(0)
-        return torch.zeros(()), nothing.long().view(z.dim(), 0), nothing, 0
+        nothing = torch.empty(0, dtype=torch.float32)
+        return nothing.sum(), nothing.long().view(z.dim(), 0), nothing, 0
     sequence = inhibition.rows_of_sequence(moved, kept, state)
     arguments, _ = inhibition.prepare(state, rows, None, sequence)
     sums = None if inhibition.in_backward() else torch.zeros_like(state.core_sums)

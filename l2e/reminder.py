@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,28 @@ UPDATES = 3  # steps of one optimizer without a step of the handle, before it is
 ROUNDS = 50  # losses taken without one, where no torch optimizer has the model's parameters
 
 
+def skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this step of a fused optimizer changed nothing, for a gradient scaler's sake."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
+_at_work: weakref.WeakSet[StepReminder] = weakref.WeakSet()
+
+
+@cache
+def _hear_of_steps() -> None:
+    """Once in a process, and never taken back: optimizers iterate over the registry of all their
+    hooks, while the garbage collector may come upon a handle."""
+    register_optimizer_step_post_hook(_stepped)
+
+
+def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for reminder in list(_at_work):
+            reminder.optimizer_stepped(optimizer)
+
+
 class StepReminder:
     """Counts what happens between two steps of a handle."""
 
@@ -21,15 +44,11 @@ class StepReminder:
         self.model = weakref.ref(model)
         self.told = False
         self.reset()
-        # The registry of all optimizers' hooks keeps neither this nor the model alive.
-        live = weakref.ref(self)
+        _at_work.add(self)
+        _hear_of_steps()
 
-        def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            if not torch.compiler.is_compiling() and (reminder := live()) is not None:
-                reminder.optimizer_stepped(optimizer)
-
-        self._registered = register_optimizer_step_post_hook(stepped)
-        self.detach = weakref.finalize(self, self._registered.remove)
+    def detach(self) -> None:
+        _at_work.discard(self)
 
     def reset(self) -> None:
         """The handle has stepped."""
@@ -37,7 +56,7 @@ class StepReminder:
         self.updates: dict[int, int] = {}
 
     def optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.told or not self.observed or not self._trains(optimizer):
+        if self.told or not self.observed or skipped(optimizer) or not self._trains(optimizer):
             return
         count = self.updates[id(optimizer)] = self.updates.get(id(optimizer), 0) + 1
         if count == UPDATES:

@@ -57,7 +57,7 @@ def by_chance(state: LayerState, sequence: int, device: torch.device) -> Tensor:
     neurons = torch.arange(first, first + state.units, device=device)
     seed = _mixed(torch.tensor(layer ^ state.phase.step, device=device))
     drawn = _mixed(_mixed(seed ^ positions) ^ neurons)
-    return drawn < state.config.inhibit_fraction * 2**32
+    return drawn.float() < state.config.inhibit_fraction * 2**32
 
 
 def _mixed(value: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def _largest(state: LayerState, scale: Tensor, rows_per_sample: int) -> Tensor:
 def _updated(state: LayerState, z: Tensor) -> Statistics:
     """The statistics as MEmeL's code scores by: this call's batch already merged."""
     deviation = z - state.statistics.mean
-    count = torch.tensor(float(len(z)), device=z.device)
+    count = torch.tensor(float(len(z)), dtype=torch.float32, device=z.device)
     return statistics.merge(
         state.statistics,
         count,

@@ -55,8 +55,8 @@ class Running(NamedTuple):
     @classmethod
     def empty(cls, neurons: int, device: torch.device) -> "Running":
         """Of one layer that was never called."""
-        zeros = torch.zeros(1, neurons, device=device)
-        zero = torch.zeros(1, device=device)
+        zeros = torch.zeros(1, neurons, dtype=torch.float32, device=device)
+        zero = torch.zeros(1, dtype=torch.float32, device=device)
         return cls(
             mean=zeros,
             mean_low=zeros.clone(),
@@ -126,7 +126,8 @@ class Figures(NamedTuple):
     @classmethod
     def empty(cls, device: torch.device) -> "Figures":
         """Of one layer that was never measured."""
-        return cls(*torch.full((len(cls._fields), 1), float("nan"), device=device))
+        shape = len(cls._fields), 1
+        return cls(*torch.full(shape, float("nan"), dtype=torch.float32, device=device))
 
 
 class Sums:
@@ -139,7 +140,8 @@ class Sums:
 
     @classmethod
     def zeros(cls, layers: int, sizes: dict[str, int], device: torch.device) -> "Sums":
-        return cls(sizes, torch.zeros(layers, sum(sizes.values()), device=device))
+        flat = torch.zeros(layers, sum(sizes.values()), dtype=torch.float32, device=device)
+        return cls(sizes, flat)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.parts[name]
@@ -186,7 +188,9 @@ class Stack:
         self.sums = Sums.zeros(layers, sums, self.device)
         measured = {"fourth": neurons, "largest": data_size}
         self.measured = Sums.zeros(layers, measured, self.device)
-        self.squares = [torch.zeros(2, device=self.device) for _ in range(layers)]
+        self.squares = [
+            torch.zeros(2, dtype=torch.float32, device=self.device) for _ in range(layers)
+        ]
         self.counts = torch.zeros(layers, BINS, dtype=torch.int64, device=self.device)
         self._flags: tuple[list[tuple[bool, ...]], Flags] | None = None
 
@@ -242,6 +246,6 @@ class Stack:
     def flags(self, rows: list[tuple[bool, ...]]) -> Flags:
         """The rows' flags on the device, brought there when they change; nothing waits for it."""
         if self._flags is None or self._flags[0] != rows:
-            values = torch.tensor(rows).to(self.device, non_blocking=True)
+            values = torch.tensor(rows, device="cpu").to(self.device, non_blocking=True)
             self._flags = rows, Flags(*values.unbind(1))
         return self._flags[1]

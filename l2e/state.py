@@ -62,7 +62,8 @@ class LayerState:
         started: sums of this step are taken around `statistics.mean`.
         empty: no batch was merged yet, on any rank.
         waiting: it has not had its start, the first step from the late start on that could be
-            used: with samples, all of them finite, and for tau with earlier statistics.
+            used: with samples, all of them finite, and for tau with earlier statistics, of neurons
+            that vary (without variance there is no MS).
         waited: how many steps it could have had its start in and did not.
         shape_from_data: only activations tell the number of neurons.
         centre_rank: the data-parallel rank whose centre the first batch is summed around.
@@ -188,9 +189,9 @@ class LayerState:
     def may_start(self) -> bool:
         return self.starting and not (self.phase.observed is not None and self.empty)
 
-    def note(self, usable: bool) -> None:
-        """Learn at a step's end whether it had samples, all of them finite."""
-        self.waiting = self.waiting and not (usable and self.may_start)
+    def note(self, usable: bool, starts: bool) -> None:
+        """Learn at a step's end what `merging.Merged` says of it."""
+        self.waiting = self.waiting and not starts
         self.empty = self.empty and not usable
         self.started = not self.empty
 

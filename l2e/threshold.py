@@ -34,8 +34,7 @@ def quantile(counts: Tensor, fraction: float) -> Tensor:
     """
     reached = counts.flip(-1).cumsum(-1).double()
     from_top = (reached < fraction * reached[..., -1:]).sum(-1)
-    log2 = LOWEST + (BINS - 0.5 - from_top) / BINS_PER_OCTAVE
-    return torch.exp2(log2.float())
+    return torch.exp2(LOWEST + (BINS - 0.5 - from_top.float()) / BINS_PER_OCTAVE)
 
 
 def step_size(updates: Tensor, rate: float, floor: float) -> Tensor:

@@ -7,11 +7,14 @@ import l2e
 from tests.l2e.loops.twin import CONFIG, Twin, assert_same_statistics, batches, network
 
 
-@pytest.mark.parametrize("overflows", [(), (2, 5)])
-def test_steps_that_the_scaler_skips_are_no_steps(overflows):
-    """Their samples wait for the next real step."""
+@pytest.mark.filterwarnings("error:l2e")
+@pytest.mark.parametrize(
+    ("overflows", "fused"), [((), False), ((2, 5), False), ((1, 2, 3, 6), True)]
+)
+def test_steps_that_the_scaler_skips_are_no_steps(overflows, fused):
+    """Their samples wait for the next real step; a fused optimizer skips inside its step."""
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     twin = Twin(model, ["1"])
     handle = l2e.attach(model, "1", CONFIG, optimizer=optimizer)

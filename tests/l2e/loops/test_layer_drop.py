@@ -1,5 +1,7 @@
 """Layers that are left out of some steps: every layer has a start of its own."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -68,6 +70,25 @@ def test_a_step_with_a_nan_is_no_start(bad_step):
             with pytest.raises(ValueError, match=rf"layer 1: NaN.*step {step}.*handle\.discard"):
                 handle.metrics()
     assert handle.metrics()["1"]["tau"] == pytest.approx(twin.references["1"].tau, rel=1e-4)
+
+
+@pytest.mark.parametrize("selection", ["threshold", "topk"])
+@pytest.mark.parametrize("kind", ["one row", "constant"])
+def test_a_layer_starts_from_statistics_with_a_variance(kind, selection):
+    """One sample, or a layer whose units are dead, has no MS to select by."""
+    model, config = network(), dataclasses.replace(CONFIG, selection=selection)
+    handle = l2e.attach(model, "1", config)
+    whole = batches(6, seed=9)
+    for x in [x[:1] if kind == "one row" else torch.zeros(8, 4) for x in batches(1)] + whole:
+        model(x)
+        handle.step()
+        if x is whole[0]:
+            assert handle.metrics()["1"]["tau"] == float("inf")
+            model(whole[2])
+            assert (handle.loss() != 0) == (selection == "topk")
+            handle.discard()
+    if selection == "threshold":
+        assert 2 < handle.metrics()["1"]["tau"] < 20
 
 
 def test_a_state_without_tau_finds_it_under_an_earlier_late_start():

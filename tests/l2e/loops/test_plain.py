@@ -17,6 +17,7 @@ from tests.l2e.loops.twin import (
     CONFIG,
     Twin,
     assert_same_gradients,
+    assert_same_statistics,
     batches,
     network,
     train_both,
@@ -118,6 +119,72 @@ def test_loss_is_the_same_until_the_next_forward():
     assert handle.loss().item() == first.item()
     model(2 * x)
     assert handle.loss().item() != first.item()
+
+
+@pytest.mark.parametrize("logging", [torch.no_grad, torch.inference_mode])
+def test_a_loss_that_is_logged_first_still_inhibits(logging):
+    model = network()
+    twin = Twin(model, ["1"])
+    handle = l2e.attach(model, "1", CONFIG)
+
+    def logged(module, x):
+        loss = loss_of(module, x)
+        with logging():
+            float(handle.loss())
+        return loss
+
+    assert train_both(model, twin, handle, batches(6), logged)
+
+
+def test_a_validation_loss_has_no_l_ms():
+    model, handle, x = observed()
+    loss_of(model, x)
+    trained = handle.loss().item()
+    model.eval()
+    assert handle.loss().item() == trained != 0
+    with torch.no_grad():
+        model(x)
+    assert handle.loss().item() == 0
+    model.train()
+    assert handle.loss().item() == trained
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), nn.Unflatten(1, (16,))])  # a view is served otherwise
+def test_a_second_backward_pass_would_inject_twice(act):
+    model = network()
+    model[1] = act
+    l2e.attach(model, "1", CONFIG, inject=True)
+    loss = loss_of(model, batches(1)[0])
+    loss.backward(retain_graph=True)
+    with pytest.raises(ValueError, match=r"layer 1: a second backward pass .*handle\.loss\(\)"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["rows", "view", "masked", "measured"])
+def test_the_default_dtype_is_not_the_methods(dtype, kind):
+    model = network()
+    if kind == "view":
+        model[1] = nn.Unflatten(1, (16,))
+    twin, inputs = Twin(model, ["1"]), batches(6)
+    try:
+        torch.set_default_dtype(dtype)
+        handle = l2e.attach(model, "1", CONFIG)
+        handle.controller.measure = kind == "measured"
+        if kind == "masked":
+            handle.mask(torch.ones(32, dtype=torch.bool))
+        for x in inputs:
+            (loss_of(model, x) + handle.loss()).backward()
+            handle.step()
+        state = handle.state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {value.dtype for value in state.values()} == {torch.int64, torch.float32}
+    for x in inputs:
+        twin.model(x)
+        twin.pull()
+        twin.step()
+    assert_same_statistics(handle, twin)
 
 
 def test_a_discarded_batch_leaves_no_trace():
@@ -377,6 +444,36 @@ def test_masks_that_do_not_fit_are_refused():
         l2e.attach(model, "0", CONFIG, mask="attention_mask")
 
 
+def test_a_mask_of_another_pass_is_not_taken():
+    """A part that is called by itself has no argument of the model's."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x, attention_mask=None, again=False):
+            return self.forward(x) if again else self.inner(x)
+
+    model = Masked().train()
+    handle = l2e.attach(model, "inner.1", CONFIG, mask="attention_mask")
+    x = batches(1)[0]
+    model(x, attention_mask=torch.arange(32) < 20)
+    with pytest.raises(ValueError, match=r"inner\.1 is called outside .*handle\.mask"):
+        model.inner(x)
+    with handle.paused():
+        model.inner(x)
+    model(x, attention_mask=torch.arange(32) < 5, again=True)
+    handle.step()
+    assert handle.state_dict()["inner.1.samples"] == 25
+
+
+def test_a_mask_that_is_true_at_padding_is_refused():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2)
+    with pytest.raises(ValueError, match=r"opposite.*handle\.mask\(~src_key_padding_mask\)"):
+        l2e.attach(encoder, "layers.*.linear1", CONFIG, mask="src_key_padding_mask")
+
+
 def test_a_mask_that_no_pass_is_given_is_told_once():
     """A forward that takes any keyword cannot refuse a wrong name at attach."""
 
@@ -618,6 +715,9 @@ def test_a_copy_that_trains_is_told_of_once():
         copied(x)
     shallow = copy.copy(model)
     assert torch.equal(shallow(x), model(x))
+    activation = copy.copy(model[1])
+    with pytest.warns(UserWarning, match="attach to the copy"):
+        activation(x)
 
 
 def test_models_are_saved_whole(tmp_path):
@@ -677,8 +777,23 @@ def test_a_trace_in_training_mode_gets_a_sentence():
     model, _, x = observed()
     with pytest.raises(ValueError, match=r"module 1 is traced in training mode.*model\.eval"):
         torch.jit.trace(model, x)
+    with pytest.raises(ValueError, match=r"module 1 is traced in training mode.*model\.eval"):
+        torch.export.export(model, (x,))
     model.eval()
     assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+def test_scripting_gets_a_sentence():
+    model, handle, x = observed()
+    copied = copy.deepcopy(model).eval()
+    for attached in (model.eval(), copied):
+        with pytest.raises(ValueError, match=r"torch\.jit\.script.*handle\.detach"):
+            torch.jit.script(attached)
+    copied(x)
+    handle.detach()
+    for scripted in (model, copied):
+        assert torch.equal(torch.jit.script(scripted)(x), model(x))
 
 
 # Arguments.
@@ -732,6 +847,30 @@ def test_a_wrong_neuron_dim_is_refused(module, shape, neuron_dim, message):
         model(torch.randn(shape))
 
 
+def test_a_module_of_ones_own_may_say_other_widths():
+    """transformers' patch embeddings have num_channels, those of the image."""
+
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_channels = 3
+            self.projection = nn.Conv2d(3, 16, 4, 4)
+
+        def forward(self, images):
+            return self.projection(images).flatten(2).transpose(1, 2)
+
+    model = nn.Sequential(Patches()).train()
+    images = torch.randn(2, 3, 8, 8)
+    asked = l2e.attach(model, "0", CONFIG)
+    with pytest.raises(ValueError, match=r"\[2, 4, 16\].*-1 for the last"):
+        model(images)
+    asked.detach()
+    handle = l2e.attach(model, "0", CONFIG, neuron_dim=-1)
+    model(images)
+    handle.step()
+    assert handle.state_dict()["0.mean"].shape == (16,)
+
+
 def test_widths_that_change_are_refused():
     model = nn.Sequential(nn.Identity()).train()
     l2e.attach(model, "0", CONFIG)
@@ -755,3 +894,18 @@ def test_a_state_fits_whatever_prefix_wraps_the_model():
         assert torch.equal(value, state[name])
     with pytest.raises(ValueError, match="layers 1: this handle's are 0"):
         l2e.attach(model, "0", CONFIG).load_state_dict(state)
+
+
+def test_a_state_of_two_parts_is_not_guessed_from():
+    both = nn.ModuleDict({"encoder": network(0), "decoder": network(1)})
+    handle = l2e.attach(both, "*.1", CONFIG)
+    for part in both.values():
+        part(batches(1)[0])
+    handle.step()
+    state = handle.state_dict()
+    alone = l2e.attach(network(), "1", CONFIG)
+    with pytest.raises(ValueError, match=r"could be those under decoder\. or encoder\."):
+        alone.load_state_dict(state)
+    del state["decoder.1.samples"]
+    alone.load_state_dict({n: v for n, v in state.items() if not n.startswith("decoder")})
+    assert torch.equal(alone.state_dict()["1.mean"], state["encoder.1.mean"])
