@@ -1,7 +1,6 @@
-"""How fast text is tokenized, batches are read, and a large index is opened.
+"""How fast text is tokenized, and a large index is opened.
 
     python bench/data_speed.py tokenize --input corpus.jsonl.zst --tokenizer 20B_tokenizer.json
-    python bench/data_speed.py read --prefix prepared/corpus
     python bench/data_speed.py start --tokens 10e9
 
 Tokenizing is held against the bare `tokenizers` library, which uses every core, and against
@@ -27,7 +26,7 @@ import tokenizers
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data import batches, open_dataset
+from data import open_dataset
 from data.corpus import Fields, find_sources, read_units
 from data.index import TokenFile, bin_path, idx_path, write_index
 from data.prepare import Preparation, prepare
@@ -43,8 +42,6 @@ def main() -> None:
         compare_tokenizing(options)
     elif options.what == "way":
         tokenize(options.way, options.input, options.tokenizer, options.workers, options.output)
-    elif options.what == "read":
-        read_batches(options.prefix, options.seconds)
     else:
         open_large(int(options.tokens))
 
@@ -118,19 +115,6 @@ def _encode_one(line: str) -> list[int]:
     return [*_one.encode(json.loads(line)["text"]).ids, 0]
 
 
-def read_batches(prefix: str, seconds: float) -> None:
-    """Tokens a second that one process reads in training's order, from a warm file."""
-    dataset = open_dataset(prefix, 2048, 1234, 1)
-    np.asarray(TokenFile(prefix).tokens).max()  # into the page cache
-    epochs = itertools.chain.from_iterable(batches(dataset, 0, 8, 8) for _ in itertools.count())
-    start, tokens = time.monotonic(), 0
-    for batch in epochs:
-        tokens += batch.numel()
-        if time.monotonic() - start > seconds:
-            break
-    print(f"{tokens / (time.monotonic() - start) / 1e6:.1f} M tokens/s in one process")
-
-
 def open_large(tokens: int) -> None:
     """Start-up on an index of so many tokens, whose .bin file is all holes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -197,9 +181,6 @@ def _parse() -> argparse.Namespace:
         verb.add_argument(name)
     verb.add_argument("workers", type=int)
     verb.add_argument("output")
-    verb = verbs.add_parser("read")
-    verb.add_argument("--prefix", required=True)
-    verb.add_argument("--seconds", type=float, default=5.0)
     verb = verbs.add_parser("start")
     verb.add_argument("--tokens", type=float, default=10e9)
     return parser.parse_args()

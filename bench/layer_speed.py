@@ -1,23 +1,13 @@
-"""L2E's layer alone: what the threshold and MEmeL's top k cost beside plain GELU, as N grows.
-
-python bench/layer_speed.py --dtype fp32
-"""
+"""L2E's layer alone: what the threshold and MEmeL's top k cost beside plain GELU, as N grows."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
 from bench.contenders import DTYPES
-from bench.machine import default_device
 from bench.timing import estimate, interleave
 from l2e import Controller, L2EConfig, L2ELayer
 
@@ -28,16 +18,6 @@ LAYERS = {
     "top 1": L2EConfig(method="deactivate", selection="topk", topk=1, **L2E),
     "top 50": L2EConfig(method="deactivate", selection="topk", topk=50, **L2E),
 }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the activations")
-    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each contender")
-    arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.dtype, arguments.rounds, default_device()), indent=2))
 
 
 def measure(
@@ -84,7 +64,3 @@ def layer_call(
         call()
         controller.step()
     return call
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,11 @@
-"""Reading batches: tokens/s of one process, from a memory-mapped file in gpt-neox's order.
-
-python bench/loading_speed.py
-"""
+"""Reading batches: tokens/s of one process, from a memory-mapped file in gpt-neox's order."""
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
 import time
 from itertools import islice
 from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.random_tokens import write_random_tokens
 from bench.timing import estimate, seconds
@@ -20,10 +13,6 @@ from data import batches, open_dataset
 
 SEQUENCE_LENGTH, BATCH = 2048, 32
 TOKENS = 64 * 2**20
-
-
-def main() -> None:
-    print(json.dumps(measure(), indent=2))
 
 
 def measure(rounds: int = 10, steps: int = 20) -> dict:
@@ -44,7 +33,3 @@ def measure(rounds: int = 10, steps: int = 20) -> dict:
         "seconds_to_open": opened,
         "tokens_per_second": estimate(rates).as_dict(),
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -1,19 +1,13 @@
-"""The whole trainer on 1, 2 and 4 processes: tokens/s of `launch/pretrain.py`, one global batch.
-
-python bench/scaling_speed.py --processes 1,2
-"""
+"""The whole trainer on 1, 2 and 4 processes: tokens/s of `launch/pretrain.py`, one global batch."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.random_tokens import write_random_tokens
 from bench.timing import estimate
@@ -31,17 +25,6 @@ CONFIGURATION: dict[str, dict] = {
     "logging": {"interval": 1, "tensorboard": False},
     "deepspeed": {"zero_optimization": {"stage": 1}},
 }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--processes", default="1,2,4", help="numbers of processes")
-    parser.add_argument("--steps", type=int, default=14, help="optimizer steps of each run")
-    arguments = parser.parse_args()
-    counts = [int(count) for count in arguments.processes.split(",")]
-    print(json.dumps(measure(counts, arguments.steps), indent=2))
 
 
 def measure(counts: list[int], steps: int) -> list[dict]:
@@ -73,7 +56,3 @@ def run(folder: Path, processes: int, steps: int) -> dict:
     lines = (target / "metrics.jsonl").read_text().splitlines()[WARMUP:]
     rates = [json.loads(line)["tokens_per_second"] for line in lines]
     return {"processes": processes, "tokens_per_second": estimate(rates).as_dict()}
-
-
-if __name__ == "__main__":
-    main()

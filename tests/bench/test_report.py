@@ -3,6 +3,7 @@
 import json
 
 from bench import layer_speed, loading_speed
+from bench.machine import default_device
 from bench.report import write_report
 
 CONSTANT = {"median": 2.0, "low": 1.5, "high": 2.5}
@@ -38,7 +39,7 @@ def test_every_section_finds_its_way_into_the_report(tmp_path, monkeypatch):
         "machine": MACHINE,
         "commands": {"train": "--only train --rounds 15"},
         "train": [TRAIN],
-        "layer": layer_speed.measure("fp32", 1, layer_speed.default_device(), entries=2**10),
+        "layer": layer_speed.measure("fp32", 1, default_device(), entries=2**10),
         "loading": loading_speed.measure(rounds=1, steps=1),
         "scaling": [
             {"processes": 1, "tokens_per_second": CONSTANT},
