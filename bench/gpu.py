@@ -142,7 +142,7 @@ def supervise(
 
 def work(arguments: argparse.Namespace) -> None:
     """In the child: one part after another; `running` names the one that is under way."""
-    from bench import gpu_parts
+    from bench.gpu_parts import parts
 
     folder = Path(arguments.worker)
     end = time.monotonic() + arguments.seconds
@@ -150,7 +150,7 @@ def work(arguments: argparse.Namespace) -> None:
         if end - time.monotonic() < LEAST_SECONDS:
             break
         (folder / "running").write_text(name)
-        gpu_parts.run(name, folder / f"{name}.json", arguments.smoke, end)
+        parts.run(name, folder / f"{name}.json", arguments.smoke, end)
     (folder / "running").write_text("")
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from bench import gpu, gpu_parts
+from bench import gpu
+from bench.gpu_parts import parts
 
 ROOT = Path(gpu.__file__).parents[1]
 
@@ -65,5 +66,5 @@ def test_a_part_that_hangs_leaves_the_others(tmp_path, monkeypatch, limits, why,
 
 
 def test_every_part_is_one_that_can_be_run():
-    assert {name.partition("_")[0] for name in gpu.PARTS} == set(gpu_parts.PARTS)
+    assert {name.partition("_")[0] for name in gpu.PARTS} == set(parts.PARTS)
     assert set(gpu.SMOKE_PARTS) <= set(gpu.PARTS)
