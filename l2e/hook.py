@@ -230,8 +230,8 @@ class ModuleHook(OwnHook):
         counted = self.forward_pass.counted
         inject = not self.forward_pass.collects
         if pull.serves(self.layer.state, z):
-            logs = pull.pull(z, counted, self.layer.state, neuron_dim, inject)
-            inhibited = None
+            found, logs = pull.pull(z, counted, self.layer.state, neuron_dim, inject)
+            inhibited = None if found is z else found
         elif self.layer.config.method == "none":
             logs = inhibition.observe(z.detach(), counted, self.layer.handle, neuron_dim)
             inhibited = None

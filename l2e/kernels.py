@@ -54,6 +54,11 @@ class KernelArguments:
     bias: Tensor | None = None
     least: Tensor | None = None
 
+    @property
+    def substitute(self) -> Tensor:
+        """[neurons], the values that deactivated activations get."""
+        return self.mean if self.replacement is None else self.replacement
+
     def biased(self, pre: Tensor) -> Tensor:
         """What the activation is applied to, rounded as `pre` is."""
         return pre if self.bias is None else pre + self.bias
@@ -80,15 +85,12 @@ def forward(pre: Tensor, arguments: KernelArguments, sums: Tensor | None) -> Ten
         if sums is not None:
             _add_sums(sums, deviation, square, selected, arguments)
         if arguments.method == "deactivate" and selected is not None:
-            mean = arguments.mean if arguments.replacement is None else arguments.replacement
-            z = torch.where(selected > 0, mean.to(z.dtype), z)
+            z = torch.where(selected > 0, arguments.substitute.to(z.dtype), z)
         out[rows] = 0 if arguments.method == "silence" else z
     return out
 
 
-def observe(
-    pre: Tensor, arguments: KernelArguments, sums: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def observe(pre: Tensor, arguments: KernelArguments, sums: Tensor | None) -> tuple[Tensor, Tensor]:
     """The sums that `forward` adds, and what it selects, of activations that stay as they are.
 
     Its cost beside the sums is that of the selected entries; but a GPU's host waits for it.
@@ -97,46 +99,63 @@ def observe(
         pre, sums: as of `forward`.
 
     Returns:
-        Of each selected entry, if the method is "regularize", its number in `pre` (int64), half of
-        d log (z - mean)^2 / dz (float32), and its log (z - mean)^2.
+        Of each selected entry, unless the method is "none", its number in `pre` (int64), and what
+        the method needs there: half of d log (z - mean)^2 / dz (float32), or for "deactivate" the
+        new value (in the dtype of `pre`).
     """
     neurons = pre.shape[1]
-    pulls = arguments.method == "regularize"
+    finds = arguments.method != "none" and arguments.threshold is not None
+    counts = arguments.method == "none" and arguments.threshold is not None
     found: list[tuple[Tensor, Tensor]] = []
     # Reused, since memory that is new to the process costs more than the arithmetic.
-    buffers = arguments.mean.new_empty(3, len(pre[next(slices(pre))]), neurons)
+    buffers = arguments.mean.new_empty(2 + counts, len(pre[next(slices(pre))]), neurons)
     for rows in slices(pre):
         z = activate(arguments.biased(pre[rows]), arguments.activation).float()
-        deviation, square, compared = buffers[:, : len(z)]
+        parts = buffers[:, : len(z)]
+        deviation, square, *selected = parts
         torch.sub(z, arguments.mean, out=deviation)
         torch.mul(deviation, deviation, out=square)
-        selected = _selected(square, arguments, rows, out=compared)
+        if counts:
+            _selected(square, arguments, rows, out=selected[0])
         if sums is not None:
-            counted = None if pulls else selected  # of pulls they come with the entries
-            _add_sums(sums, deviation, square, counted, arguments)
-        if pulls and selected is not None:
-            entries = _numbers(selected.view(-1))
+            sums[: len(parts) * neurons].view(-1, neurons).add_(parts.sum(1))
+        if finds:
+            entries = _numbers(square, arguments, rows)
             found.append((entries + rows.start * neurons, deviation.view(-1)[entries]))
     if not found:
-        nothing = arguments.mean.new_empty(0)
-        return nothing.long(), nothing, nothing
+        return torch.empty(0, dtype=torch.int64, device=pre.device), pre.new_empty(0)
     entries, deviations = (torch.cat(parts) for parts in zip(*found, strict=True))
     columns = entries % neurons
+    if sums is not None:
+        sums[:-1].view(3, -1)[2].add_(torch.bincount(columns, minlength=neurons))
+    if arguments.method == "deactivate":
+        return entries, arguments.substitute[columns].to(pre.dtype)
     squares = deviations * deviations
     least = None if arguments.least is None else arguments.least[columns]
     directions = deviations.div_(squares.clamp(min=TINY if least is None else least))
-    logs = _log(squares, least)
     if sums is not None:
-        sums[:-1].view(3, -1)[2].add_(torch.bincount(columns, minlength=neurons))
-        sums[-1].add_(logs.sum())
-    return entries, directions, logs
+        sums[-1].add_(_log(squares, least).sum())
+    return entries, directions
 
 
-def _numbers(selected: Tensor) -> Tensor:
-    """Where `selected` [entries] is not 0; NumPy, where it is installed, finds that much faster."""
+def _numbers(square: Tensor, arguments: KernelArguments, rows: slice) -> Tensor:
+    """The numbers (int64) of the selected entries of some rows.
+
+    By NumPy, where it is installed, which compares and finds several times as fast: of the few
+    bytes of eight entries that have any, which entries they are.
+    """
+    threshold = arguments.threshold
+    assert threshold is not None
     if numpy is None:
-        return selected.nonzero().view(-1)
-    return torch.from_numpy(numpy.flatnonzero(selected.bool().numpy()))
+        selected = threshold[rows] if threshold.dtype == torch.bool else square >= threshold
+        return selected.flatten().nonzero().view(-1)
+    if threshold.dtype == torch.bool:
+        bits = numpy.packbits(threshold[rows].numpy(), bitorder="little")
+    else:
+        bits = numpy.packbits(square.numpy() >= threshold.numpy(), bitorder="little")
+    octets = numpy.flatnonzero(bits != 0)
+    inside = numpy.flatnonzero(numpy.unpackbits(bits[octets], bitorder="little").view(bool))
+    return torch.from_numpy(octets[inside >> 3] * 8 + (inside & 7))
 
 
 def backward(
@@ -249,9 +268,9 @@ def _selected(
     """
     if arguments.threshold is None:
         return None
-    if arguments.threshold.dtype == torch.bool:
-        return arguments.threshold[rows].float()
     out = torch.empty_like(square) if out is None else out
+    if arguments.threshold.dtype == torch.bool:
+        return out.copy_(arguments.threshold[rows])
     return torch.ge(square, arguments.threshold, out=out)
 
 

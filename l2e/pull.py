@@ -1,10 +1,11 @@
-"""L_MS of an output that stays the very tensor it is: only the selected entries are kept.
+"""The method of an attached module at the cost of its selected entries, of which alone is kept.
 
-Observing and `regularize` change no activation, so what follows a module is given its own output.
-L_MS's gradient is zero but for the selected entries, a sparse tensor, which autograd adds in place
-to the gradient that arrives where nobody else holds that. `inhibition` does the same densely: on a
-GPU, whose host would have to wait to learn how many entries are selected, in compiled graphs, and
-where an output is a view or a leaf, whose place in the graph is not its own.
+Observing and `regularize` change no activation, so what follows a module is given its own output;
+`deactivate` gives a copy, other in the selected entries. What either adds to the gradient is zero
+but for these, a sparse tensor, which autograd adds in place to the gradient that arrives where
+nobody else holds that. `inhibition` does the same densely: on a GPU, whose host would have to wait
+to learn how many entries are selected, in compiled graphs, and where an output is a view or a leaf,
+whose place in the graph is not its own.
 """
 
 import torch
@@ -18,7 +19,7 @@ def serves(state: LayerState, z: Tensor) -> bool:
     """Whether `pull` can do in this pass what `inhibit` does."""
     every_entry_matters = state.config.scale_invariant or state.comparing
     return (
-        state.config.method in ("none", "regularize")
+        state.config.method in ("none", "regularize", "deactivate")
         and z.device.type == "cpu"
         and not (every_entry_matters or torch.compiler.is_compiling())
         and not (z.requires_grad and (z.is_leaf or z._is_view()))
@@ -27,21 +28,28 @@ def serves(state: LayerState, z: Tensor) -> bool:
 
 def pull(
     z: Tensor, counted: Tensor | None, state: LayerState, neuron_dim: int, inject: bool
-) -> Tensor:
-    """Add a call to the layer's sums, and L_MS's gradient to that of `z`, which stays as it is.
+) -> tuple[Tensor, Tensor]:
+    """Add a call to the layer's sums, and what the method adds to the gradient of `z`.
 
     Args:
         z, counted, neuron_dim: `pre` and the others of `inhibition.inhibit`.
-        inject: in z's own backward pass; otherwise in that of the returned loss.
+        inject: L_MS's gradient in z's own backward pass; otherwise in that of the returned loss.
 
     Returns:
-        The sum over selected entries of log (z - mean)^2, a float32 scalar.
+        What takes the place of z: itself, as it is, unless the method is "deactivate"; and the sum
+        over selected entries of log (z - mean)^2, a float32 scalar.
     """
     with torch.no_grad():
-        loss, places, directions, rows = _observe(z.detach(), counted, state, neuron_dim)
-    if not (torch.is_grad_enabled() and z.requires_grad and state.config.method == "regularize"):
-        return loss
-    anchor = z[(0,) * z.dim()].clone() if z.numel() else z.sum()
+        entries, values, loss, rows = _observe(z.detach(), counted, state, neuron_dim)
+    method, gradients = state.config.method, torch.is_grad_enabled() and z.requires_grad
+    if method == "none" or rows == 0 or (method == "regularize" and not gradients):
+        return z, loss
+    if z.numel() < 2**31:
+        entries = entries.int()
+    anchor = z[(0,) * z.dim()].clone()
+    if method == "deactivate":
+        delta = state.config.delta
+        return _Deactivated.apply(z, z, entries, values, anchor, delta, neuron_dim), loss
 
     def injected(ctx) -> Tensor | float:
         inhibition.inject_once(ctx, state)
@@ -49,35 +57,55 @@ def pull(
 
     factor = injected if inject else None
     with torch.autograd._unsafe_preserve_version_counter(z):  # no value of it is changed
-        return _Pull.apply(z, z, loss, places, directions, anchor, factor)[1]
+        return _Regularized.apply(z, z, loss, entries, values, anchor, factor, neuron_dim)
 
 
-class _Pull(torch.autograd.Function):
+class _Regularized(torch.autograd.Function):
     """Gives z, which keeps its values, this place in its graph, and the loss the same.
 
-    z comes twice, so that its gradient may go back in two parts, a sparse and a dense one.
+    z comes twice, here and below, so that its gradient may go back in two parts, a sparse and a
+    dense one.
     """
 
     @staticmethod
-    def forward(ctx, z, _, loss, places, directions, anchor, factor):
-        ctx.save_for_backward(places, directions, anchor)
-        ctx.shape, ctx.dtype, ctx.factor = z.shape, z.dtype, factor
+    def forward(ctx, z, _, loss, entries, directions, anchor, factor, neuron_dim):
+        ctx.save_for_backward(entries, directions, anchor)
+        ctx.shape, ctx.dtype, ctx.factor, ctx.neuron_dim = z.shape, z.dtype, factor, neuron_dim
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(z)
         return z, loss.clone()
 
     @staticmethod
     def backward(ctx, grad, loss_grad):
-        places, directions, anchor = ctx.saved_tensors
+        entries, directions, anchor = ctx.saved_tensors
         factor = loss_grad if ctx.factor is None else ctx.factor(ctx)
-        pull = None
+        added = None
         if factor is not None:
             values = (2 * factor * directions).to(ctx.dtype)
-            pull = _sparse(places, values, ctx.shape)
-            if grad is None or torch.is_grad_enabled():  # nothing dense to meet, or not in place
-                pull = pull.to_dense()
-            pull = _once(pull, anchor)
-        return pull, grad, None, None, None, None, None
+            added = _at(entries, values, ctx, meets_dense=grad is not None, anchor=anchor)
+        return added, grad, *[None] * 6
+
+
+class _Deactivated(torch.autograd.Function):
+    """Gives z with other values in the selected entries, whose gradient is times -delta."""
+
+    @staticmethod
+    def forward(ctx, z, _, entries, values, anchor, delta, neuron_dim):
+        ctx.save_for_backward(entries, anchor)
+        ctx.shape, ctx.delta, ctx.neuron_dim = z.shape, delta, neuron_dim
+        ctx.set_materialize_grads(False)
+        out = z.clone()
+        out.movedim(neuron_dim, -1).put_(entries.long(), values)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        entries, anchor = ctx.saved_tensors
+        added = None
+        if grad is not None:
+            values = grad.movedim(ctx.neuron_dim, -1).take(entries.long()) * -(1 + ctx.delta)
+            added = _at(entries, values, ctx, meets_dense=True, anchor=anchor)
+        return added, grad, *[None] * 5
 
 
 class _Once(torch.autograd.Function):
@@ -90,39 +118,54 @@ class _Once(torch.autograd.Function):
     backward = staticmethod(inhibition.no_second_derivatives)
 
 
-def _once(grad: Tensor, anchor: Tensor) -> Tensor:
-    return _Once.apply(grad, anchor) if torch.is_grad_enabled() else grad
+def _at(entries: Tensor, values: Tensor, ctx, meets_dense: bool, anchor: Tensor) -> Tensor:
+    """A gradient of these values at the entries of these numbers, and zero elsewhere.
+
+    Sparse where it meets a dense one, in place. No entry is there twice, which is all that takes.
+    """
+    size = torch.empty(ctx.shape, device="meta").movedim(ctx.neuron_dim, -1).shape
+    places = _places(entries.long(), size, ctx.neuron_dim)
+    gradient = torch.sparse_coo_tensor(
+        places, values, ctx.shape, check_invariants=False, is_coalesced=True
+    )
+    if torch.is_grad_enabled():
+        return _Once.apply(gradient.to_dense(), anchor)
+    return gradient if meets_dense else gradient.to_dense()
 
 
-def _sparse(places: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
-    """No place is there twice, which is all that adding it in place asks for."""
-    return torch.sparse_coo_tensor(places, values, shape, check_invariants=False, is_coalesced=True)
+def _places(entries: Tensor, moved: torch.Size, neuron_dim: int) -> Tensor:
+    """[dimensions, entries], from their numbers where the neurons are the last dimension."""
+    places: list[Tensor] = []
+    for size in reversed(moved[1:]):
+        outer = entries // size
+        places.insert(0, entries - outer * size)
+        entries = outer
+    places.insert(0, entries)
+    places.insert(neuron_dim % len(moved), places.pop())
+    return torch.stack(places)
 
 
 def _observe(
     z: Tensor, counted: Tensor | None, state: LayerState, neuron_dim: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The loss; of each selected entry its place in z ([z.dim(), entries]) and half its slope;
-    and how many rows counted."""
+    """Of each selected entry its number where the neurons are the last dimension, and what the
+    method needs there: half the slope of L_MS, or the new value; the loss; how many rows counted.
+    """
     moved = z.movedim(neuron_dim, -1)
     rows = inhibition.as_rows(moved, state)
     kept = None
     if counted is not None:
         kept = inhibition.kept_rows(counted, moved, neuron_dim, state)
         rows = rows[kept]
+    loss = state.statistics.mean.new_zeros(())
     if len(rows) == 0:
-        nothing = torch.empty(0, dtype=torch.float32)
-        return nothing.sum(), nothing.long().view(z.dim(), 0), nothing, 0
+        return torch.empty(0, dtype=torch.int64), z.new_empty(0), loss, 0
     sequence = inhibition.rows_of_sequence(moved, kept, state)
     arguments, _ = inhibition.prepare(state, rows, None, sequence)
     sums = None if inhibition.in_backward() else torch.zeros_like(state.core_sums)
-    entries, directions, logs = kernels.observe(rows, arguments, sums)
-    loss = logs.sum() if sums is None else inhibition.record(state, rows, arguments, sums)
+    entries, values = kernels.observe(rows, arguments, sums)
+    if sums is not None:
+        loss = inhibition.record(state, rows, arguments, sums)
     if kept is not None:
         entries = kept[entries // state.neurons] * state.neurons + entries % state.neurons
-    places: list[Tensor] = []
-    for size in reversed(moved.shape):
-        places.insert(0, entries % size)
-        entries = entries // size
-    places.insert(neuron_dim % z.dim(), places.pop())
-    return loss, torch.stack(places), directions, len(rows)
+    return entries, values, loss, len(rows)

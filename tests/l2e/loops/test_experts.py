@@ -8,7 +8,7 @@ from torch import nn
 
 import l2e
 from l2e import backends
-from tests.l2e.loops.twin import CONFIG, Twin, batches, train_both
+from tests.l2e.loops.twin import CONFIG, Twin, batches, network, train_both
 
 
 class Experts(nn.Module):
@@ -54,6 +54,19 @@ def test_experts_without_tokens_contribute_nothing():
 def test_zero_rows_in_every_method(method, selection, axes):
     keys = {"method": method, "selection": selection, "neuron_axes": axes}
     assert_empty_calls_change_nothing(dataclasses.replace(CONFIG, **keys))
+
+
+@pytest.mark.parametrize("method", ["none", "regularize", "deactivate", "silence"])
+def test_zero_rows_where_the_gradient_is_injected(method):
+    model = network()
+    handle = l2e.attach(model, "1", dataclasses.replace(CONFIG, method=method), inject=True)
+    for x in batches(5):
+        model(x).sum().backward()
+        handle.step()
+    model.zero_grad()
+    model(x[:0]).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.count_nonzero(parameter.grad) == 0, name
 
 
 @pytest.mark.parametrize("method", ["none", "regularize", "deactivate"])

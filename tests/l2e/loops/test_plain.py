@@ -229,6 +229,67 @@ def test_a_large_mean_costs_no_precision(first_call):
     assert ((found - expected).abs() / expected).max() < 1e-4
 
 
+@pytest.mark.parametrize("delta", [-1.0, 0.0, 0.5, 5.0])
+@pytest.mark.parametrize("neuron_dim", [-1, 1])
+def test_deactivated_entries_are_means_with_a_gradient_of_their_own(delta, neuron_dim):
+    config = dataclasses.replace(CONFIG, method="deactivate", delta=delta)
+    torch.manual_seed(0)
+    first, x = {
+        -1: (nn.Linear(4, 16), torch.randn(64, 4)),
+        1: (nn.Conv2d(3, 6, 3), torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)),
+    }[neuron_dim]
+    model = nn.Sequential(first, nn.GELU()).train()
+    handle = l2e.attach(model, "1", config, neuron_dim=neuron_dim)
+    for _ in range(4):
+        model(torch.randn_like(x))
+        handle.step()
+    state = {name: tensor.double() for name, tensor in handle.state_dict().items()}
+    mean, var, tau = (state[f"1.{name}"] for name in ("mean", "var", "tau"))
+    x.mul_(1.3).requires_grad_()
+    with handle.paused():
+        plain = model(x)
+    z = plain.double().movedim(neuron_dim, -1)
+    chosen = (z - mean) ** 2 / (var + config.eps * var.mean()) >= tau
+    assert 5 < chosen.sum() < chosen.numel() / 4
+    expected = torch.where(chosen, mean, z).movedim(-1, neuron_dim)
+    factor = torch.where(chosen, -delta, 1.0).movedim(-1, neuron_dim)
+    out, arriving = model(x), torch.randn(plain.shape)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
+    [found] = torch.autograd.grad(out, x, arriving)
+    [wanted] = torch.autograd.grad(plain, x, (arriving * factor).float())
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "each"), [("none", 0), ("regularize", 8), ("deactivate", 4)])
+def test_memory_for_the_backward_pass_is_that_of_the_selected_entries(method, each):
+    """So many bytes for each, and one entry, beside what autograd keeps without the method."""
+    model = network(units=64)
+    handle = l2e.attach(model, "1", dataclasses.replace(CONFIG, method=method))
+    for x in batches(5, rows=256):
+        (loss_of(model, x) + handle.loss()).backward()
+        handle.step()
+
+    def kept():
+        storages = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(x).sum()
+        return sum(storage.nbytes() for storage in storages.values())
+
+    with handle.paused():
+        plain = kept()
+    added = kept() - plain
+    handle.step()
+    selected = handle.metrics()["1"]["selected_fraction"] * 256 * 64
+    assert selected > 100
+    assert added == pytest.approx(each * selected + (4 if each else 0), abs=1)
+
+
 # Passes that are not training.
 
 
