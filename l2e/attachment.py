@@ -8,6 +8,7 @@ handle = l2e.attach(model, "transformer.h.*.mlp.act", config)
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -137,9 +138,9 @@ class Handle(Joinable):
         self.controller.gradient_scale = 1.0 if inject else 0.0
         self.inject = inject
         self._groups_known = sharding is not None
-        self._reminder = StepReminder(model)
+        self._reminder = StepReminder(model, self.controller)
         self._pass = ForwardPass(observe_no_grad, not inject, self._reminder)
-        self._model_hook = ModelHook(model, self._pass, mask)
+        self._model_hook = ModelHook(model, self._pass, mask, self.names)
         self._hooks = [
             ModuleHook(module, layer, self._pass, neuron_dim, output)
             for module, layer in zip(modules.values(), self.layers, strict=True)
@@ -156,7 +157,8 @@ class Handle(Joinable):
             *(hook.module.register_forward_hook(hook) for hook in self._hooks),
         ]
         if self.optimizer is not None:
-            stepped = self.optimizer.register_step_post_hook(self._after_optimizer_step)
+            hook = torch.compiler.disable(self._after_optimizer_step)
+            stepped = self.optimizer.register_step_post_hook(hook)
             self._registered.append(stepped)
         _guard_hooks_of_compiled_models()
 
@@ -172,7 +174,7 @@ class Handle(Joinable):
             with torch.inference_mode(False), torch.enable_grad():  # also where it is only logged
                 self._loss = self._of_terms()
             self._loss_was_taken = True
-        if self._loss is None or (self._pass.evaluated and not self._model_hook.module.training):
+        elif self._loss is None or (self._pass.evaluated and not self._model_hook.module.training):
             return torch.zeros((), dtype=torch.float32)
         return self._loss
 
@@ -217,8 +219,10 @@ class Handle(Joinable):
             self._groups_known = True
             world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
             self.controller.place(Sharding(data_group=world))
+            self._agree_with_other_ranks()
         self._warn_of_unused_loss()
         self._warn_of_replaced()
+        observed = self._reminder.observed
         self._forget_pass()
         self._model_hook.steps_to_look -= 1
         first = self.controller.unobserved is None
@@ -229,6 +233,12 @@ class Handle(Joinable):
             self._warn_once(
                 "every attached module is in eval mode at this step, where nothing is observed or "
                 "inhibited: call model.train() after validation"
+            )
+        elif not observed and self.controller.sharding.data_size == 1:
+            self._warn_once(
+                "no attached module was called with gradients in training mode since the last "
+                "step, and yet this counts as one: call handle.step() once after each optimizer "
+                "step"
             )
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -374,6 +384,17 @@ class Handle(Joinable):
                 "torch.distributed.algorithms.join instead"
             )
 
+    def _agree_with_other_ranks(self) -> None:
+        """All processes are taken for data-parallel ranks, which hold the same modules."""
+        kind = zlib.crc32(repr((self.names, self.controller.config)).encode())
+        if len({table[0][0] for table in self.controller.sharding.gather_data([[kind]])}) > 1:
+            raise ValueError(
+                "l2e: the processes of this torch.distributed attached different modules or "
+                f"configurations, this one {', '.join(self.names)} with {self.controller.config}: "
+                "say which of them hold the same modules (the ranks of one pipeline stage) with "
+                "attach(..., sharding=l2e.Sharding(data_group=group)); Sharding() is this one alone"
+            )
+
     def _warn_once(self, text: str) -> None:
         if text not in self._warned:
             self._warned.add(text)
@@ -411,7 +432,8 @@ class Handle(Joinable):
         if uncalled:
             why.append(
                 f"{', '.join(uncalled)} never called with gradients in training mode (a fused "
-                "path or another forward passes it by, or it serves other inputs)"
+                "path or another forward passes it by, or it serves other inputs), or without a "
+                "sample that counts (no rows, or all of them masked)"
             )
         warnings.warn(
             f"l2e: not observed in the first step: {'; '.join(why)}. L_MS is divided by all "

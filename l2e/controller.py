@@ -6,7 +6,8 @@ its first statistics or its start. Ranks first agree on layers whose size only a
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -303,6 +304,14 @@ class Controller:
             if state.positions:
                 state.reset_sums()
                 state.started = not state.empty
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is evaluated inside is inhibited, and adds nothing to what was observed."""
+        before = [state.summed() for state in self.states]
+        yield
+        for state, sums in zip(self.states, before, strict=True):
+            state.restore(sums)
 
     def _warn_of_collapse(self, state: LayerState, std: float) -> None:
         start = float(state.running.std_at_start)

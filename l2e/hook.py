@@ -23,6 +23,19 @@ from l2e.reminder import StepReminder
 # the first after the batch.
 WIDTHS = {"out_features": -1, "out_channels": 1, "num_features": 1, "num_channels": 1}
 WITH_WIDTHS = (nn.Linear, nn.Bilinear, _ConvNd, _NormBase, nn.GroupNorm)
+# What autograd calls operations on [batch, channels, ...], and some that keep dimensions in place.
+ON_CHANNELS = ("ConvolutionBackward", "NativeBatchNorm", "CudnnBatchNorm", "NativeGroupNorm")
+ELEMENTWISE = (
+    "Relu",
+    "LeakyRelu",
+    "Gelu",
+    "Silu",
+    "Elu",
+    "Tanh",
+    "Sigmoid",
+    "Mul",
+    "NativeDropout",
+)
 LOOKS_FOR_PADDING = 10  # steps; each look waits for the device
 
 
@@ -202,7 +215,7 @@ class ModuleHook(OwnHook):
         self.width_dim = WIDTHS[named[0]] if named else None
         self.terms: list[tuple[Tensor, Tensor | int]] = []
         self.calls: int | None = None
-        self.told = False
+        self.told = self.frozen_told = False
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if module is not self.module:
@@ -222,11 +235,12 @@ class ModuleHook(OwnHook):
         return self._apply(output)
 
     def _apply(self, output: Any) -> Any:
-        path, z = outputs.find(output, self.output, self.name)
+        z = outputs.find(output, self.output, self.name)
         if z.is_meta:
             return None
         neuron_dim = self._dimension(z)
         self._check(z)
+        self._tell_of_frozen(z)
         counted = self.forward_pass.counted
         inject = not self.forward_pass.collects
         if pull.serves(self.layer.state, z):
@@ -239,7 +253,19 @@ class ModuleHook(OwnHook):
             inhibited, logs, _ = self.layer.operate(z, None, counted, neuron_dim)
         if not inject:
             self._keep(logs, z, counted)
-        return None if inhibited is None else outputs.replace(output, path, inhibited)
+        return None if inhibited is None else outputs.replace(output, z, inhibited)
+
+    def _tell_of_frozen(self, z: Tensor) -> None:
+        pulls = self.layer.config.method == "regularize" and torch.is_grad_enabled()
+        if z.requires_grad or not pulls or self.frozen_told or torch.compiler.is_compiling():
+            return
+        self.frozen_told = True
+        warnings.warn(
+            f"l2e: nothing that is trained comes before module {self.name}, whose output requires "
+            "no gradient: it is observed, and L_MS has nothing to change there. Unfreeze what "
+            "comes before it, or leave it out of the pattern",
+            stacklevel=3,
+        )
 
     def _keep(self, logs: Tensor, z: Tensor, counted: Tensor | None) -> None:
         if not torch.is_grad_enabled():
@@ -273,8 +299,9 @@ class ModuleHook(OwnHook):
         """
         shape = f"l2e: module {self.name}: its output has shape {list(z.shape)}"
         if self.neuron_dim is None:
-            channels = self.width_dim == 1 and z.dim() > 2
-            if channels or (z.dim() > 3 and self.width_dim is None):
+            images = isinstance(self.module, _ConvNd) or z.dim() > 2  # one image has no batch
+            channels = self.width_dim == 1 and images
+            if channels or self._behind_channels(z) or (z.dim() > 3 and self.width_dim is None):
                 raise ValueError(
                     f"{shape}: tell attach which dimension counts its neurons, neuron_dim = 1 for "
                     "[batch, channels, height, width] or -1 for the last one"
@@ -295,6 +322,16 @@ class ModuleHook(OwnHook):
                 f"{next((d for d, n in enumerate(z.shape) if n == self.width), dim)}"
             )
         return dim
+
+    def _behind_channels(self, z: Tensor) -> bool:
+        """Whether, at its first call, nothing stands between it and a convolution that could have
+        moved the channels [batch, channels, length]."""
+        if z.dim() != 3 or self.width_dim is not None or self.layer.state.positions:
+            return False
+        node = None if torch.compiler.is_compiling() else z.grad_fn
+        while node is not None and node.name().startswith(ELEMENTWISE):
+            node = node.next_functions[0][0]
+        return node is not None and node.name().startswith(ON_CHANNELS)
 
     def _check(self, z: Tensor) -> None:
         """Refuse what the method cannot be applied to, in one sentence."""
@@ -350,18 +387,23 @@ class ModelHook(OwnHook):
     Args:
         mask: the argument of the model's forward that is true where a sample counts; None: look
             for padding in `attention_mask`.
+        attached: the names of the modules whose samples it is of.
 
     Attributes:
         joined: the last pass ran under a wrapper that takes part in a Join of uneven inputs.
     """
 
-    def __init__(self, model: nn.Module, forward_pass: ForwardPass, mask: str | None) -> None:
+    def __init__(
+        self, model: nn.Module, forward_pass: ForwardPass, mask: str | None, attached: list[str]
+    ) -> None:
         super().__init__(model)
         self.forward_pass, self.takes = forward_pass, mask is not None
         self.argument = mask or "attention_mask"
         parameters = inspect.signature(model.forward).parameters
         names = list(parameters)
-        _refuse_opposite_mask(mask)
+        if mask is not None:
+            _refuse_opposite(mask)
+            _refuse_other_half(mask, names, attached)
         self.position = names.index(self.argument) if self.argument in names else None
         anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if mask is not None and self.position is None and not anything:
@@ -425,8 +467,23 @@ class ModelHook(OwnHook):
             )
 
 
-def _refuse_opposite_mask(mask: str | None) -> None:
-    if mask is not None and mask.endswith(("padding_mask", "pad_mask")):
+def _refuse_other_half(mask: str, arguments: list[str], attached: list[str]) -> None:
+    """The encoder's samples are not the decoder's."""
+    encoders = mask.removeprefix("decoder_")
+    decoders = f"decoder_{encoders}"
+    if not {encoders, decoders} <= set(arguments):
+        return
+    other = decoders if mask == encoders else encoders
+    wrong = [name for name in attached if ("decoder" in name.split(".")) == (other == decoders)]
+    if wrong:
+        raise ValueError(
+            f"l2e.attach: mask = {mask!r} is of other samples than those of {', '.join(wrong)}: "
+            f"give these a handle of their own, with mask={other!r}"
+        )
+
+
+def _refuse_opposite(mask: str) -> None:
+    if mask.endswith(("padding_mask", "pad_mask")):
         raise ValueError(
             f"l2e.attach: mask = {mask!r}: such an argument is commonly true where padding is, the "
             "opposite of what counts: attach without mask=, and before each forward pass call "

@@ -10,8 +10,8 @@ from torch import Tensor
 Key = str | int
 
 
-def find(output: Any, wanted: Key | None, module: str) -> tuple[tuple[Key, ...], Tensor]:
-    """The tensor that is meant, and the keys that lead to it through the output's containers.
+def find(output: Any, wanted: Key | None, module: str) -> Tensor:
+    """The tensor that is meant.
 
     Args:
         output: a tensor, or tensors in tuples, lists, mappings and dataclasses.
@@ -22,7 +22,6 @@ def find(output: Any, wanted: Key | None, module: str) -> tuple[tuple[Key, ...],
     Raises:
         ValueError: there is no such part, or no real floating-point tensor in it.
     """
-    path: tuple[Key, ...] = ()
     part = output
     if wanted is not None:
         keys = [key for key, _ in _parts(output)]
@@ -36,39 +35,45 @@ def find(output: Any, wanted: Key | None, module: str) -> tuple[tuple[Key, ...],
                 f"l2e: module {module} has no output {wanted!r}, it returned {_kind(output)}; "
                 "name a part of that in attach(..., output=...)"
             )
-        path, part = (wanted,), dict(_parts(output))[wanted]
+        part = dict(_parts(output))[wanted]
     found = _first_floating(part)
-    if found is None or found[1].dim() == 0:
+    if found is None or found.dim() == 0:
         raise ValueError(
             f"l2e: module {module} returned {_kind(part)}, which has no neurons: expected a "
             "floating-point tensor with a dimension of neurons; name another part of the output "
             "in attach(..., output=...), or match another module"
         )
-    return path + found[0], found[1]
+    return found
 
 
-def replace(output: Any, path: tuple[Key, ...], tensor: Tensor) -> Any:
-    """A copy of `output` with `tensor` in the place that `path` leads to; the types are kept."""
-    if not path:
-        return tensor
-    key, *rest = path
-    new = replace(dict(_parts(output))[key], tuple(rest), tensor)
+def replace(output: Any, old: Tensor, new: Tensor) -> Any:
+    """A copy of `output` with `new` wherever `old` is in it; the types are kept.
+
+    transformers gives a model's last hidden state twice where all of them are asked for.
+    """
+    if output is old:
+        return new
+    parts = {key: (part, replace(part, old, new)) for key, part in _parts(output)}
+    changes = {key: after for key, (before, after) in parts.items() if after is not before}
+    if not changes:
+        return output
     if dataclasses.is_dataclass(output):
-        return dataclasses.replace(output, **{str(key): new})  # type: ignore[type-var]
+        fields = {str(key): after for key, after in changes.items()}
+        return dataclasses.replace(output, **fields)  # type: ignore[type-var]
     if isinstance(output, Mapping):
         changed: Any = copy.copy(output)
-        changed[key] = new
+        changed.update(changes)
         return changed
-    items = [new if number == key else item for number, item in _parts(output)]
+    items = [after for _, after in parts.values()]
     return output._make(items) if hasattr(output, "_make") else type(output)(items)
 
 
-def _first_floating(value: Any) -> tuple[tuple[Key, ...], Tensor] | None:
+def _first_floating(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
-        return ((), value) if value.is_floating_point() else None
-    for key, part in _parts(value):
+        return value if value.is_floating_point() else None
+    for _, part in _parts(value):
         if (found := _first_floating(part)) is not None:
-            return (key, *found[0]), found[1]
+            return found
     return None
 
 

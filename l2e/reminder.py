@@ -1,15 +1,22 @@
-"""Tells once that a model is trained on while nobody steps its handle."""
+"""What optimizers' steps tell: that nobody steps a handle; that a batch is evaluated again."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from l2e.controller import Controller
 
 UPDATES = 3  # steps of one optimizer without a step of the handle, before it is told
 ROUNDS = 50  # losses taken without one, where no torch optimizer has the model's parameters
@@ -28,7 +35,33 @@ _at_work: weakref.WeakSet[StepReminder] = weakref.WeakSet()
 def _hear_of_steps() -> None:
     """Once in a process, and never taken back: optimizers iterate over the registry of all their
     hooks, while the garbage collector may come upon a handle."""
+    register_optimizer_step_pre_hook(_stepping)
     register_optimizer_step_post_hook(_stepped)
+
+
+def _stepping(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if torch.compiler.is_compiling() or not callable(closure):
+        return None
+    for reminder in list(_at_work):
+        if reminder.trained_by(optimizer):
+            closure = _counted_once(closure, reminder.controller)
+    if len(args) > 1:
+        return (args[0], closure, *args[2:]), kwargs
+    return args, kwargs | {"closure": closure}
+
+
+def _counted_once(closure: Callable[[], Any], controller: Controller) -> Callable[[], Any]:
+    """LBFGS evaluates one batch several times in a step: its samples count at the first."""
+    evaluated = False
+
+    def evaluate() -> Any:
+        nonlocal evaluated
+        with controller.uncounted() if evaluated else nullcontext():
+            evaluated = True
+            return closure()
+
+    return evaluate
 
 
 def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -40,8 +73,8 @@ def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 class StepReminder:
     """Counts what happens between two steps of a handle."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = weakref.ref(model)
+    def __init__(self, model: nn.Module, controller: Controller) -> None:
+        self.model, self.controller = weakref.ref(model), controller
         self.told = False
         self.reset()
         _at_work.add(self)
@@ -56,7 +89,7 @@ class StepReminder:
         self.updates: dict[int, int] = {}
 
     def optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.told or not self.observed or skipped(optimizer) or not self._trains(optimizer):
+        if self.told or not self.observed or skipped(optimizer) or not self.trained_by(optimizer):
             return
         count = self.updates[id(optimizer)] = self.updates.get(id(optimizer), 0) + 1
         if count == UPDATES:
@@ -67,7 +100,7 @@ class StepReminder:
         if self.rounds == ROUNDS and not self.told:
             self._tell(f"handle.loss() was taken {ROUNDS} times")
 
-    def _trains(self, optimizer: torch.optim.Optimizer) -> bool:
+    def trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
         model = self.model()
         own = set() if model is None else {id(p) for p in model.parameters()}
         return any(id(p) in own for group in optimizer.param_groups for p in group["params"])

@@ -215,9 +215,24 @@ class LayerState:
         if self.device != device:
             self.be(Stack.joined([(self.stack, self.row)], device), 0)
 
+    def _all_sums(self) -> list[Tensor]:
+        return [self.sums.flat, self.measured.flat, self.counts, self.squares]
+
     def reset_sums(self) -> None:
-        for sums in (self.sums.flat, self.measured.flat, self.counts, self.squares):
+        for sums in self._all_sums():
             sums.zero_()
+
+    def summed(self) -> list[Tensor]:
+        """A copy of what this step has summed up so far; none before the layer was called."""
+        return [sums.clone() for sums in self._all_sums()] if self.positions else []
+
+    def restore(self, summed: list[Tensor]) -> None:
+        """Let what `summed` gave be all of this step's sums."""
+        if not summed and self.positions:
+            self.reset_sums()
+            self.started = False
+        for sums, before in zip(self._all_sums() if summed else [], summed, strict=True):
+            sums.copy_(before)
 
     @property
     def core_sums(self) -> Tensor:
@@ -307,7 +322,7 @@ class LayerState:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `saved` gave, gathered over all shards; keeps this process's shard."""
-        if set(tensors) == {"samples"}:  # never called when it was saved
+        if set(tensors) == {"samples"} and not tensors["samples"]:  # never called when it was saved
             if self.positions:
                 self.allocate(self.units, self.positions, self.device)
             self.started, self.empty, self.waiting, self.waited = False, True, True, 0
@@ -315,7 +330,11 @@ class LayerState:
         tensors = {name: torch.tensor(value) for name, value in self.ADDED_LATER.items()} | tensors
         missing = [name for name in self.SAVED if name not in tensors]
         if missing:
-            raise ValueError(f"l2e state of layer {self.name}: no entries {missing}")
+            raise ValueError(
+                f"l2e state of layer {self.name}: no entries {', '.join(missing)}; load the whole "
+                "of what was saved, also where this handle's state_dict(), of a layer that was not "
+                "called yet, has fewer (a distributed checkpoint reads only those)"
+            )
         by_position = self.config.neuron_axes == "position"
         positions = len(tensors["mean"]) if by_position else 1
         total = self.total_units or tensors["mean"].shape[-1]

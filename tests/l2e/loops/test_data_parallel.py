@@ -152,8 +152,24 @@ def grouped_late(folder):
     return handle.state_dict()
 
 
+def stages():
+    """Each rank has modules of its own; returns what it is told, and its samples by itself."""
+    model = nn.ModuleDict({f"stage{dist.get_rank()}": network()}).train()
+    [stage] = model.values()
+    together = l2e.attach(model, "*.1", CONFIG)
+    stage(batches(1)[0])
+    with pytest.raises(ValueError, match="different modules") as refused:
+        together.step()
+    together.detach()
+    alone = l2e.attach(model, "*.1", CONFIG, sharding=l2e.Sharding())
+    stage(batches(1)[0])
+    alone.step()
+    return str(refused.value), alone.state_dict()
+
+
 def everything(folder):
     return {
+        "stages": stages(),
         "masked": masked(False),
         "recomputed": masked(True),
         "left behind": left_behind(),
@@ -245,6 +261,14 @@ def test_masks_differ_from_rank_to_rank(ranks, kind):
 def test_a_wrappers_own_join_is_refused(ranks):
     for rank in ranks:
         assert "with Join([ddp_model, handle]):" in rank["left behind"]
+
+
+def test_ranks_with_different_modules_are_told(ranks):
+    for rank, told in enumerate(ranks):
+        message, state = told["stages"]
+        assert f"this one stage{rank}.1 with" in message
+        assert "sharding=l2e.Sharding(data_group=group)" in message
+        assert state[f"stage{rank}.1.samples"] == 32
 
 
 def test_a_group_that_is_made_after_attach_is_found(ranks):

@@ -145,6 +145,9 @@ def test_a_validation_loss_has_no_l_ms():
     with torch.no_grad():
         model(x)
     assert handle.loss().item() == 0
+    loss_of(model.train(), x)
+    loss_of(model.eval(), x)
+    assert handle.loss().item() == trained  # of the training pass before
     model.train()
     assert handle.loss().item() == trained
 
@@ -384,6 +387,36 @@ def test_modules_that_nothing_reaches_are_named():
     assert restored.state_dict().keys() == saved.keys()
 
 
+@pytest.mark.parametrize("inject", [False, True])
+def test_what_is_frozen_is_told_once(inject):
+    model = nn.Sequential(nn.Linear(4, 4), network()).train()
+    model[:1].requires_grad_(False)
+    handle = l2e.attach(model, "0", CONFIG, inject=inject)
+
+    def train():
+        for x in batches(3):
+            (loss_of(model, x) + handle.loss()).backward()
+            handle.step()
+
+    with pytest.warns(UserWarning, match=r"before module 0, .*no gradient.*Unfreeze") as told:
+        train()
+    assert len(told) == 1
+
+
+def test_a_step_without_a_pass_is_told_once():
+    model, handle, x = observed()
+
+    def train():
+        for _ in range(3):
+            (loss_of(model, x) + handle.loss()).backward()
+            handle.step()
+            handle.step()
+
+    with pytest.warns(UserWarning, match=r"no attached module was called.*after each") as told:
+        train()
+    assert len(told) == 1
+
+
 def test_a_model_left_in_eval_mode_is_told_once():
     model = network()
     handle = l2e.attach(model, "1", L2EConfig(method="none", layers="all"))
@@ -529,6 +562,27 @@ def test_a_mask_of_another_pass_is_not_taken():
     assert handle.state_dict()["inner.1.samples"] == 25
 
 
+def test_an_encoders_mask_is_not_the_decoders():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = network(), network()
+
+        def forward(self, x, attention_mask=None, decoder_attention_mask=None):
+            return self.encoder(x) + self.decoder(x)
+
+    model = Both()
+    for pattern, mask, wrong in (
+        ("*.1", "attention_mask", "decoder.1"),
+        ("*.1", "decoder_attention_mask", "encoder.1"),
+        ("decoder.1", "attention_mask", "decoder.1"),
+    ):
+        with pytest.raises(ValueError, match=rf"than those of {wrong}: .*of their own, with mask="):
+            l2e.attach(model, pattern, CONFIG, mask=mask)
+    l2e.attach(model, "encoder.1", CONFIG, mask="attention_mask")
+    l2e.attach(model, "decoder.1", CONFIG, mask="decoder_attention_mask")
+
+
 def test_a_mask_that_is_true_at_padding_is_refused():
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2)
     with pytest.raises(ValueError, match=r"opposite.*handle\.mask\(~src_key_padding_mask\)"):
@@ -637,6 +691,25 @@ def test_outputs_keep_their_type_with_the_tensor_replaced(kind):
     if kind == "packed":
         assert isinstance(found, PackedSequence)
         assert torch.equal(found.batch_sizes, expected.batch_sizes)
+
+
+def test_a_tensor_that_is_there_twice_is_replaced_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x):
+            last = self.inner(x)
+            return {"last": last, "all": (x, last)}
+
+    model = nn.ModuleDict({"twice": Twice()}).train()
+    l2e.attach(model, "twice", dataclasses.replace(CONFIG, method="silence"))
+    x = batches(1)[0]
+    out = model["twice"](x)
+    assert out["all"][1] is out["last"]
+    assert not out["last"].any()
+    assert out["all"][0] is x
 
 
 def test_model_outputs_by_name():
@@ -896,6 +969,7 @@ def test_an_alias_of_a_module_is_no_second_place():
         # Which dimension it is cannot be seen, and is asked for.
         (nn.Conv2d(3, 6, 3), (2, 3, 9, 9), None, r"module 0: .*\[2, 6, 7, 7\].*neuron_dim = 1"),
         (nn.Conv1d(3, 6, 3), (2, 3, 8), None, r"module 0: .*\[2, 6, 6\].*neuron_dim = 1"),
+        (nn.Conv1d(3, 6, 3), (3, 8), None, r"module 0: .*\[6, 6\].*neuron_dim"),
         (nn.BatchNorm2d(3), (2, 3, 3, 3), None, r"module 0: .*\[2, 3, 3, 3\].*neuron_dim = 1"),
         (nn.GELU(), (2, 6, 7, 7), None, "tell attach which dimension.*-1 for the last"),
         (nn.Upsample(scale_factor=2), (2, 3, 4, 5, 6), None, "tell attach which dimension"),
@@ -906,6 +980,31 @@ def test_a_wrong_neuron_dim_is_refused(module, shape, neuron_dim, message):
     l2e.attach(model, "0", CONFIG, neuron_dim=neuron_dim)
     with pytest.raises(ValueError, match=message):
         model(torch.randn(shape))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_activation_behind_a_convolution_is_asked_for_its_channels(moved):
+    """[batch, channels, length] looks like [batch, sequence, neurons]."""
+
+    class Convolution(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6)
+            self.acts = nn.Sequential(nn.ReLU(), nn.Dropout(0.1), nn.GELU())
+
+        def forward(self, x):
+            x = self.norm(self.conv(x))
+            return self.acts(x.transpose(1, 2) if moved else x)
+
+    model = Convolution().train()
+    handle = l2e.attach(model, "acts.2", CONFIG)
+    if moved:
+        model(torch.randn(2, 3, 10))
+        handle.step()
+        assert handle.state_dict()["acts.2.mean"].shape == (6,)
+    else:
+        with pytest.raises(ValueError, match=r"\[2, 6, 8\]: tell attach which dimension"):
+            model(torch.randn(2, 3, 10))
 
 
 def test_a_module_of_ones_own_may_say_other_widths():
@@ -955,6 +1054,8 @@ def test_a_state_fits_whatever_prefix_wraps_the_model():
         assert torch.equal(value, state[name])
     with pytest.raises(ValueError, match="layers 1: this handle's are 0"):
         l2e.attach(model, "0", CONFIG).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"layer 1: no entries mean, .*distributed checkpoint"):
+        back.load_state_dict({"step": state["step"], "1.samples": state["1.samples"]})
 
 
 def test_a_state_of_two_parts_is_not_guessed_from():
