@@ -33,7 +33,7 @@ def main() -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to pretrain.py"
     )
     options = parser.parse_args()
-    run = options.run_dir or Path("runs/demo")
+    run = (options.run_dir or ROOT / "runs" / "demo").absolute()  # the steps run in ROOT
     began = time.monotonic()
     overrides = [word for setting in options.set for word in ("--set", setting)]
     step("launch/pretrain.py", "--config", CONFIG, "--run-dir", run, "--resume", "auto", *overrides,
