@@ -194,12 +194,14 @@ def write_texts(folder: Path) -> None:
     byte_level(folder / "20B_tokenizer.json", "<|endoftext|>")
     for name in ("CORPUS", "FEATURES", "corpus", "pile", "texts"):
         (folder / name).mkdir()
-    texts = [row["text"][:4000] for row in islice(builtin.documents(builtin.TRAIN), 600)]
-    lines = [json.dumps({"text": text, "meta": {"pile_set_name": "code"}}) for text in texts]
-    compressed = zstandard.compress("\n".join(lines).encode())
-    for name in ("CORPUS/train", "CORPUS/valid", "corpus/train", "pile/00"):
-        (folder / f"{name}.jsonl.zst").write_bytes(compressed)
-    (folder / "texts" / "a.jsonl").write_text("\n".join(lines))
+    for part, source in (("valid", builtin.VALIDATION), ("train", builtin.TRAIN)):
+        documents = islice(builtin.documents(source), 200)
+        some = [row | {"text": row["text"][:4000]} for row in documents]
+        lines = "\n".join(json.dumps(row) for row in some).encode()
+        (folder / "CORPUS" / f"{part}.jsonl.zst").write_bytes(zstandard.compress(lines))
+    for name in ("corpus/train.jsonl.zst", "pile/00.jsonl.zst"):
+        shutil.copy(folder / "CORPUS" / "train.jsonl.zst", folder / name)
+    (folder / "texts" / "a.jsonl").write_bytes(lines)  # plain, so that it can be shared out
     rng = random.Random(0)
     words = {"count": "one two three four five", "colour": "red green blue white black"}
     rows = [

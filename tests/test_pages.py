@@ -93,7 +93,7 @@ COMMANDS: dict[str, dict[str, Run | By]] = {
     },
     "docs/how_to/add_an_analysis.md": {"python launch/analyze.py": ANALYSES},
     "docs/how_to/memel_settings.md": {
-        "python docs/how_to/memel_": Run({".py": ".py --seeds 2", "300": "12"}),
+        "python docs/how_to/memel_": Run({".py": ".py --seeds 2 --steps 12", "300": "12"}),
     },
     "docs/how_to/read_a_report.md": {"python launch/analyze.py": ANALYSES},
     "docs/how_to/run_on_a_cluster.md": {
