@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from configs.checks import cross_check, warnings
 from configs.schema import Config
+from data.files import once
 from l2e.config import L2EConfig
 from l2e.problems import ConfigError, Problem
 
@@ -80,16 +81,6 @@ def read(path: Path) -> dict[str, Any]:
         problem = Problem("--config", raw, "not a JSON object", "write sections in { }")
         raise ConfigError(str(path), [problem])
     return raw
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are there once each; else the last would win in silence."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
-    return content
 
 
 def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from data import builtin
 from data.compression import DAMAGE, decompress
 from data.files import hash_spans, sha256
 from data.folders import PassedOver, files_of, found_by_pattern, without_copies
-from data.formats import ARROW, BYTE_ORDER_MARK, JSON_LINES, PARQUET, TEXT, judge
+from data.formats import ARROW, ARROW_MARK, BYTE_ORDER_MARK, JSON_LINES, PARQUET, TEXT, judge
 from l2e.hub import PREFIX, is_hub, parse
 from l2e.problems import Problem
 
@@ -58,6 +58,14 @@ class Source:
         if self.span:
             return self.span[1] - self.span[0]
         return Path(self.name).stat().st_size if self.format not in ("hf", "builtin") else 0
+
+    def look(self) -> tuple[int, int, int] | None:
+        """What changes when the file is written to; None for what isn't a file here."""
+        try:
+            found = Path(self.name).stat()
+        except OSError:
+            return None
+        return found.st_size, found.st_mtime_ns, found.st_ino
 
     def sha256(self) -> str | None:
         """Hash of the source's content; None where only the network has it."""
@@ -279,9 +287,29 @@ def _arrow(name: str):
         reader = arrow.ipc.open_file(file)
         batches = map(reader.get_batch, range(reader.num_record_batches))
     except arrow.ArrowInvalid:
-        file.seek(0)
-        reader = batches = arrow.ipc.open_stream(file)
+        _refuse_cut_stream(file)
+        reader = arrow.ipc.open_stream(file)
+        batches = _whole_stream(reader, file)
     return reader.schema, ((batch, file.tell()) for batch in batches)
+
+
+def _refuse_cut_stream(file) -> None:
+    """Raises EOFError for an Arrow stream without its end marker, which a reader passes over: it
+    may lack whole batches. At the end `file` is at its beginning."""
+    file.seek(0)
+    has_marks = file.read(len(ARROW_MARK)) == ARROW_MARK  # older streams have none
+    file.seek(max(0, file.size() - 2 * len(ARROW_MARK)))
+    if has_marks and file.read() != ARROW_MARK + b"\0" * len(ARROW_MARK):
+        raise EOFError("the Arrow stream ends before its end marker")
+    file.seek(0)
+
+
+def _whole_stream(reader, file) -> Iterator:
+    """The batches of an Arrow stream. Raises OSError where something comes after its end, such as
+    another stream."""
+    yield from reader
+    if file.tell() < file.size():
+        raise OSError("something follows the end of the Arrow stream")
 
 
 def _columns(name: str, fields: Fields, schema) -> list[str]:

@@ -40,6 +40,7 @@ HEAD = 2**16  # bytes of a file to judge it by
 PROSE_ENDINGS = ("", ".txt", ".text")
 MARKUP = re.compile(rb"\s*<(!doctype\s+html|html|\?xml|error>)", re.IGNORECASE)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+ARROW_MARK = b"\xff\xff\xff\xff"  # before every message of an Arrow stream
 # The longer mark first: that of UTF-16 begins it.
 WIDE_MARKS = {
     b"\xff\xfe\0\0": "UTF-32",
@@ -235,7 +236,7 @@ def _table_format(head: bytes) -> str:
     """Parquet or Arrow, where a file begins as these do, else ""."""
     if head.startswith(b"PAR1"):
         return PARQUET
-    return ARROW if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")) else ""
+    return ARROW if head.startswith((b"ARROW1", ARROW_MARK)) else ""
 
 
 def _text_format(path: Path, head: bytes) -> str:

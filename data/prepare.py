@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -25,6 +25,7 @@ from data.records import Record, Reject, parse
 from data.shares import Share
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.wording import COUNTS, SPACES, Encoded, encode, find_lost_spaces
+from l2e.problems import Problem
 from l2e.progress import Progress, say
 
 INDEX = "index"  # its name inside the partial folder
@@ -103,6 +104,7 @@ def prepare(what: Preparation) -> dict:
     but the rejects where there were too many of them.
     """
     tokenizer = load_tokenizer(what.tokenizer, what.end_of_text)
+    before = [source.look() for source in what.sources]
     job = {
         "end_of_text": tokenizer.eod,
         "sources": [[Path(s.name).name, s.format, s.sha256()] for s in what.sources],
@@ -112,7 +114,7 @@ def prepare(what: Preparation) -> dict:
     }
 
     def fill(partial: PartialCorpus) -> None:
-        tokenize(what, partial, tokenizer)
+        tokenize(what, partial, tokenizer, before)
         about = {
             "dtype": np.dtype(tokenizer.dtype).name,
             "tokenizer_path": str(what.tokenizer),
@@ -184,8 +186,27 @@ def _already_done(output: str, job: dict) -> dict | None:
     )
 
 
-def tokenize(what: Preparation, partial: PartialCorpus, tokenizer: Tokenizer) -> None:
-    """Everything the sources still have, into the partial corpus, in their order."""
+def refuse_written_to(source: Source, before: tuple[int, int, int] | None) -> None:
+    """Raise ValueError where a source isn't what it was when its hash was taken."""
+    if source.look() != before:
+        raise Problem(
+            "input",
+            Path(source.name),
+            "was written to, replaced or removed while it was read",
+            "prepare it when nobody writes to it any more",
+        )
+
+
+def tokenize(
+    what: Preparation,
+    partial: PartialCorpus,
+    tokenizer: Tokenizer,
+    before: Sequence[tuple[int, int, int] | None],
+) -> None:
+    """Everything the sources still have, into the partial corpus, in their order.
+
+    before: each source's `look` before anything of it was read.
+    """
     starts, total = _source_starts(what.sources)
     progress = Progress(total=total or None, desc="preparing", unit="B", unit_scale=True)
     committed, text_bytes = partial.tokens, partial.text_bytes
@@ -202,10 +223,13 @@ def tokenize(what: Preparation, partial: PartialCorpus, tokenizer: Tokenizer) ->
                 refresh=False,
             )
             progress.advance_to(batch.position)
+            refuse_written_to(what.sources[batch.source], before[batch.source])
             judge.look(batch.source)
             if partial.tokens - committed > COMMIT_TOKENS:
                 partial.commit()
                 committed = partial.tokens
+        for source, looked in zip(what.sources, before, strict=True):
+            refuse_written_to(source, looked)
         judge.look(len(what.sources))
     except BrokenProcessPool as error:
         partial.commit()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from data import corpus
 from data.corpus import Fields, Unit
+from data.files import once
 from data.formats import TEXT, wide_encoding
 
 
@@ -51,8 +52,10 @@ def _text_of(unit: Unit, fields: Fields) -> tuple[str, str]:
         if unit.source.format == TEXT:
             return _decoded_file(content), Path(unit.source.name).parent.name
         line = _decoded(content)
+        # A name that is there twice loses what it first stood for; looking for it takes time.
+        repeats = line.count(f'"{fields.text.rpartition(".")[2]}"') > 1
         try:
-            content = json.loads(line)
+            content = json.loads(line, object_pairs_hook=once if repeats else None)
         except (ValueError, RecursionError) as error:
             raise _NoDocument(f"broken JSON: {error}") from error
     if not isinstance(content, dict):

@@ -79,7 +79,7 @@ def _add_verb(verbs: Any, name: str, told: str) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="results")
+    verb.add_argument("--output", type=cli.path, required=True, metavar="DIR", help="results")
     return verb
 
 

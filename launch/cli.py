@@ -11,8 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from l2e.hub import is_hub
 from l2e.mapped import explain_bus_errors
 from l2e.memory import exhausted
+
+# Characters of a file's name, with room for endings such as .manifest.json.
+LONGEST_NAME = 230
 
 
 def verb_parser(description: str | None, **settings: Any) -> argparse.ArgumentParser:
@@ -42,7 +46,7 @@ def add_run_folder(parser: argparse.ArgumentParser) -> None:
         "--run-dir",
         "--run",
         metavar="DIR",
-        type=Path,
+        type=path,
         help="the run's folder (default: runs/ and the config's name)",
     )
 
@@ -84,6 +88,28 @@ def run_verb(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         status = 130
     sys.exit(status or 0)
+
+
+def named(text: str) -> str:
+    """An argparse type: a name, which an unset variable of the shell is not."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: name a file or a folder")
+    return text
+
+
+def path(text: str) -> Path:
+    """An argparse type: a file or a folder; an empty name would be the folder one is in."""
+    return Path(named(text))
+
+
+def prefix(text: str) -> str:
+    """An argparse type: what the names of files begin with, a name in a folder."""
+    name = os.path.basename(named(text))
+    if name in ("", ".", "..") or is_hub(text):
+        raise argparse.ArgumentTypeError(f"{text} is no name in a folder, as folder/corpus is")
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise argparse.ArgumentTypeError(f"{name[:20]}... is longer than a file's name can be")
+    return text
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:

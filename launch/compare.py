@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.cli import number, run_verb, verb_parser, whole
+from launch.cli import number, path, run_verb, verb_parser, whole
 
 if TYPE_CHECKING:
     from launch.comparison.runs import RecordedRun
@@ -71,9 +71,9 @@ def tell_differences(runs: list[RecordedRun], tolerance: float) -> int:
 
 def parser() -> argparse.ArgumentParser:
     result = verb_parser(__doc__, prog="compare.py")
-    result.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    result.add_argument("runs", nargs="+", type=path, metavar="RUN", help="folders of runs")
     result.add_argument(
-        "--output", type=Path, metavar="DIR", help="default: RUN/results/comparison"
+        "--output", type=path, metavar="DIR", help="default: RUN/results/comparison"
     )
     result.add_argument("--arms", type=whole(1), metavar="N", help="seeds in each of two arms")
     result.add_argument(

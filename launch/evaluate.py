@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.cli import run_verb, verb_parser, whole
+from launch.cli import path, run_verb, verb_parser, whole
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--task-data",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="read items from TASK_SPLIT.jsonl(.gz) files in DIR, not from the hub",
     )

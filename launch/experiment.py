@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.cli import run_verb, verb_parser
+from launch.cli import path, run_verb, verb_parser
 
 if TYPE_CHECKING:
     from launch.comparison.plan import Experiment, PlannedRun
@@ -156,8 +156,8 @@ def report(folder: Path) -> int:
 
 def parser() -> argparse.ArgumentParser:
     result = verb_parser(__doc__, prog="experiment.py")
-    result.add_argument("plan", type=Path, metavar="PLAN.json", help="arms, seeds, comparison")
-    result.add_argument("--output", type=Path, metavar="DIR", help="its folder")
+    result.add_argument("plan", type=path, metavar="PLAN.json", help="arms, seeds, comparison")
+    result.add_argument("--output", type=path, metavar="DIR", help="its folder")
     result.add_argument(
         "--workers",
         type=positive,
@@ -168,7 +168,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--slurm",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="write an array job of the runs that are left, and train none of them here",
     )
@@ -189,7 +189,7 @@ def report_parser() -> argparse.ArgumentParser:
     result = verb_parser(
         "Write an experiment's page from what is there.", prog="experiment.py report"
     )
-    result.add_argument("folder", type=Path, metavar="DIR", help="the experiment's folder")
+    result.add_argument("folder", type=path, metavar="DIR", help="the experiment's folder")
     return result
 
 

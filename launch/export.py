@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.cli import run_verb, verb_parser, whole
+from launch.cli import path, run_verb, verb_parser, whole
 
 
 def main() -> None:
@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--pipeline", type=whole(1), default=1, metavar="N", help="pipeline stages")
 
     for verb in verbs.choices.values():
-        verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+        verb.add_argument("--output", type=path, required=True, metavar="DIR", help="a new folder")
     return result
 
 

@@ -86,7 +86,9 @@ def parser() -> argparse.ArgumentParser:
         help="share of the datasheet's FLOP/s that large matrix products keep up in training "
         "(default: the GPU's own, 0.50 to 0.70; raise or lower it until a run of yours fits)",
     )
-    result.add_argument("--output", type=Path, metavar="FILE.json", help="write the numbers too")
+    result.add_argument(
+        "--output", type=cli.path, metavar="FILE.json", help="write the numbers too"
+    )
     return result
 
 

@@ -203,7 +203,9 @@ def join_shares(arguments: list[str]) -> None:
     """The verb `join`."""
     parser = cli.verb_parser(JOIN, prog="prepare.py join")
     parser.add_argument("prefix", nargs="+", help="the --output of a share, each once")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="of the joined files")
+    parser.add_argument(
+        "--output", type=cli.prefix, required=True, metavar="PREFIX", help="of the joined files"
+    )
     add_limits(parser)
     options = parser.parse_args(arguments)
     limits = Limits(options.max_rejects, options.max_unknown)
@@ -233,6 +235,7 @@ def parser() -> argparse.ArgumentParser:
     source = result.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input",
+        type=cli.named,
         nargs="+",
         metavar="FILE",
         help="files, folders, patterns or hf:owner/name; JSON lines (.jsonl .json .jl .ndjson), "
@@ -242,7 +245,11 @@ def parser() -> argparse.ArgumentParser:
         "--corpus", choices=["builtin"], help="the Python installation's own standard library"
     )
     result.add_argument(
-        "--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx, ..."
+        "--output",
+        type=cli.prefix,
+        required=True,
+        metavar="PREFIX",
+        help="writes PREFIX.bin, PREFIX.idx, ...",
     )
     result.add_argument(
         "--tokenizer",
@@ -368,7 +375,7 @@ def groups_of(assignments: list[str]) -> dict[str, list[str]]:
 
 def features_options(arguments: list[str]) -> argparse.Namespace:
     parser = cli.verb_parser(FEATURES, prog="prepare.py features")
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH")
+    parser.add_argument("--input", type=cli.named, nargs="+", required=True, metavar="PATH")
     parser.add_argument(
         "--by",
         choices=["folder", "extension", "field"],
@@ -383,7 +390,7 @@ def features_options(arguments: list[str]) -> argparse.Namespace:
         metavar="NAME=.END,.END",
         help="put endings together; others are then left out; may be repeated",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl.gz")
+    parser.add_argument("--output", type=cli.path, required=True, metavar="FILE.jsonl.gz")
     parser.add_argument(
         "--passages", type=cli.whole(1), default=500, help="of each feature (default 500)"
     )

@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         "--image", default="l2e:0.1.0", help="of a container (default: %(default)s)"
     )
     result.add_argument("--hosts", help="names, a comma between them (default: node-1,node-2,...)")
-    result.add_argument("--output", type=Path, metavar="FILE", help="default: print it")
+    result.add_argument("--output", type=cli.path, metavar="FILE", help="default: print it")
     return result
 
 

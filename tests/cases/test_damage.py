@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import struct
 import tracemalloc
 
@@ -13,8 +14,9 @@ import pytest
 import zstandard
 
 from data.compression import BY_NAME, decompress
-from data.corpus import Fields, find_sources, read_units
+from data.corpus import Fields, Source, find_sources, read_units
 from data.records import parse
+from launch import prepare as prepare_verb
 from tests.data.conftest import make_texts, write_jsonl
 
 TEXTS = make_texts(200)
@@ -70,6 +72,113 @@ def test_long_windows_are_read(tmp_path, log) -> None:
     block = struct.pack("<I", len(content) << 3 | 1)[:3] + content
     (tmp_path / "x.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\0" + bytes([(log - 10) << 3]) + block)
     assert read(tmp_path / "x.jsonl.zst") == ["far back"]
+
+
+ARROW_STREAMS = {
+    "whole": (lambda stream: stream, None),
+    "without its end marker": (lambda stream: stream[:-8], "before its end marker"),
+    "without its last batch": (lambda stream: stream[: -(len(stream) // 3)], "before its end m"),
+    "marks alone": (lambda stream: stream[:4], "before its end marker"),
+    "two streams": (lambda stream: stream + stream, "something follows the end"),
+    "left over": (lambda stream: stream + b"garbage", "before its end marker"),
+}
+
+
+@pytest.mark.parametrize("damage", ARROW_STREAMS)
+def test_arrow_streams_are_whole_and_nothing_else(tmp_path, damage) -> None:
+    """A reader takes what is there as all there is: a killed writer's, or the first of two."""
+    change, told = ARROW_STREAMS[damage]
+    table = arrow.table({"text": TEXTS})
+    path = tmp_path / "x.arrow"
+    with arrow.OSFile(str(path), "wb") as file, arrow.ipc.new_stream(file, table.schema) as writer:
+        for start in (0, 70, 140):
+            writer.write_table(table.slice(start, 70))
+    path.write_bytes(change(path.read_bytes()))
+    if told is None:
+        assert read(path) == TEXTS
+    else:
+        with pytest.raises(ValueError, match=f"{path}: damaged .*{told}"):
+            read(path)
+
+
+def cut(path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def replace(path) -> None:
+    path.with_name("new").write_bytes(path.read_bytes())
+    path.with_name("new").replace(path)
+
+
+def grow(path) -> None:
+    with path.open("ab") as file:
+        file.write(LINES)
+
+
+@pytest.mark.parametrize("change", [cut, replace, grow])
+@pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl"])
+def test_a_source_that_changes_while_it_is_read(
+    tmp_path, prepare, monkeypatch, change, name
+) -> None:
+    """Half a file would be a corpus of half the documents, under the whole one's hash."""
+    for source in ("a.jsonl", "b.jsonl"):
+        (tmp_path / "pile" / source).parent.mkdir(exist_ok=True)
+        (tmp_path / "pile" / source).write_bytes(LINES)
+    hashed = Source.sha256
+
+    def hash_then_change(source: Source) -> str | None:
+        found = hashed(source)
+        if source.name.endswith("b.jsonl"):  # the last one: now both are known
+            change(tmp_path / "pile" / name)
+        return found
+
+    monkeypatch.setattr(Source, "sha256", hash_then_change)
+    with pytest.raises(ValueError, match=rf"{name}: (was written to|damaged or unreadable)"):
+        prepare("--input", tmp_path / "pile")
+    assert not (tmp_path / "out.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ('{"text": "one", "text": "two"}', None),
+        ('{"text": "one", "n": 1, "n": 2, "text": "one"}', None),
+        ('{"meta": {"text": "a"}, "text": "the \\"text\\" itself"}', 'the "text" itself'),
+        ('{"n": 1, "n": 2, "text": "one"}', "one"),
+    ],
+)
+def test_a_record_that_names_two_texts(tmp_path, line, text) -> None:
+    """A JSON parser takes the last one in silence."""
+    (tmp_path / "x.jsonl").write_text(line + "\n")
+    (unit,) = read_units(find_sources([str(tmp_path / "x.jsonl")]), Fields())
+    found = parse(unit, Fields())
+    if text is None:
+        assert found.reason == "broken JSON: the key 'text' is there twice"
+    else:
+        assert found.text == text
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--output", name) for name in ("", " ", ".", "out/", "out/..", "hf:a/b", "n" * 250)),
+        ("--input", ""),
+    ],
+)
+def test_names_that_an_unset_variable_leaves(tmp_path, monkeypatch, capsys, option, value) -> None:
+    """An empty name is the folder one is in, and PREFIX/ would write hidden files."""
+    (tmp_path / "x.jsonl").write_bytes(LINES)
+    monkeypatch.chdir(tmp_path)
+    words = {"--input": "x.jsonl", "--output": "out", "--tokenizer": "none"} | {option: value}
+    for verb in ([], ["join", "x"]):
+        if verb and option == "--input":
+            continue
+        kept = words if not verb else {"--output": value}
+        monkeypatch.setattr("sys.argv", ["prepare.py", *verb, *sum(kept.items(), ())])
+        with pytest.raises(SystemExit):
+            prepare_verb.main()
+        assert f"argument {option}: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
 
 
 def test_skippable_frames_are_no_damage(tmp_path) -> None:
