@@ -285,7 +285,7 @@ def _arrow(name: str):
     file = arrow.memory_map(name)
     try:
         reader = arrow.ipc.open_file(file)
-        batches = map(reader.get_batch, range(reader.num_record_batches))
+        batches: Iterator = map(reader.get_batch, range(reader.num_record_batches))
     except arrow.ArrowInvalid:
         _refuse_cut_stream(file)
         reader = arrow.ipc.open_stream(file)

@@ -24,7 +24,7 @@ from data.partial import LENGTHS, MANIFEST, REJECTS, SUBSETS, TOKENS, Given, Par
 from data.records import Record, Reject, parse
 from data.shares import Share
 from data.tokenizer import Tokenizer, load_tokenizer
-from data.wording import COUNTS, SPACES, Encoded, encode, find_lost_spaces
+from data.wording import COUNTS, KINDS, Encoded, encode, find_lost
 from l2e.problems import Problem
 from l2e.progress import Progress, say
 
@@ -263,10 +263,10 @@ def _utf8_size(text: str) -> int:
 def _looked_at(
     batches: Iterable[Batch], partial: PartialCorpus, tokenizer: Tokenizer
 ) -> Iterator[Batch]:
-    """The batches; tells of each kind of space, once, that the tokenizer doesn't keep it."""
+    """The batches; tells of each kind of character, once, that the tokenizer doesn't keep it."""
     for batch in batches:
-        for text in batch.texts if len(partial.spaces) < len(SPACES) else ():
-            for kind, example in find_lost_spaces(tokenizer, text, partial.spaces).items():
+        for text in batch.texts if len(partial.spaces) < len(KINDS) else ():
+            for kind, example in find_lost(tokenizer, text, partial.spaces).items():
                 partial.spaces[kind] = example
                 if example:
                     say(f"the tokenizer doesn't keep {kind}, as in {example!r}")

@@ -1,6 +1,7 @@
 """Text to token ids and back: Hugging Face `tokenizer.json` files and sentencepiece models."""
 
 import hashlib
+import itertools
 import json
 import re
 from abc import ABC, abstractmethod
@@ -23,6 +24,7 @@ LEFT_OUT = "\0left out"
 SPACE_MARK = "\u2581"
 SENTENCE_BYTES = 4192  # the longest line that it learns from
 NEVER_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
+LARGEST_ID = 2**31 - 1
 # Texts of more characters are tokenized in parts, cut before the space between two words or
 # after the line break between them, where GPT-2's splitting into words always cuts. Small parts
 # stay in the processor's caches: on books that is half as fast again as whole texts.
@@ -54,6 +56,9 @@ def load_tokenizer(path: str | Path, end_of_text: str | None = None) -> "Tokeniz
         if not content:
             raise Problem("tokenizer", path, "is empty", "get a whole copy of it")
         loaded = kinds[ending](path, content, end_of_text)
+        if loaded.vocab_size > LARGEST_ID + 1:
+            reason = f"has an id of {loaded.vocab_size - 1:,}, and token files hold 32 bits"
+            raise Problem("tokenizer", path, reason, "renumber its vocabulary")
         if not loaded._ends() or end_of_text is not None:
             loaded.find_end()
         return loaded
@@ -153,10 +158,17 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path, content: bytes, end_of_text: str | None):
         super().__init__(path, content, end_of_text)
         file = json.loads(content)
+        if dropout := file["model"].get("dropout"):
+            reason = f"leaves out merges at random (dropout {dropout}): no two preparations agree"
+            raise Problem("tokenizer", path, reason, 'set "dropout" of its "model" to null')
         self._tokenizer = self._measured = _open(content.decode())
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self._may_cut = _splits_like_gpt2(file)
         self._added = file.get("added_tokens") or []
+        for token in self._added:  # the library renumbers those that don't fit, without a word
+            if (given := self._id_of(token["content"])) != token["id"]:
+                reason = f"gives {token['content']!r} the id {token['id']}, read as {given}"
+                raise Problem("tokenizer", path, reason, "renumber it there")
         name = _unknown_token(file["model"])
         self.unknown = None if name is None else self._id_of(name)
         self.leaves_out = self.unknown is None and not _says_every_byte(file)
@@ -225,7 +237,7 @@ def _end_beside(path: Path) -> str | None:
         end = json.loads((path.parent / "tokenizer_config.json").read_text("utf-8"))["eos_token"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return end["content"] if isinstance(end, dict) else end
+    return end.get("content") if isinstance(end, dict) else end
 
 
 def _splits_like_gpt2(file: dict) -> bool:
@@ -268,7 +280,11 @@ def _says_every_byte(file: dict) -> bool:
     else:
         return False
     known = vocabulary if isinstance(vocabulary, Mapping) else {piece for piece, _ in vocabulary}
-    return names <= set(known)
+    # Inside a word, and at its end, a byte may have another name.
+    inside = {"", file["model"].get("continuing_subword_prefix") or ""}
+    at_end = {"", file["model"].get("end_of_word_suffix") or ""}
+    forms = itertools.product(inside, names, at_end)
+    return {"".join(form) for form in forms} <= set(known)
 
 
 def _with_unknown_token(file: dict) -> dict:

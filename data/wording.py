@@ -1,8 +1,9 @@
 """What a corpus loses on its way into tokens, counted: nothing of it shows in the token files."""
 
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +17,24 @@ COUNTS = {
     "empty_documents": "documents of which no token is left",
     "end_of_text_ids": "end-of-text tokens that come from the texts themselves",
 }
-# Spaces between two characters that are none, and what a normalisation turns them into.
-SPACES = {
-    "line breaks": re.compile(r"(?<=\S)\n+(?=\S)"),
-    "tabs": re.compile(r"(?<=\S)\t+(?=\S)"),
-    "runs of spaces": re.compile(r"(?<=\S) {2,}(?=\S)"),
+
+
+def _as_spaces(found: str) -> set[str]:
+    return {"", " ", " " * len(found)} - {found}
+
+
+def _without_accents(found: str) -> set[str]:
+    return {unicodedata.normalize("NFD", found)[0]}
+
+
+# What a normalisation may lose, and what it then makes of it; spaces between characters that are
+# none.
+KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], set[str]]]] = {
+    "line breaks": (re.compile(r"(?<=\S)\n+(?=\S)"), _as_spaces),
+    "tabs": (re.compile(r"(?<=\S)\t+(?=\S)"), _as_spaces),
+    "runs of spaces": (re.compile(r"(?<=\S) {2,}(?=\S)"), _as_spaces),
+    "capital letters": (re.compile("[A-Z]"), lambda found: {found.lower()}),
+    "accents": (re.compile("[À-ÅÈ-Ïà-åè-ï]"), _without_accents),
 }
 AROUND = 20  # characters of an example on either side
 
@@ -70,18 +84,21 @@ def _suspects(tokenizer: Tokenizer, tokens: np.ndarray, ids: list[list[int]]) ->
     return [number for number, of_text in enumerate(ids) if tokenizer.unknown in of_text]
 
 
-def find_lost_spaces(tokenizer: Tokenizer, text: str, known: Container[str]) -> dict[str, str]:
-    """The kinds of space, beside the known ones, that this text has.
+def find_lost(tokenizer: Tokenizer, text: str, known: Container[str]) -> dict[str, str]:
+    """The kinds of character, beside the known ones, that this text has.
 
-    Their value is an example where the tokens don't tell such a space from a single one or from
+    Their value is an example where the tokens don't tell such a character from another one or from
     none, and "" where they do.
     """
     kinds = {}
-    for kind, pattern in SPACES.items():
+    for kind, (pattern, lost) in KINDS.items():
         found = pattern.search(text) if kind not in known else None
         if found:
             before, after = text[: found.start()][-AROUND:], text[found.end() :][:AROUND]
             shown = before + found.group() + after
-            others = tokenizer.encode_batch([before + " " + after, before + after])
-            kinds[kind] = shown if tokenizer.encode(shown) in others else ""
+            if not found.group().isspace() and tokenizer.unsaid(shown).ids:
+                continue  # of what is unknown nothing is kept: another text tells
+            others = [before + other + after for other in lost(found.group())]
+            same = tokenizer.encode(shown) in tokenizer.encode_batch(others)
+            kinds[kind] = shown if same else ""
     return kinds

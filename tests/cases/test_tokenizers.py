@@ -126,6 +126,84 @@ def test_lost_line_breaks_and_spaces_are_told_with_an_example(tmp_path, prepare)
     assert all(done.manifest["wording"]["spaces"].values())
 
 
+NORMALIZERS = {
+    "capital letters": (normalizers.Lowercase(), "Café"),
+    "accents": (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), "Café"),
+    "line breaks": (normalizers.Replace("\n", " "), "one\n\ntwo"),
+    "tabs": (normalizers.Replace("\t", " "), "one\t\t\ttwo"),
+}
+
+
+@pytest.mark.parametrize("kind", NORMALIZERS)
+def test_what_a_normalisation_loses_is_told_with_an_example(tmp_path, prepare, kind) -> None:
+    """Several spaces in the place of several breaks are as little what was written as one."""
+    normalizer, text = NORMALIZERS[kind]
+    file = byte_level(tmp_path / "t.json", "<eos>")
+    opened = Tokenizer.from_file(str(file))
+    opened.normalizer = normalizer
+    opened.save(str(file))
+    write_jsonl(tmp_path / "x.jsonl", [text, "one\n\nTwo\t\tthré  e"])
+    done = prepare("--input", tmp_path / "x.jsonl", "--tokenizer", file, file=file)
+    lost = {name for name, example in done.manifest["wording"]["spaces"].items() if example}
+    assert lost == {kind}
+    assert f"the tokenizer doesn't keep {kind}, as in {text!r}" in done.printed
+
+
+def test_unknown_capitals_are_unknown_and_not_lost(tmp_path, prepare) -> None:
+    file = words(tmp_path / "words.json")
+    write_jsonl(tmp_path / "x.jsonl", [*TEXTS, "XXX"])
+    done = prepare("--input", tmp_path / "x.jsonl", "--tokenizer", file, file=file)
+    assert "capital letters" not in done.printed
+
+
+def edited(tmp_path, change) -> str:
+    """The path of a byte-level tokenizer.json with something else in it."""
+    path = byte_level(tmp_path / "t.json", "<eos>")
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def added(identity: int) -> dict:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": identity, "content": "<x>", "special": False, **flags}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda file: file["model"].update(dropout=0.1), r"at random \(dropout 0\.1\)"),
+        (lambda file: file["model"]["vocab"].update(x=2**31), "an id of 2,147,483,648"),
+        (lambda file: file["added_tokens"].append(added(70_000)), "'<x>' the id 70000, .* as 300"),
+        (
+            lambda file: file["added_tokens"].append(added(5)),
+            "'<x>' the id 5, read as 300",
+        ),
+    ],
+)
+def test_tokenizers_that_no_token_files_can_be_made_with(tmp_path, change, told) -> None:
+    with pytest.raises(ValueError, match=rf"t\.json: .*{told}"):
+        load_tokenizer(edited(tmp_path, change))
+    assert load_tokenizer(edited(tmp_path, lambda file: file["model"].update(dropout=None)))
+
+
+@pytest.mark.parametrize("key", ["end_of_word_suffix", "continuing_subword_prefix"])
+def test_bytes_that_have_no_name_at_their_place_are_counted(tmp_path, prepare, key) -> None:
+    """Such a piece leaves nothing, not even an unknown id: the last letter of each word here."""
+    file = edited(tmp_path, lambda content: content["model"].update({key: "</w>", "merges": []}))
+    write_jsonl(tmp_path / "x.jsonl", ["ab"] * 10)
+    with pytest.raises(ValueError, match="nothing for 10 of 20 characters"):
+        prepare("--input", tmp_path / "x.jsonl", "--tokenizer", file, file=file)
+
+
+def test_a_configuration_beside_that_names_no_end(tmp_path) -> None:
+    file = edited(tmp_path, lambda content: None)
+    for end in ({}, [], None, {"content": None}, 3):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        assert load_tokenizer(file).name_of(load_tokenizer(file).eod) == "<eos>"
+
+
 def test_kept_spaces_are_not_spoken_of(tmp_path, prepare) -> None:
     write_jsonl(tmp_path / "x.jsonl", ["the layer\n\nreads  a\ttoken"])
     done = prepare("--input", tmp_path / "x.jsonl")
