@@ -88,9 +88,10 @@ class Attention(nn.Module):
         start = 0 if self.past is None else self.past.length
         assert start == 0 or sequence == 1, "after the first call, one token at a time"
         positions = slice(start, start + sequence)
-        qk = rotate(qkv[:, :, :, :2], self.cos[positions], self.sin[positions])
-        q, k = (part.permute(1, 2, 0, 3) for part in qk.unbind(3))  # [batch, heads, sequence, dim]
-        v = qkv[:, :, :, 2].permute(1, 2, 0, 3)
+        qk, v = qkv.split((2, 1), dim=3)
+        qk = rotate(qk, self.cos[positions], self.sin[positions])
+        # [batch, heads, sequence, head_dim] each
+        q, k, v = (part.permute(1, 2, 0, 3) for part in (*qk.unbind(3), v.squeeze(3)))
         if self.past is not None:
             k, v = self.past.extend(k, v)
         # A single token after others sees them all.
