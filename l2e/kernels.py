@@ -75,9 +75,8 @@ def forward(pre: Tensor, arguments: KernelArguments, sums: Tensor | None) -> Ten
     """
     out = torch.empty_like(pre)
     for rows in slices(pre):
-        z = activate(arguments.biased(pre[rows]), arguments.activation)
+        z = activate(arguments.biased(pre[rows]), arguments.activation, out[rows])
         if sums is None and arguments.method in ("none", "regularize"):
-            out[rows] = z
             continue
         deviation = z.float() - arguments.mean
         square = deviation * deviation
@@ -85,8 +84,9 @@ def forward(pre: Tensor, arguments: KernelArguments, sums: Tensor | None) -> Ten
         if sums is not None:
             _add_sums(sums, deviation, square, selected, arguments)
         if arguments.method == "deactivate" and selected is not None:
-            z = torch.where(selected > 0, arguments.substitute.to(z.dtype), z)
-        out[rows] = 0 if arguments.method == "silence" else z
+            out[rows] = torch.where(selected > 0, arguments.substitute.to(z.dtype), z)
+        elif arguments.method == "silence":
+            z.zero_()
     return out
 
 
@@ -180,9 +180,9 @@ def backward(
     for rows in slices(pre):
         biased = arguments.biased(pre[rows])
         grad_z = _activation_gradient(grad[rows], biased, arguments, rows, loss_gradient, squares)
-        out[rows] = activation_backward(grad_z, biased, arguments.activation)
+        to_pre = activation_backward(grad_z, biased, arguments.activation, out[rows])
         if bias_sum is not None:
-            bias_sum += out[rows].sum(0, dtype=torch.float32)
+            bias_sum += to_pre.sum(0, dtype=torch.float32)
     return out, None if bias_sum is None else bias_sum.to(pre.dtype)
 
 
@@ -238,17 +238,24 @@ def _activation_gradient(
         direction.sub_(deviation.mul_(arguments.balance))
     if squares is not None:
         squares[1] += direction.square().sum()
-    return (grad + 2 * loss_gradient * direction).to(grad.dtype)
+    return direction.mul_(2 * loss_gradient).add_(grad).to(grad.dtype)
 
 
-def activate(pre: Tensor, activation: str | None) -> Tensor:
-    return pre if activation is None else F.gelu(pre, approximate=APPROXIMATE[activation])
-
-
-def activation_backward(grad: Tensor, pre: Tensor, activation: str | None) -> Tensor:
+def activate(pre: Tensor, activation: str | None, out: Tensor | None = None) -> Tensor:
+    """The activations of `pre`, in `out` if that is given."""
     if activation is None:
-        return grad.clone()
-    return torch.ops.aten.gelu_backward(grad, pre, approximate=APPROXIMATE[activation])
+        return pre if out is None else out.copy_(pre)
+    if out is None:
+        return F.gelu(pre, approximate=APPROXIMATE[activation])
+    return torch.ops.aten.gelu.out(pre, approximate=APPROXIMATE[activation], out=out)
+
+
+def activation_backward(grad: Tensor, pre: Tensor, activation: str | None, out: Tensor) -> Tensor:
+    """The gradient to `pre`, in `out`."""
+    if activation is None:
+        return out.copy_(grad)
+    gelu_backward = torch.ops.aten.gelu_backward.grad_input
+    return gelu_backward(grad, pre, approximate=APPROXIMATE[activation], grad_input=out)
 
 
 def slices(pre: Tensor) -> Iterator[slice]:
