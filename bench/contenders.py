@@ -17,6 +17,8 @@ import torch.distributed as dist
 import transformers
 from megatron.core import parallel_state
 from torch import Tensor, nn
+from torch._inductor import config as inductor
+from torch._inductor.choices import InductorChoices
 
 from l2e import Controller, L2EConfig
 from model.block import inhibitor_of
@@ -70,6 +72,32 @@ class Workload:
     def place(self, model: Model) -> Model:
         """The model on the device, in the dtype, ready to train."""
         return model.to(self.device, DTYPES[self.dtype]).train()
+
+
+class _SumsApart(InductorChoices):
+    """Puts no two sums into one of inductor's kernels.
+
+    PyTorch 2.13 writes code for a CPU that is no C++ where a kernel stores one bf16 sum twice, such
+    as the gradient of two biases of a parallel block.
+    """
+
+    @staticmethod
+    def can_fuse_horizontal(scheduler, node1, node2, shared_data_score: int) -> bool:
+        if node1.is_reduction() and node2.is_reduction():
+            return False
+        return InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
+
+    def uuid(self) -> str:
+        return "sums apart"
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Inside, torch.compile works for a CPU in bf16 too; enter before it is first used."""
+    choices = None if torch.cuda.is_available() else _SumsApart
+    torch.compiler.reset()  # of an earlier workload, which would count as other shapes of the code
+    with inductor.patch(inductor_choices_class=choices):
+        yield
 
 
 @contextmanager

@@ -37,14 +37,19 @@ def processor(device: torch.device) -> str:
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{names[0] if names else platform.machine()}, {instructions()}"
 
 
 def kind(device: torch.device) -> str:
     """What results are kept apart by: cuda, or a CPU's vector instructions, such as cpu-avx2."""
     if device.type == "cuda":
         return "cuda"
-    return f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
+    return f"cpu-{instructions().lower()}"
+
+
+def instructions() -> str:
+    """A CPU's fastest for matrix products: AMX, or the vector instructions that torch uses."""
+    return "AMX" if torch.cpu._is_amx_tile_supported() else torch.backends.cpu.get_cpu_capability()
 
 
 def has_bf16(device: torch.device) -> bool:

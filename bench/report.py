@@ -12,7 +12,9 @@ edit. Contenders take turns round by round, in both orders; numbers are medians,
 95 % bootstrap intervals. A step is forward, backward and update, all with torch's fused AdamW.
 FLOPs a token are 6 x matmul parameters (the output embedding included) + 12 x layers x hidden x
 length; the peak is the best of a few large matrix products on the same machine. On a CPU with
-one thread, a step's time is the time its thread ran, so that other programs hardly count.
+one thread, a step's time is the time its thread ran, so that other programs hardly count; there
+all contenders keep freed memory, as the trainer asks of malloc (from 26 November 2026 on), and
+compiled ones are in their steady state.
 """
 
 WITHOUT_GPU = """## On a GPU
@@ -70,18 +72,39 @@ def training(result: dict) -> str:
     ]
     header = ["contender", "seconds a step", "tokens/s", "share of peak", "added by L2E, %"]
     absent = [f"Not measured: {name} ({reason})." for name, reason in result["absent"].items()]
-    ratio = interval(result["ours_over_fastest_peer"], 2)
     return "\n".join(
         [
             f"### Training Pythia {result['preset']}, {result['dtype']}, {result['batch_size']} x "
             f"{result['sequence_length']} tokens, {result['rounds']} rounds\n",
             table(header, rows),
-            f"Ours over {result['fastest_peer']}: {ratio} x. Measured matrix peak: "
+            f"Times as fast as a peer: {speed_over_peers(result)}. Measured matrix peak: "
             f"{result['measured_peak_tflops']:.3g} TFLOP/s.",
+            *pairs(result),
             *absent,
             "",
         ]
     )
+
+
+def speed_over_peers(result: dict) -> str:
+    """Of ours, eager and compiled; results of older programs have the fastest peer alone."""
+    known = {"ours": {result["fastest_peer"]: result["ours_over_fastest_peer"]}}
+    return "; ".join(
+        f"{ours} over {peer} {interval(value, 2)}"
+        for ours, peers in result.get("speed_over_peers", known).items()
+        for peer, value in peers.items()
+    )
+
+
+def pairs(result: dict) -> list[str]:
+    """What L2E adds by further rounds of two contenders alone."""
+    if not result.get("pairs", {}).get("rounds"):
+        return []
+    added = interval(result["pairs"]["added_percent"], 2)
+    return [
+        f"In {result['pairs']['rounds']} further rounds of ours and ours + l2e mid2 alone, the "
+        f"latter takes {added} % longer."
+    ]
 
 
 def layer(rows: list[dict]) -> str:

@@ -41,7 +41,7 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)
     sections: dict[str, Callable[[], object]] = {
-        "train": lambda: [train(work, arguments.rounds) for work in workloads(device)],
+        "train": lambda: [train(work, arguments) for work in workloads(device)],
         "layer": lambda: layer(device, arguments.rounds),
         "loading": loading_speed.measure,
         "scaling": lambda: scaling_speed.measure(process_counts(device), steps=14),
@@ -57,7 +57,8 @@ def main() -> None:
         print(f"{name} ...", flush=True)
         try:
             results[name] = sections[name]()
-            commands[name] = f"--only {name} --rounds {arguments.rounds}"
+            pairs = f" --pairs {arguments.pairs}" if name == "train" and arguments.pairs else ""
+            commands[name] = f"--only {name} --rounds {arguments.rounds}{pairs}"
         except Exception as error:  # the other sections are still worth having
             print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
@@ -73,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--only", help="sections, of train,layer,loading,scaling; default: all")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each contender")
+    parser.add_argument("--pairs", type=int, default=0, help="timed steps of ours and mid2 alone")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--note", default="", help="what readers should know about the machine")
     return parser.parse_args()
@@ -93,10 +95,10 @@ def workloads(device: torch.device) -> list[Workload]:
     ]
 
 
-def train(work: Workload, rounds: int) -> dict:
+def train(work: Workload, arguments: argparse.Namespace) -> dict:
     """`train_speed` of one shape, printed as it comes."""
     with one_process(work.device):
-        result = train_speed.measure(work, rounds)
+        result = train_speed.measure(work, arguments.rounds, arguments.pairs)
     train_speed.print_table({"machine": describe_machine(work.device)} | result)
     if work.device.type == "cuda":
         torch.cuda.empty_cache()

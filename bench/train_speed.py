@@ -4,6 +4,7 @@ One process, one Pythia shape; whole steps (forward, backward, update), taking t
 hits all alike. A peer that cannot run here is named with its reason.
 
     python bench/train_speed.py --preset 14m --dtype bf16 --rounds 15 --output speed.json
+    python bench/train_speed.py --eager --rounds 1 --pairs 100
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bench.contenders import (
     VARIANTS,
     Step,
     Workload,
+    compiling,
     megatron_step,
     one_process,
     our_steps,
@@ -32,9 +34,11 @@ from bench.contenders import (
 )
 from bench.machine import default_device, describe_machine
 from bench.timing import added, estimate, interleave
-from launch.engine.hardware import measured_peak
+from launch.engine.hardware import keep_freed_memory, measured_peak
 from launch.planning.cost import flops_per_token
 from model.config import ModelConfig
+
+PAIR = ("ours", "ours + l2e mid2")
 
 
 def main() -> None:
@@ -49,7 +53,7 @@ def main() -> None:
         device=default_device(),
     )
     with one_process(work.device):
-        result = measure(work, arguments.rounds)
+        result = measure(work, arguments.rounds, arguments.pairs, arguments.eager)
     result = {"machine": describe_machine(work.device)} | result
     print_table(result)
     if arguments.output:
@@ -67,16 +71,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
     parser.add_argument("--sequence-length", type=int, default=1024, help="tokens a sequence")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each contender")
+    parser.add_argument("--pairs", type=int, default=0, help="timed steps of ours and mid2 alone")
+    parser.add_argument("--eager", action="store_true", help="compile none (which takes minutes)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
     parser.add_argument("--output", help="JSON file to write")
     return parser.parse_args()
 
 
-def measure(work: Workload, rounds: int) -> dict:
-    """Seconds a step of every contender that runs here, and what the goals speak of."""
-    steps, absent = contenders(work)
-    taken = interleave(steps, rounds)
+def measure(work: Workload, rounds: int, pairs: int = 0, eager: bool = False) -> dict:
+    """Seconds a step of every contender that runs here, and what the goals speak of.
+
+    `pairs`: of rounds of ours with and without L2E alone, so many that its addition stands out.
+    """
+    if work.device.type == "cpu":
+        keep_freed_memory()  # as the trainer does, and so for all
+    steps, absent = contenders(work, eager)
+    taken = interleave(steps, rounds, warmup=2)
+    pair = {name: steps[name] for name in PAIR}
+    alone = interleave(pair, pairs, warmup=0)
     steps.clear()
+    pair.clear()
     gc.collect()
     return {
         "preset": work.config.preset,
@@ -85,15 +99,11 @@ def measure(work: Workload, rounds: int) -> dict:
         "sequence_length": work.sequence_length,
         "rounds": rounds,
         "absent": absent,
-    } | summary(taken, work)
+    } | summary(taken, alone, work)
 
 
-def contenders(work: Workload) -> tuple[dict[str, Step], dict[str, str]]:
-    """Every step that runs on this machine, and why the others don't.
-
-    On a GPU all are compiled where they can be, and the Triton kernels take part; on a CPU
-    nothing is, since a compiler need not be there.
-    """
+def contenders(work: Workload, eager: bool = False) -> tuple[dict[str, Step], dict[str, str]]:
+    """Every step that runs on this machine, and why the others don't."""
     gpu = work.device.type == "cuda"
     steps: dict[str, Step] = {}
     absent: dict[str, str] = {}
@@ -109,15 +119,16 @@ def contenders(work: Workload) -> tuple[dict[str, Step], dict[str, str]]:
             steps.update(built)
 
     attempt("transformers", lambda: {"transformers": transformers_step(work)})
-    if gpu:
+    attempt("megatron-core", lambda: {"megatron-core": megatron_step(work)})
+    attempt("ours", lambda: our_steps(work, VARIANTS | (TRITON_VARIANTS if gpu else {})))
+    if eager:
+        return steps, absent
+    compiled = {name: VARIANTS[name] for name in PAIR}
+    with compiling():
         attempt(
             "transformers, compiled",
             lambda: {"transformers, compiled": transformers_step(work, compiled=True)},
         )
-    attempt("megatron-core", lambda: {"megatron-core": megatron_step(work)})
-    attempt("ours", lambda: our_steps(work, VARIANTS | (TRITON_VARIANTS if gpu else {})))
-    if gpu:
-        compiled = {name: VARIANTS[name] for name in ("ours", "ours + l2e mid2")}
         attempt(
             "ours, compiled",
             lambda: {
@@ -128,8 +139,11 @@ def contenders(work: Workload) -> tuple[dict[str, Step], dict[str, str]]:
     return steps, absent
 
 
-def summary(taken: dict[str, list[float]], work: Workload) -> dict:
-    """Seconds a step, tokens/s, share of the peak, and the ratios that the goals speak of."""
+def summary(taken: dict[str, list[float]], alone: dict[str, list[float]], work: Workload) -> dict:
+    """Seconds a step, tokens/s, share of the peak, and the ratios that the goals speak of.
+
+    `alone` holds further rounds of `PAIR`, or none.
+    """
     seconds = {name: estimate(values).as_dict() for name, values in taken.items()}
     size = 8192 if work.device.type == "cuda" else 1024
     peak = measured_peak(work.device, DTYPES[work.dtype], size)
@@ -137,18 +151,32 @@ def summary(taken: dict[str, list[float]], work: Workload) -> dict:
     peers = {name: value["median"] for name, value in seconds.items() if "ours" not in name}
     fastest = min(peers, key=peers.__getitem__)
     own = min(("ours", "ours, compiled"), key=lambda n: seconds.get(n, {"median": 1e9})["median"])
-    ratios = [peer / ours for peer, ours in zip(taken[fastest], taken[own], strict=True)]
+
+    def over(peer: str, ours: str) -> dict[str, float]:
+        return estimate([a / b for a, b in zip(taken[peer], taken[ours], strict=True)]).as_dict()
+
+    pairs = len(alone[PAIR[0]])
     return {
         "seconds_a_step": seconds,
         "tokens_per_second": {n: work.tokens / value["median"] for n, value in seconds.items()},
         "measured_peak_tflops": peak / 1e12,
         "share_of_peak": {n: flops / value["median"] / peak for n, value in seconds.items()},
         "fastest_peer": fastest,
-        "ours_over_fastest_peer": estimate(ratios).as_dict(),
+        "fastest_of_ours": own,
+        "ours_over_fastest_peer": over(fastest, own),
+        "speed_over_peers": {
+            ours: {peer: over(peer, ours) for peer in peers}
+            for ours in ("ours", "ours, compiled")
+            if ours in taken
+        },
         "added_percent": {
             name: added(taken, name, "ours, compiled" if "compiled" in name else "ours").as_dict()
             for name in taken
             if "ours +" in name
+        },
+        "pairs": {
+            "rounds": pairs,
+            "added_percent": added(alone, PAIR[1], PAIR[0]).as_dict() if pairs else None,
         },
     }
 
@@ -162,11 +190,13 @@ def print_table(result: dict) -> None:
         print(f"  {name:28} {seconds:8.3f} s a step {rate:10,.0f} tokens/s {share:6.1%} of peak")
     for name, reason in result["absent"].items():
         print(f"  {name:28} not measured: {reason}")
-    print(
-        f"  ours over {result['fastest_peer']}: {interval(result['ours_over_fastest_peer'], ' x')}"
-    )
+    for ours, peers in result["speed_over_peers"].items():
+        for peer, value in peers.items():
+            print(f"  {ours} over {peer}: {interval(value, ' x')}")
     for name, value in result["added_percent"].items():
         print(f"  {name} adds {interval(value, ' %')}")
+    if result["pairs"]["rounds"]:
+        print(f"  {PAIR[1]} adds {interval(result['pairs']['added_percent'], ' %')} in pairs alone")
 
 
 def interval(value: dict[str, float], unit: str) -> str:
