@@ -238,7 +238,7 @@ def _activation_gradient(
         direction.sub_(deviation.mul_(arguments.balance))
     if squares is not None:
         squares[1] += direction.square().sum()
-    return direction.mul_(2 * loss_gradient).add_(grad).to(grad.dtype)
+    return (grad + direction.mul_(2 * loss_gradient)).to(grad.dtype)
 
 
 def activate(pre: Tensor, activation: str | None, out: Tensor | None = None) -> Tensor:
