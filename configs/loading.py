@@ -18,8 +18,8 @@ from pydantic_core import ErrorDetails
 
 from configs.checks import cross_check, warnings
 from configs.schema import Config
-from data.files import once
 from l2e.config import L2EConfig
+from l2e.files import once
 from l2e.problems import ConfigError, Problem
 
 # Keys of earlier versions, and what they are called now.

@@ -64,16 +64,6 @@ def read_json(path: Path, say: Callable[[str], None] = print) -> dict[str, Any] 
     return None
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are there once each; else the last would win in silence."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
-    return content
-
-
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: readers see the old one or the new one."""
     partial = path.with_name(path.name + ".partial")

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from data import corpus
 from data.corpus import Fields, Unit
-from data.files import once
 from data.formats import TEXT, wide_encoding
+from l2e.files import once
 
 
 class Record(NamedTuple):

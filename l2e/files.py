@@ -7,18 +7,21 @@ folder under it would be read as one's own.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import stat
 from collections.abc import Callable
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from l2e.problems import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Where the weights may be: one file, or an index of several. Safetensors before pickles.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 ROOT_USER = 0
 OPEN_TO_ALL = stat.S_IWOTH  # of a folder's mode
 
@@ -107,6 +110,42 @@ def inside(folder: Path, name: object, source: Path) -> Path:
             "get an undamaged copy from a source you trust",
         )
     return folder.joinpath(*parts)
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are there once each; else the last would win in silence."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """A Hugging Face folder's weight files: one, or those its index names; [] where it has none.
+
+    What else lies there, such as the parts of an earlier export, is no part of the model.
+    """
+    for file in WEIGHT_FILES:
+        index = folder / f"{file}.index.json"
+        if index.is_file():
+            paths = [inside(folder, name, index) for name in _files_of(index)]
+            missing = [str(path) for path in paths if not path.is_file()]
+            if missing:
+                raise ValueError(f"{index} names {', '.join(missing)}, not found: fetch them")
+            return paths
+        if (folder / file).is_file():
+            return [folder / file]
+    return []
+
+
+def _files_of(index: Path) -> list[str]:
+    """The files that an index says the weights are in."""
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of weights ({error}): fetch it again") from None
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from l2e.files import inside, keep_umask, read_pickled
+from l2e.files import WEIGHT_FILES, keep_umask, read_pickled, weight_files
 from model.config import ModelConfig
 from model.parameters import parameter_shapes
 
@@ -31,9 +31,6 @@ ACTIVATION = {name: ours for ours, name in HIDDEN_ACT.items()} | {
 
 # What old revisions stored beside the parameters: causal masks and rotary frequencies.
 BUFFERS = re.compile(r"(^|\.)(attention\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
-
-# Where the weights may be: one file, or an index of several. Safetensors before pickles.
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def hugging_face_config(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -248,24 +245,8 @@ class _Shard:
         return self._file.get_tensor(name) if self._pickled is None else self._pickled[name]
 
 
-def _files_of(index: Path) -> list[str]:
-    """The files that an index says the weights are in."""
-    try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of weights ({error}): fetch it again") from None
-
-
 def _shards(folder: Path) -> list[_Shard]:
-    """The folder's weight files, opened: one, or those its index names."""
-    for file in WEIGHT_FILES:
-        index = folder / f"{file}.index.json"
-        if index.is_file():
-            paths = [inside(folder, name, index) for name in _files_of(index)]
-            missing = [str(path) for path in paths if not path.is_file()]
-            if missing:
-                raise ValueError(f"{index} names {', '.join(missing)}, not found: fetch them")
-            return [_Shard(path) for path in paths]
-        if (folder / file).is_file():
-            return [_Shard(folder / file)]
+    """The folder's weight files, opened."""
+    if paths := weight_files(folder):
+        return [_Shard(path) for path in paths]
     raise ValueError(f"{folder} has no weights: expected {' or '.join(WEIGHT_FILES)}, or an index")

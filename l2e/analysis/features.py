@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from l2e.files import once
+
 GZIP = b"\x1f\x8b"  # a gzip file's first bytes, whatever its name
 ZERO = "\0"  # half of each plain letter in UTF-16; no text of ours holds one
 
@@ -158,9 +160,9 @@ def _parse(line: str) -> tuple[str, str]:
     if ZERO in line or _surrogates(line):
         raise ValueError(f"{told}: that is no UTF-8 text; convert the file (iconv -t utf-8)")
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        raise ValueError(told) from error
+        raise ValueError(f"{told} ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(told)
     values = []

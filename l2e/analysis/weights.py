@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from l2e.files import read_pickled
+from l2e.files import read_pickled, weight_files
 from l2e.hub import refuse_escapes
 
 # Types whose numbers are the weights themselves.
@@ -41,7 +41,9 @@ class Weights:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._read: dict[str, Callable[[], torch.Tensor]] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
+        named = weight_files(self.folder)
+        tensor_files = [path for path in named if path.suffix == ".safetensors"]
+        for path in tensor_files if named else sorted(self.folder.glob("*.safetensors")):
             try:
                 file = safe_open(path, "pt")
             except (SafetensorError, OSError) as error:
@@ -49,7 +51,7 @@ class Weights:
             # A tensor is a view of the file, of which only the rows that are looked at are read.
             self._read |= {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
         if not self._read:
-            for path in sorted(self.folder.glob("pytorch_model*.bin")):
+            for path in named or sorted(self.folder.glob("pytorch_model*.bin")):
                 tensors = read_pickled(path)
                 self._read |= {name: partial(tensors.__getitem__, name) for name in tensors}
         if not self._read:

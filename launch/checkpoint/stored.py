@@ -1,6 +1,7 @@
 """A checkpoint on disk without an engine: its configuration, tensors, tokenizer and model."""
 
 import json
+import re
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ from model.parameters import parameter_shapes
 MODEL = "model"
 STATE = "state.json"
 CONFIG = "config.json"
+PART = re.compile(r"(?P<kind>.+)-\d+-of-\d+\.safetensors")  # see `file_name`
 L2E = "l2e.safetensors"
 RANDOM = "random.safetensors"
 # The tokenizer lies beside the weights, here and in Hugging Face's form, under one of these names.
@@ -106,9 +108,12 @@ class StoredCheckpoint:
     def tensors(self) -> dict[str, dict[str, Any]]:
         """{"model": {name: slice}, "exp_avg": ...}: safetensors slices, nothing read yet."""
         kinds: dict[str, dict[str, Any]] = {MODEL: {}}
-        for path in sorted(self.folder.glob("*-*-of-*.safetensors")):
-            kind = path.name.rsplit("-", 3)[0]
-            file = safe_open(path, framework="pt")
+        # What else lies in the folder is none of it, such as the parts of another split.
+        for name in sorted(folders.read_records(self.folder)):
+            if not (part := PART.fullmatch(name)):
+                continue
+            kind = part["kind"]
+            file = safe_open(self.folder / name, framework="pt")
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             kinds.setdefault(kind, {}).update(slices)
         return kinds

@@ -20,7 +20,8 @@ from pydantic import Field, ValidationError
 
 from configs import Config, load
 from configs.schema import Section, key
-from data.files import once, sha256
+from data.files import sha256
+from l2e.files import once
 from l2e.problems import ConfigError
 from launch.comparison.likeness import flat_configuration, trained_alike, unlike
 from launch.comparison.readouts import problem_with

@@ -177,6 +177,36 @@ def test_a_checkpoints_manifest_names_files_of_its_folder(tmp_path) -> None:
         reshard(StoredCheckpoint(made), tmp_path / "new", 1, 1)
 
 
+@pytest.mark.parametrize(
+    "stray", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+)
+def test_files_that_a_checkpoints_manifest_does_not_name_are_not_read(tmp_path, stray) -> None:
+    """The parts of another split, left there by a copy, held the same names: the last one won."""
+    made = checkpoint(tmp_path / "step_0000001", a=torch.ones(3))
+    save_file({"a": torch.zeros(3), "b": torch.ones(1)}, made / stray)
+    save_file({"a": torch.zeros(3)}, made / "exp_avg-00001-of-00001.safetensors")
+    found = StoredCheckpoint(made)
+    assert {kind: [*tensors] for kind, tensors in found.tensors.items()} == {"model": ["a"]}
+    assert found.read("a").tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["index", "one file"])
+@pytest.mark.parametrize(
+    "stray", ["model-00009-of-00009.safetensors", "zz_consolidated.safetensors", "a.safetensors"]
+)
+def test_files_that_an_index_does_not_name_are_not_read(tmp_path, kind, stray) -> None:
+    own = "model-00001-of-00001.safetensors" if kind == "index" else "model.safetensors"
+    save_file({"a": torch.ones(1, 1), "only": torch.ones(1, 1)}, tmp_path / own)
+    if kind == "index":
+        index = json.dumps({"weight_map": {"a": own, "only": own}})
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+    save_file({"a": torch.zeros(1, 1), "more": torch.ones(1)}, tmp_path / stray)
+    weights = Weights(tmp_path)
+    assert weights.entries("a", np.array([0]), np.array([0])).item() == 1
+    with pytest.raises(ValueError, match="no weight named more"):
+        weights.shape("more")
+
+
 def hub_copy(cache: Path) -> Path:
     """A repository as the hub's cache keeps it; returns its snapshot."""
     snapshot = cache / "models--a--b" / "snapshots" / "0f3c"

@@ -135,3 +135,15 @@ def test_sample_keeps_the_share_of_each_feature():
     assert all(text in features.texts for text in sample.texts)
     assert sample.texts == features.sample(5).texts
     assert np.all(np.diff([int(text) for text in sample.texts]) > 0)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"text": "a", "text": "b", "feature": "x"}', '{"text": "a", "feature": "x", "feature": "y"}'],
+)
+def test_a_passage_with_two_texts_or_features(tmp_path, line):
+    """A JSON parser takes the last one in silence."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(f'{{"text": "c", "feature": "x"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"line 2: .*is there twice"):
+        read_features(path)
