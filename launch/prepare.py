@@ -275,6 +275,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--shard",
+        type=cli.named,
         metavar="K/N",
         help="prepare the K-th of N equal shares of the input only; `join` joins them",
     )

@@ -163,15 +163,16 @@ def test_a_record_that_names_two_texts(tmp_path, line, text) -> None:
     [
         *(("--output", name) for name in ("", " ", ".", "out/", "out/..", "hf:a/b", "n" * 250)),
         ("--input", ""),
+        ("--shard", ""),
     ],
 )
 def test_names_that_an_unset_variable_leaves(tmp_path, monkeypatch, capsys, option, value) -> None:
-    """An empty name is the folder one is in, and PREFIX/ would write hidden files."""
+    """An empty name is the folder one is in, no share is the whole, PREFIX/ writes hidden files."""
     (tmp_path / "x.jsonl").write_bytes(LINES)
     monkeypatch.chdir(tmp_path)
     words = {"--input": "x.jsonl", "--output": "out", "--tokenizer": "none"} | {option: value}
     for verb in ([], ["join", "x"]):
-        if verb and option == "--input":
+        if verb and option != "--output":
             continue
         kept = words if not verb else {"--output": value}
         monkeypatch.setattr("sys.argv", ["prepare.py", *verb, *sum(kept.items(), ())])
