@@ -41,6 +41,7 @@ class StepCallback(TrainerCallback):
                 "l2e: fp16 = True: the Trainer does not tell callbacks its loss scale, "
                 "which L_MS's gradient needs; use bf16 = True"
             )
+        self.handle.discard()  # what a training that was broken off has left, as on out-of-memory
         if state.global_step > 0 and self.handle.controller.phase.step != state.global_step:
             self._restore(args, state.global_step)
 

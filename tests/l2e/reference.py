@@ -101,18 +101,18 @@ class Reference:
             weight = 1 / min(self.updates + 1, self.forget + 1)
             self.share = self.share + weight * (chosen.mean(0) - self.share)
             self.updates += 1
-        elif self.steps >= self.start - 1 and self.m > 0:
+        elif self.steps >= self.start - 1 and self.m > 0 and self.var.any():
             bins = np.floor(np.log2(self.phi(z)) * 32)
             values, counts = np.unique(bins, return_counts=True)
             from_top = np.cumsum(counts[::-1])
             chosen_bin = values[::-1][np.argmax(from_top >= self.k * z.size)]
             self.tau = 2 ** ((chosen_bin + 0.5) / 32)
             self.share = np.zeros(z.shape[1])
-        if self.m > 0:
+        if self.m > 0 and self.var.any():
             self.mean_ms = self.phi(z).mean()
         u, v = z.mean(0), z.var(0)
         if self.m == 0:
-            self.mean, self.var, self.m = u, v * b / (b - 1), b
+            self.mean, self.var, self.m = u, v * b / max(b - 1, 1), b
         else:
             m = self.m
             self.var = m * b * (self.mean - u) ** 2 / ((m + b - 1) * (m + b)) + (

@@ -72,6 +72,15 @@ def test_a_step_with_a_nan_is_no_start(bad_step):
     assert handle.metrics()["1"]["tau"] == pytest.approx(twin.references["1"].tau, rel=1e-4)
 
 
+@pytest.mark.parametrize("rows", [(1,) * 10, (1, 32, 1, 32, 32, 1, 32)])
+def test_steps_of_one_row_are_the_references(rows):
+    model = network()
+    twin = Twin(model, ["1"])
+    handle = l2e.attach(model, "1", CONFIG)
+    inputs = [x[:count] for x, count in zip(batches(len(rows)), rows, strict=True)]
+    assert train_both(model, twin, handle, inputs, loss_of)
+
+
 @pytest.mark.parametrize("selection", ["threshold", "topk"])
 @pytest.mark.parametrize("kind", ["one row", "constant"])
 def test_a_layer_starts_from_statistics_with_a_variance(kind, selection):

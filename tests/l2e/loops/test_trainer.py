@@ -70,6 +70,7 @@ def test_training_equals_the_reference_also_when_resumed(tmp_path):
     twin, shares = reference()
     model = Model().train()
     handle = l2e.attach(model, "net.1", CONFIG, inject=True)
+    model(100 * batches(1)[0])  # of a training that was broken off
     train(tmp_path, model, handle)
     assert_same_statistics(handle, twin, shares)
     assert_same_parameters(model.net, twin.model)
