@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.files import read_json
-from launch.comparison.runs import RecordedRun, last_mean, last_value
+from launch.comparison.runs import RecordedRun, last_mean
 
 if TYPE_CHECKING:
     from configs import Config
@@ -58,7 +58,8 @@ def readouts(run: RecordedRun) -> Readouts:
     """A finished run's figures, those of a pair not among them; of the inhibited layers their
     mean."""
     found = {
-        "validation_loss": last_value(run.series("validation_loss")),
+        # At the last step alone: a run that diverged has none, and no earlier one stands for it.
+        "validation_loss": run.series("validation_loss").get(max(run.steps)),
         "training_loss": last_mean(run.series("lm_loss")),
         "step_seconds": pace(run) if run.series("step_seconds") else None,
         "training_seconds": sum(run.series("step_seconds").values()),

@@ -1,6 +1,7 @@
 """A run as its folder tells of it: metrics step by step, and scores."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,11 @@ class RecordedRun:
         return self.folder.name
 
     def series(self, key: str) -> dict[int, float]:
-        """{step: value} of a metric, where it was written and is a number."""
+        """{step: value} of a metric, where it was written and is a finite number."""
         return {
             step: row[key]
             for step, row in self.steps.items()
-            if isinstance(row.get(key), int | float)
+            if isinstance(row.get(key), int | float) and math.isfinite(row[key])
         }
 
     def layers(self, key: str) -> dict[str, dict[int, float]]:

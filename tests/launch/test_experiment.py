@@ -215,6 +215,20 @@ def test_runs_that_are_damaged_are_left_out_and_told(raw, tmp_path):
         assert "ends at step 40 of 60" in told
 
 
+@pytest.mark.parametrize("last", ['"validation_loss": null', '"validation_loss": NaN', '"x": 1'])
+def test_a_run_that_diverged_has_no_earlier_loss_for_its_last(raw, tmp_path, last):
+    """What is not finite is written as null; step 40's loss is not what the run came to."""
+    out = trained(raw, tmp_path)
+    path = out / "runs" / "none" / "seed_1" / "metrics.jsonl"
+    *before, end = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*before, re.sub(r'"validation_loss": [^,]*', last, end)]))
+    found = findings.find(out)
+    assert found["without"] == {"validation_loss": ["none"]}
+    for readout in ("validation_loss", "validation_loss_at_equal_time"):
+        assert found["differences"]["none"][readout]["silence"]["seeds"] == 2
+    assert "not measured: validation_loss (arms none)" in findings.summary(found)
+
+
 def test_a_folder_that_was_moved_goes_on(raw, tmp_path):
     """Its cache lies elsewhere then; nothing that is trained depends on it."""
     for run in build(raw, tmp_path).runs:
