@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,6 +125,12 @@ def begin(run: Run, resume: Path | None, step: int) -> None:
 def set_aside(folder: Path, step: int) -> Iterator[str]:
     """Move the checkpoints, scores and metric lines of later steps to a folder that says so."""
     kept, later, broken = split_metrics(folder / METRICS, step)
+    written = json.loads(kept[-1])["step"] if kept else 0
+    if written < step:
+        yield (
+            f"{folder / METRICS}: the lines of steps {written + 1} to {step} are missing; the run "
+            "ended before they could be written"
+        )
     checkpoints = [
         path for path in folders.checkpoints(folder / CHECKPOINTS) if folders.step_of(path) > step
     ]

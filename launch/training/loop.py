@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -147,10 +148,12 @@ def fit(
     batches = prefetch(data.training_batches(start, engine.layout), pin=on_gpu)
     request = run.watch.request
     agreement = Agreement(request)
-    recorder = Recorder(run, engine, data, start, last)
-    with checkpoint.Saver(
-        engine, run.folder / "checkpoints", data.paths.tokenizer, run.say
-    ) as saver:
+    with (
+        closing(Recorder(run, engine, data, start, last)) as recorder,
+        checkpoint.Saver(
+            engine, run.folder / "checkpoints", data.paths.tokenizer, run.say
+        ) as saver,
+    ):
 
         def flush() -> None:
             try:
@@ -158,7 +161,6 @@ def fit(
             except Rollback:
                 request.nothing_to_lose = True
                 agreement.close()
-                recorder.close()
                 raise
 
         def save(step: int, must: bool = False) -> None:
@@ -209,7 +211,6 @@ def fit(
         )
     mark_finished(run, done)
     agreement.close()
-    recorder.close()
     return status_of(leaving) if done < last else 0
 
 

@@ -172,8 +172,10 @@ class Recorder:
         self.progress.advance_to(newest["step"])
 
     def close(self) -> None:
-        """End the progress line."""
+        """End the progress line, and write what the files have still to learn."""
         if self.run.process.is_first:
             self.progress.close()
+            self.file.close()
         if self.board is not None:
             self.board.write(methodcaller("close"))
+            self.board.close()

@@ -28,6 +28,10 @@ class Unfailing(Generic[Sink]):
     def write(self, action: Callable[[Sink], object]) -> None:
         """Do `action` to the log, now or as soon as it can be written."""
         self.waiting.append(action)
+        self.write_waiting()
+
+    def write_waiting(self) -> None:
+        """Write what waits, or say that it cannot be written."""
         try:
             if self.sink is None:
                 self.sink = self.open_it()
@@ -47,3 +51,13 @@ class Unfailing(Generic[Sink]):
         if self.failing:
             self.failing, self.told = False, -TELL_EVERY
             self.say(f"{self.name} is written again; nothing of it is missing")
+
+    def close(self) -> None:
+        """The last time to write what waits; what cannot be written is lost."""
+        if self.waiting:
+            self.write_waiting()
+        if self.waiting:
+            self.say(
+                f"{self.name} cannot be written: its last {len(self.waiting)} entries are lost"
+            )
+            self.waiting.clear()

@@ -60,8 +60,9 @@ def test_later_steps_are_set_aside_and_nothing_is_deleted(run):
 )  # fmt: skip
 def test_what_a_crash_left_of_a_line_is_no_obstacle(run, end):
     (run / "metrics.jsonl").write_text(lines(1, 2) + end)
-    told = list(set_aside(run, 4))
-    assert "metrics.jsonl: 1 lines cut off or damaged" in told[0]
+    missing, damaged, _ = set_aside(run, 4)
+    assert "the lines of steps 3 to 4 are missing" in missing
+    assert "metrics.jsonl: 1 lines cut off or damaged" in damaged
     assert (run / "metrics.jsonl").read_text() == lines(1, 2)
     aside = (run / "set_aside" / "after_step_0000004.1" / "metrics.jsonl").read_text()
     assert aside.rstrip("\n") == end.rstrip("\n")
@@ -69,7 +70,8 @@ def test_what_a_crash_left_of_a_line_is_no_obstacle(run, end):
 
 def test_a_whole_last_line_without_its_end_is_kept(run):
     (run / "metrics.jsonl").write_text(lines(1, 2).rstrip("\n"))
-    assert list(set_aside(run, 4)) == []
+    (missing,) = set_aside(run, 4)
+    assert "the lines of steps 3 to 4 are missing" in missing
     MetricsFile(run / "metrics.jsonl").write({"step": 3})
     assert (run / "metrics.jsonl").read_text() == lines(1, 2, 3)
     (run / "metrics.jsonl").write_text(lines(1, 2, 3).rstrip("\n"))

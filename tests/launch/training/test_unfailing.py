@@ -34,6 +34,25 @@ def test_a_full_disk_is_told_once_and_nothing_is_missing_later(tmp_path: Path) -
     assert "nothing of it is missing" in said[1]
 
 
+def test_the_last_entries_are_written_at_the_end_or_said_to_be_lost(tmp_path: Path) -> None:
+    """A run may have no later step to write them with."""
+    for mended in (True, False):
+        path, said = tmp_path / f"{mended}.jsonl", []
+        path.symlink_to("/dev/full")
+        log = Unfailing("metrics.jsonl", partial(MetricsFile, path), said.append)
+        for step in (1, 2):
+            log.write(methodcaller("write", {"step": step}))
+        if mended:
+            path.unlink()
+        log.close()
+        log.close()
+        if mended:
+            assert steps(path) == [1, 2]
+            assert "nothing of it is missing" in said[-1]
+        else:
+            assert said[-1] == "metrics.jsonl cannot be written: its last 2 entries are lost"
+
+
 def test_a_folder_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, said = tmp_path / "run" / "metrics.jsonl", []
     path.parent.mkdir()
