@@ -23,7 +23,7 @@ LEFT_OUT |= {"ensurepip", "encodings", "pydoc_data", "lib2to3", "__phello__"}
 
 def documents(part: str) -> Iterator[dict]:
     """Rows {"text", "meta": {"pile_set_name", "source"}} of `TRAIN` or of `VALIDATION`."""
-    for path, name in _modules(part):
+    for path, name in _module_files(part):
         source = path.read_text("utf-8", errors="replace")
         for subset, text in (("source", source), ("docstrings", _docstrings(source))):
             if text.strip():
@@ -33,12 +33,12 @@ def documents(part: str) -> Iterator[dict]:
 def content_hash(part: str) -> str:
     """Hash of the modules of `TRAIN` or of `VALIDATION`, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    for path, name in _modules(part):
+    for path, name in _module_files(part):
         digest.update(f"{name} {sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
-def _modules(part: str) -> Iterator[tuple[Path, str]]:
+def _module_files(part: str) -> Iterator[tuple[Path, str]]:
     """Files of the part's modules, with their names inside the library."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
