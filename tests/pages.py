@@ -205,7 +205,7 @@ def write_texts(folder: Path) -> None:
     rng = random.Random(0)
     words = {"count": "one two three four five", "colour": "red green blue white black"}
     rows = [
-        {"text": " ".join(rng.choices(words[name].split(), k=30)), "feature": name}
+        {"text": " ".join(rng.choices(words[name].split(), k=150)), "feature": name}
         for _ in range(70)
         for name in words
     ]
