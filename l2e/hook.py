@@ -25,17 +25,8 @@ WIDTHS = {"out_features": -1, "out_channels": 1, "num_features": 1, "num_channel
 WITH_WIDTHS = (nn.Linear, nn.Bilinear, _ConvNd, _NormBase, nn.GroupNorm)
 # What autograd calls operations on [batch, channels, ...], and some that keep dimensions in place.
 ON_CHANNELS = ("ConvolutionBackward", "NativeBatchNorm", "CudnnBatchNorm", "NativeGroupNorm")
-ELEMENTWISE = (
-    "Relu",
-    "LeakyRelu",
-    "Gelu",
-    "Silu",
-    "Elu",
-    "Tanh",
-    "Sigmoid",
-    "Mul",
-    "NativeDropout",
-)
+_ACTIVATIONS = ("Relu", "LeakyRelu", "Gelu", "Silu", "Elu", "Tanh", "Sigmoid")
+ELEMENTWISE = (*_ACTIVATIONS, "AddBackward", "MulBackward", "NativeDropout")
 LOOKS_FOR_PADDING = 10  # steps; each look waits for the device
 
 
@@ -328,10 +319,13 @@ class ModuleHook(OwnHook):
         moved the channels [batch, channels, length]."""
         if z.dim() != 3 or self.width_dim is not None or self.layer.state.positions:
             return False
-        node = None if torch.compiler.is_compiling() else z.grad_fn
-        while node is not None and node.name().startswith(ELEMENTWISE):
-            node = node.next_functions[0][0]
-        return node is not None and node.name().startswith(ON_CHANNELS)
+        nodes = [] if torch.compiler.is_compiling() else [z.grad_fn]
+        for node in nodes:
+            if node is not None and node.name().startswith(ON_CHANNELS):
+                return True
+            if node is not None and node.name().startswith(ELEMENTWISE):
+                nodes += [before for before, _ in node.next_functions if before not in nodes]
+        return False
 
     def _check(self, z: Tensor) -> None:
         """Refuse what the method cannot be applied to, in one sentence."""

@@ -993,7 +993,8 @@ def test_an_activation_behind_a_convolution_is_asked_for_its_channels(moved):
             self.acts = nn.Sequential(nn.ReLU(), nn.Dropout(0.1), nn.GELU())
 
         def forward(self, x):
-            x = self.norm(self.conv(x))
+            x = 1 + self.norm(self.conv(x))
+            x = x + x.mean(2, keepdim=True)
             return self.acts(x.transpose(1, 2) if moved else x)
 
     model = Convolution().train()
