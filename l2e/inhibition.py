@@ -8,6 +8,7 @@ graph.
 
 import itertools
 import math
+import warnings
 from weakref import WeakValueDictionary
 
 import torch
@@ -216,10 +217,13 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, loss_grad, _):
     pre, bias, counted, mask, handle = ctx.saved_tensors
-    if loss_grad is None and type(handle) is Tensor:  # not while torch.compile traces it
+    if type(handle) is Tensor:  # not while torch.compile traces it
         state = _states[int(handle)]
-        if state.config.method == "regularize" and state.phase.gradient_scale:
+        injects = state.config.method == "regularize" and state.phase.gradient_scale
+        if loss_grad is None and injects:
             inject_once(ctx, state)
+        if grad is not None and state.comparing:
+            compare_once(ctx, state)
     if grad is None:
         grad = torch.zeros_like(pre)
     to_pre, to_bias = inhibit_backward(
@@ -238,6 +242,18 @@ def inject_once(ctx, state: LayerState) -> None:
             "handle.loss() to one of them"
         )
     ctx.injected = True
+
+
+def compare_once(ctx, state: LayerState) -> None:
+    """Tell that of a second backward pass through one forward pass the squares are added."""
+    if getattr(ctx, "compared", False):
+        warnings.warn(
+            f"l2e layer {state.name}: a second backward pass goes through one forward pass "
+            "(retain_graph=True). l2e.gradient_ratio takes the two gradients for independent ones, "
+            "which their sum may not be: run one backward pass of the sum of the losses",
+            stacklevel=2,
+        )
+    ctx.compared = True
 
 
 def no_second_derivatives(ctx, *grads):

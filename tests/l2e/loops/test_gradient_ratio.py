@@ -117,3 +117,23 @@ def test_the_weights_are_the_reference_s(loop, scale):
     assert weights[-1][0] > 2 * weights[0][0]
     for mine, theirs in zip(model.parameters(), parameters, strict=True):
         torch.testing.assert_close(mine.detach().double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_squares_of_two_backward_passes_are_told(recwarn):
+    """Gradients of two losses through one forward pass are not independent."""
+    config = L2EConfig(layers=[3], late_start_step=2, gradient_ratio=RATIO, kernels="plain")
+    for passes in (1, 2):
+        model = network()
+        handle = l2e.attach(model, "?", config)
+        recwarn.clear()
+        for x in batches(STEPS, rows=64):
+            output = model(x)
+            losses = [output.square().mean(), output.mean(), handle.loss()]
+            if passes == 1:
+                sum(losses).backward()
+            else:
+                for number, loss in enumerate(losses, 1):
+                    loss.backward(retain_graph=number < len(losses))
+            handle.step()
+        told = [str(one.message) for one in recwarn if "second backward pass" in str(one.message)]
+        assert bool(told) == (passes == 2), told
