@@ -1,6 +1,5 @@
 """Feature datasets: passages partitioned by a human-readable feature."""
 
-import gzip
 import hashlib
 import io
 import json
@@ -13,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from l2e.files import once
+from l2e.streams import GZIP, open_streams
 
-GZIP = b"\x1f\x8b"  # a gzip file's first bytes, whatever its name
 ZERO = "\0"  # half of each plain letter in UTF-16; no text of ours holds one
 
 
@@ -140,14 +139,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The file's lines, numbered from 1. What is no UTF-8 comes as surrogates."""
     number = 0
     with path.open("rb") as file:
-        zipped = file.read(2) == GZIP
+        zipped = file.read(2) in GZIP.magic or path.suffix.lower() in GZIP.endings
         file.seek(0)
-        opened = gzip.GzipFile(fileobj=file) if zipped or path.suffix == ".gz" else file
+        opened = open_streams(file, GZIP) if zipped else file
         try:
             for line in io.TextIOWrapper(opened, "utf-8", errors="surrogateescape"):
                 number += 1
                 yield number, line.removeprefix("\ufeff")
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        except (EOFError, zlib.error, OSError) as error:
             raise ValueError(
                 f"{path}, line {number + 1}: the gzip file is cut or damaged ({error}); "
                 "fetch or write it anew"

@@ -5,7 +5,6 @@ from changes.
 """
 
 import contextlib
-import gzip
 import io
 import json
 import logging
@@ -28,6 +27,8 @@ from lm_eval.config.group import GroupConfig
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.tasks.manager import TaskDict
+
+from l2e.streams import GZIP, open_streams
 
 PYTHIA = (
     "sciq",
@@ -272,10 +273,11 @@ class LocalData:
 def read_items(file: Path) -> list[Item]:
     """All records of a JSON-lines file, which must have the same fields, each of one kind."""
     items: list[Item] = []
-    opener = gzip.open if file.suffix.lower() == ".gz" else open
+    zipped = file.suffix.lower() in GZIP.endings
     try:
-        with opener(file, "rt", encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
+        with file.open("rb") as raw:
+            plain = open_streams(raw, GZIP) if zipped else raw
+            for number, line in enumerate(io.TextIOWrapper(plain, "utf-8-sig"), 1):
                 place = f"{file}, line {number}"
                 items.append(read_item(line, place, items[0] if items else None))
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:

@@ -252,10 +252,11 @@ def test_an_answer_without_a_token_is_refused(model):
         HarnessModel(model).loglikelihood([request], disable_tqdm=True)
 
 
-def test_a_cut_gz_names_the_file(tmp_path):
+@pytest.mark.parametrize("hurt", [lambda data: data[:-20], lambda data: data + bytes(512)])
+def test_a_hurt_gz_names_the_file(tmp_path, hurt):
     data = gzip.compress(write_sciq(tmp_path).read_bytes())
     (tmp_path / "sciq_test.jsonl").unlink()
-    (tmp_path / "sciq_test.jsonl.gz").write_bytes(data[:-20])
+    (tmp_path / "sciq_test.jsonl.gz").write_bytes(hurt(data))
     with pytest.raises(ValueError, match=r"sciq_test\.jsonl\.gz, after line \d+: cannot be read"):
         tasks.select(["sciq"], tmp_path)
 

@@ -88,7 +88,7 @@ def test_what_is_no_passage_is_told_with_file_and_line(tmp_path, line, told):
             read_features(path)
 
 
-@pytest.mark.parametrize("hurt", ["cut", "damaged", "no gzip", "left over"])
+@pytest.mark.parametrize("hurt", ["cut", "damaged", "no gzip", "left over", "zeros", "empty"])
 def test_a_hurt_gzip_file_is_told_with_its_line(tmp_path, hurt):
     random = np.random.default_rng(0)
     lines = [json.dumps({"text": str(random.random()), "feature": "ab"[i % 2]}) for i in range(99)]
@@ -98,6 +98,8 @@ def test_a_hurt_gzip_file_is_told_with_its_line(tmp_path, hurt):
         "damaged": whole[:500] + b"\0" * 200 + whole[700:],
         "no gzip": GOOD,
         "left over": whole + b"garbage",
+        "zeros": whole + bytes(len(whole)),  # a member that a broken copy lost
+        "empty": b"",
     }[hurt]
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(content)
