@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from pydantic import BaseModel, PositiveInt, ValidationError
 
 from data import manifest
 from data.corpus import Source
@@ -52,6 +54,118 @@ KEPT = (
 )
 
 
+class _File(BaseModel):
+    """Hash of a file that several shares have parts of, and of each part."""
+
+    sha256: str
+    parts: list[str]
+
+
+class _Facts(BaseModel):
+    number: PositiveInt
+    of: PositiveInt
+    lines: dict[str, int]
+    files: dict[str, _File]
+
+
+class _JobShare(BaseModel):
+    number: PositiveInt
+    of: PositiveInt
+    sources: list[tuple[str, str, int]]
+
+
+class _Job(BaseModel):
+    end_of_text: int
+    tokenizer: str
+    fields: dict[str, str]
+    sources: list[tuple[str, str, str]]
+    share: _JobShare
+
+
+class _Entry(BaseModel):
+    name: str
+    sha256: str
+    documents: int
+    rejects: int
+
+
+class _Counts(BaseModel):
+    documents: int
+    tokens: int
+
+
+class _Rejects(BaseModel):
+    total: int
+    reasons: dict[str, int]
+
+
+class _Wording(BaseModel):
+    characters: int
+    unknown_ids: int
+    unknown_characters: int
+    empty_documents: int
+    end_of_text_ids: int
+    example: str
+    end_of_text_written_out: dict[str, int]
+    spaces: dict[str, str]
+
+
+class _Share(BaseModel):
+    """What joining reads in the manifest of a share, beside what every manifest has."""
+
+    dtype: Literal["uint16", "int32"]
+    tokenizer_vocab_size: int
+    end_of_text: int
+    end_of_text_token: str
+    passed_over: dict[str, list[str]]
+    share: _Facts
+    job: _Job
+    sources: list[_Entry]
+    subsets: dict[str, _Counts]
+    rejects: _Rejects
+    wording: _Wording
+
+
+def _read(prefix: str) -> dict:
+    """A share's manifest. Raises ValueError where it is none, or was not left as it was written."""
+    found = manifest.read(prefix)
+    if found is None or "share" not in found:
+        reason = "is no finished share" if found is None else "is a whole corpus, no share"
+        fix = "name what prepare.py --shard K/N --output wrote"
+        raise Problem("join", Path(prefix), reason, fix)
+    try:
+        _Share.model_validate_json(json.dumps(found), strict=True)
+        wrong = _contradictions(prefix, found)
+    except ValidationError as report:
+        wrong = [".".join(map(str, error["loc"])) for error in report.errors()]
+    if wrong:
+        reason = f"is not as it was written (damaged or missing: {', '.join(wrong[:5])})"
+        raise Problem("manifest", manifest.path(prefix), reason, "prepare that share again")
+    return found
+
+
+def _contradictions(prefix: str, share: dict) -> list[str]:
+    """The entries that other entries, or the token files, don't agree with."""
+    of, entries = share["job"]["share"], [entry["name"] for entry in share["sources"]]
+    inputs = {name for name, _, _ in of["sources"]}
+    with idx_path(prefix).open("rb") as file:
+        documents = HEADER.unpack(file.read(HEADER.size))[3]
+    tokens = bin_path(prefix).stat().st_size / np.dtype(share["dtype"]).itemsize
+    totals = {key: share[key] for key in ("documents", "tokens")}
+    subsets, sources = share["subsets"].values(), share["sources"]
+    agree = {
+        "share": all(share["share"][key] == of[key] for key in ("number", "of")),
+        "documents": share["documents"] == documents == sum(e["documents"] for e in sources),
+        "tokens": share["tokens"] == tokens,
+        "tokenizer_sha256": share["tokenizer_sha256"] == share["job"]["tokenizer"],
+        "end_of_text": share["end_of_text"] == share["job"]["end_of_text"],
+        "subsets": totals == {key: sum(counts[key] for counts in subsets) for key in totals},
+        "sources": len({*entries}) == len(entries) and {*entries} <= inputs,
+        "rejects": share["rejects"]["total"] == sum(entry["rejects"] for entry in sources),
+    }
+    return [key for key, agrees in agree.items() if not agrees]
+
+
 def _in_order(prefixes: list[str]) -> dict[str, dict]:
     """{prefix: manifest} of all shares. Raises ValueError where they aren't those of one corpus."""
     twice = [prefix for prefix, count in Counter(prefixes).items() if count > 1]
@@ -59,12 +173,7 @@ def _in_order(prefixes: list[str]) -> dict[str, dict]:
         raise Problem("join", Path(twice[0]), "is named twice", "name each share once")
     shares: dict[str, dict] = {}
     for prefix in prefixes:
-        found = manifest.read(prefix)
-        if found is None or "share" not in found:
-            reason = "is no finished share" if found is None else "is a whole corpus, no share"
-            fix = "name what prepare.py --shard K/N --output wrote"
-            raise Problem("join", Path(prefix), reason, fix)
-        shares[prefix] = found
+        shares[prefix] = _read(prefix)
     shares = dict(sorted(shares.items(), key=lambda item: item[1]["share"]["number"]))
     first = next(iter(shares))
     expected = _common(shares[first])
@@ -116,10 +225,14 @@ class _Whole:
                 entries.setdefault(entry["name"], []).append((prefix, entry))
         hashes = []
         for name, format_, _ in first["job"]["share"]["sources"]:
-            parts = entries[name]
+            parts = entries.get(name, [])
+            known = manifests[parts[0][0]]["share"]["files"].get(name) if parts else None
+            count = len(known["parts"]) if known else 1
+            if len(parts) != count:
+                reason = f"{len(parts)} of the {count} parts of {name} are in the shares' manifests"
+                raise Problem("join", None, reason, "prepare the share that lacks it again")
             hash_ = parts[0][1]["sha256"]
-            if len(parts) > 1:
-                known = manifests[parts[0][0]]["share"]["files"][name]
+            if known:
                 hash_ = known["sha256"]
                 for (prefix, part), expected in zip(parts, known["parts"], strict=True):
                     if part["sha256"] != expected:
@@ -185,12 +298,19 @@ def _lengths(prefix: str, documents: int) -> Iterator[tuple[np.ndarray, int]]:
 
 def _append_rejects(prefix: str, share: dict, lines: Counter[str], partial: PartialCorpus) -> None:
     """Rejects, their lines counted from the beginning of the file instead of the share's part."""
-    if share["rejects"]["total"]:
-        with Path(f"{prefix}.{REJECTS}").open("rb") as file:
-            for line in file:
-                reject = json.loads(line)
-                reject["line"] += lines[reject["source"]]
-                partial.append(REJECTS, (json.dumps(reject, ensure_ascii=True) + "\n").encode())
+    if not share["rejects"]["total"]:
+        return
+    path = Path(f"{prefix}.{REJECTS}")
+    try:
+        with path.open("rb") as file:
+            rejects = [json.loads(line) for line in file]
+        for reject in rejects:
+            reject["line"] += lines[reject["source"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = f"cannot be read as a share's rejects ({error})"
+        raise Problem("join", path, reason, "prepare that share again") from None
+    for reject in rejects:
+        partial.append(REJECTS, (json.dumps(reject, ensure_ascii=True) + "\n").encode())
 
 
 def _add_counts(share: dict, partial: PartialCorpus) -> None:

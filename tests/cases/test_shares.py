@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,6 +173,46 @@ def test_a_damaged_share_is_refused(halves, tmp_path) -> None:
     with pytest.raises(ValueError, match="s2: is not what its manifest says it is"):
         join(halves, str(tmp_path / "joined"), Limits())
     assert set(contents(tmp_path / "joined")) == {".rejects.jsonl"}
+
+
+def places(value, path=()):
+    """The way to everything that lies in a JSON value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in inside:
+        yield (*path, key)
+        if isinstance(item, dict | list):
+            yield from places(item, (*path, key))
+
+
+@pytest.mark.parametrize("damage", [None, 7, "x", {}, "gone"])
+def test_any_entry_of_a_share_that_is_damaged(whole, halves, tmp_path, damage) -> None:
+    """Refused with the name of a share, or, where it only informs, joined to the whole's tokens."""
+    path, joined = Path(f"{halves[0]}.manifest.json"), str(tmp_path / "joined")
+    before = json.loads(path.read_text())
+    for place in places(before):
+        damaged = json.loads(path.read_text())
+        *way, last = place
+        inner = damaged
+        for key in way:
+            inner = inner[key]
+        if damage == "gone":
+            del inner[last]
+        else:
+            inner[last] = damage
+        path.write_text(json.dumps(damaged))
+        try:
+            join(halves, joined, Limits())
+        except ValueError as error:
+            told = str(error)
+            assert re.search(r"s[12](\.manifest\.json)?: (is|has|was|differs)|parts of", told), (
+                place
+            )
+        else:
+            for ending in (".bin", ".idx", ".subsets"):
+                assert contents(joined)[ending] == contents(whole.output)[ending], place
+        for file in tmp_path.glob("joined*"):
+            file.unlink()
+        path.write_text(json.dumps(before))
 
 
 def test_a_source_that_changed_between_shares_is_noticed(tmp_path, tokenizer) -> None:
