@@ -59,9 +59,10 @@ def run_folder(options: argparse.Namespace) -> Path:
 def run_verb(main: Callable[[], int | None]) -> None:
     """Run a verb's `main` and leave the process with its exit status.
 
-    A `ValueError` is a mistake the user can mend: its message alone is printed, and the status
-    is 2, as argparse's is. Ctrl-C leaves with 130, as shells expect, and so does the end of a
-    pipe (`--help-config | head`) with 141. Everything else is ours.
+    A `ValueError`, or a file that can't be read or written, is for the user to mend: the message
+    alone is printed, and the status is 2, as argparse's is. Ctrl-C leaves with 130, as shells
+    expect, and so does the end of a pipe (`--help-config | head`) with 141. Everything else is
+    ours.
     """
     explain_bus_errors()
     try:
@@ -74,20 +75,29 @@ def run_verb(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except (RuntimeError, MemoryError, OSError) as error:
-        place = exhausted(error)
-        if place is None:
+        told = in_words(error)
+        if told is None:
             raise
-        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
-        print(
-            f"error: {place} memory is exhausted ({reason}); smaller batches or fewer workers take "
-            "less, see --help",
-            file=sys.stderr,
-        )
+        print(f"error: {told}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
     sys.exit(status or 0)
+
+
+def in_words(error: RuntimeError | MemoryError | OSError) -> str | None:
+    """What a user can mend: memory that is exhausted, a file that can't be read or written."""
+    place = exhausted(error)
+    if place is not None:
+        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+        return (
+            f"{place} memory is exhausted ({reason}); smaller batches or fewer workers take less, "
+            "see --help"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; make room for it there, or name another place"
+    return None
 
 
 def named(text: str) -> str:

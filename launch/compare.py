@@ -36,6 +36,9 @@ def main() -> int:
     from launch.comparison.runs import read_run
 
     runs = [read_run(folder) for folder in options.runs]
+    for place, folder in enumerate(options.runs):
+        if any(folder.resolve() == other.resolve() for other in options.runs[:place]):
+            raise ValueError(f"{folder}: is named twice; a run is compared with others")
     if len(runs) < 2:
         raise ValueError(f"{options.runs[0]}: name at least two runs to compare")
     if options.equal:

@@ -39,11 +39,18 @@ def configurations(runs: list[RecordedRun]) -> dict[str, dict[str, Any]]:
 
 
 def summary(run: RecordedRun) -> dict[str, Any]:
+    losses, validation = run.ended("lm_loss"), run.ended("validation_loss")
     return {
         "last_step": max(run.steps),
-        "lm_loss": last_mean(run.series("lm_loss")),
-        "lm_loss_steps": min(LAST_STEPS, len(run.series("lm_loss"))),
-        "validation_loss": last_value(run.series("validation_loss")),
+        "lm_loss": last_mean(losses),
+        "lm_loss_steps": min(LAST_STEPS, len(losses)),
+        "validation_loss": last_value(validation),
+        "validation_step": max(validation, default=None),
+        "not_finite": [
+            key
+            for key in ("lm_loss", "validation_loss")
+            if not run.ended(key) and any(key in row for row in run.steps.values())
+        ],
         "l2e": {
             key: {layer: last_value(values) for layer, values in run.layers(key).items()}
             for key in LAYER_FIGURES
@@ -62,7 +69,7 @@ def difference(one: RecordedRun, other: RecordedRun) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"from": str(one.folder), "to": str(other.folder)}
     for key in ("lm_loss", "validation_loss"):
-        pairs = paired(one.series(key), other.series(key))
+        pairs = paired(one.ended(key), other.ended(key))
         pairs = pairs[-LAST_STEPS:] if key == "lm_loss" else pairs[-1:]
         mean = float((pairs[:, 1] - pairs[:, 0]).mean()) if len(pairs) else None
         found[key] = None if mean is None else {"mean": mean, "steps": len(pairs)}
@@ -117,10 +124,13 @@ def table(report: dict[str, Any]) -> str:
     for folder, values in report["runs"].items():
         shown = [f"{values['last_step']} steps"]
         if values["validation_loss"] is not None:
-            shown.append(f"last validation loss {values['validation_loss']:.4f}")
+            last = values["validation_step"]
+            after = "" if last == values["last_step"] else f" (after step {last})"
+            shown.append(f"last validation loss {values['validation_loss']:.4f}{after}")
         if values["lm_loss"] is not None:
             last = values["lm_loss_steps"]
             shown.append(f"loss {values['lm_loss']:.4f} (mean of the last {last} steps)")
+        shown += [f"diverged: its last {key} is not finite" for key in values["not_finite"]]
         lines.append(f"{folder}: {', '.join(shown)}")
         for key, layers in values["l2e"].items():
             if layers:

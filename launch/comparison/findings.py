@@ -12,7 +12,7 @@ from data.files import read_json
 from launch.comparison import record, statistics
 from launch.comparison.comparison import scores_over_seeds
 from launch.comparison.likeness import unlike
-from launch.comparison.plan import Arm, Plan, folder_of
+from launch.comparison.plan import Arm, Plan, folder_of, validated
 from launch.comparison.readouts import EQUAL_TIME, Readouts, curves, pace, readouts
 from launch.comparison.runs import RecordedRun, read_run
 from launch.comparison.statistics import Difference
@@ -23,7 +23,7 @@ Runs = dict[str, dict[int, RecordedRun]]  # by arm and seed
 def find(folder: Path) -> dict[str, Any]:
     """Everything the page says, from an experiment's folder, of whatever runs are finished."""
     plans = record.read(folder)
-    plan = Plan.model_validate(plans[-1]["plan"])
+    plan = validated(plans[-1]["plan"], folder / record.NAME)
     damaged: dict[str, str] = {}
     runs = {arm.name: finished_runs(plan, arm, folder, damaged) for arm in plan.arms}
     values = {

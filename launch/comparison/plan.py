@@ -167,16 +167,21 @@ def read(path: Path, output: Path, control: bool = True) -> Experiment:
     return build(raw, path, output, control)
 
 
-def build(raw: dict[str, Any], path: Path, output: Path, control: bool = True) -> Experiment:
-    """The experiment of a plan that has been read from `path`."""
+def validated(raw: object, path: Path) -> Plan:
+    """The plan that `path` holds. Raises ValueError with everything that is not of the schema."""
     try:
-        plan = Plan.model_validate(raw)
+        return Plan.model_validate(raw)
     except ValidationError as report:
         told = [
             f"  {'.'.join(map(str, error['loc'])) or 'the plan'}: {explain(error)}"
             for error in report.errors()
         ]
         raise ValueError("\n".join([f"{path}: {len(told)} errors", *told])) from None
+
+
+def build(raw: dict[str, Any], path: Path, output: Path, control: bool = True) -> Experiment:
+    """The experiment of a plan that has been read from `path`."""
+    plan = validated(raw, path)
     problems = list(mistakes(plan))
     program = path.parent / plan.program if plan.program else None
     if program is not None and not (program.is_file() and program.suffix == ".py"):

@@ -38,6 +38,13 @@ class RecordedRun:
             if isinstance(row.get(key), int | float) and math.isfinite(row[key])
         }
 
+    def ended(self, key: str) -> dict[int, float]:
+        """`series`, but nothing where the last value written is no finite number: of a run that
+        diverged, what it came to before is not its end."""
+        values = self.series(key)
+        written = [step for step, row in self.steps.items() if key in row]
+        return values if values and written[-1] in values else {}
+
     def layers(self, key: str) -> dict[str, dict[int, float]]:
         """{layer: {step: value}} of an inhibited layer's metric."""
         found: dict[str, dict[int, float]] = {}

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from launch import compare, evaluate, export, plan
-from launch.cli import number, whole
+from launch.cli import number, run_verb, whole
 
 VERBS = {
     "compare": (compare.parser(), ["runs"]),
@@ -38,3 +38,14 @@ def test_types_take_their_bounds_and_nothing_else():
     for read, text in ((whole(1, 3), "4"), (whole(0), "1.5"), (number(0, above=True), "0")):
         with pytest.raises(argparse.ArgumentTypeError, match=re.escape(text)):
             read(text)
+
+
+@pytest.mark.parametrize("where", ["taken", "file/inside", "missing/inside"])
+def test_a_place_that_cannot_be_written_is_told(tmp_path, capsys, where):
+    """A folder in a result's place, a file in a folder's: the user's, without a traceback."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        run_verb(lambda: (tmp_path / where).write_text("{}"))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / where}: ")

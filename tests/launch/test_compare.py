@@ -79,6 +79,32 @@ def test_report_figures_and_table(tmp_path, capsys):
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_run_that_diverged_has_no_earlier_loss_for_its_last(tmp_path, capsys):
+    """What is not finite is written as null; a loss of an earlier step is told as such."""
+    whole, lost, short = (make_run(tmp_path / name, noise=1) for name in ("a", "b", "c"))
+    for run, keys in ((lost, ("lm_loss", "validation_loss")), (short, ())):
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rows = rows if keys else rows[:45]
+        rows[-1] |= dict.fromkeys(keys)
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare(whole, lost, short, "--output", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    ends = [(one["lm_loss"], one["validation_loss"]) for one in report["runs"].values()]
+    assert ends[1] == (None, None)
+    assert [report["differences"][0][key] for key in ("lm_loss", "validation_loss")] == [None, None]
+    assert report["differences"][1]["validation_loss"]["mean"] == 0
+    said = capsys.readouterr().out
+    assert "b: 50 steps, diverged: its last lm_loss is not finite, diverged" in said
+    assert said.count(" (after step 40), loss") == 1
+
+
+@pytest.mark.parametrize("words", [(), ("--equal",)])
+def test_a_run_is_not_compared_with_itself(tmp_path, words):
+    run = make_run(tmp_path / "a")
+    with pytest.raises(ValueError, match="is named twice"):
+        compare(run, tmp_path / "." / "a", *words)
+
+
 def test_what_the_configurations_differ_in(tmp_path, capsys):
     """A key that an earlier version did not write has its default, and does not differ."""
     one, two, three = (make_run(tmp_path / name, steps=30) for name in ("a", "b", "c"))

@@ -229,6 +229,17 @@ def test_a_run_that_diverged_has_no_earlier_loss_for_its_last(raw, tmp_path, las
     assert "not measured: validation_loss (arms none)" in findings.summary(found)
 
 
+def test_a_plan_that_an_earlier_version_wrote_is_told_by_its_keys(raw, tmp_path):
+    out = trained(raw, tmp_path)
+    plans = json.loads((out / "experiment.json").read_text())
+    plans[-1]["plan"] = {"old": 1} | {k: v for k, v in raw.items() if k != "primary"}
+    (out / "experiment.json").write_text(json.dumps(plans))
+    with pytest.raises(
+        ValueError, match=r"(?s)experiment\.json: 2 errors.*primary.*old: unknown k"
+    ):
+        findings.find(out)
+
+
 def test_a_folder_that_was_moved_goes_on(raw, tmp_path):
     """Its cache lies elsewhere then; nothing that is trained depends on it."""
     for run in build(raw, tmp_path).runs:
