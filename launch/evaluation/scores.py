@@ -9,7 +9,7 @@ from typing import Any
 import lm_eval
 
 from launch.evaluation.harness import HarnessModel
-from launch.evaluation.tasks import Selection, harness_apart
+from launch.evaluation.tasks import LocalTask, Selection, harness_apart
 
 REFERENCE = Path(__file__).with_name("pythia_reference.json")
 # Resamples for the standard errors that have no formula (perplexity).
@@ -36,6 +36,8 @@ def evaluate(
         if task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=shots)
         task.set_fewshot_seed(FEWSHOT_SEED)
+        if isinstance(task, LocalTask) and (examples := task.get_config("num_fewshot")):
+            task.check_examples(examples)
     with harness_apart():
         raw = lm_eval.evaluate(model, selection.tasks, limit=limit, bootstrap_iters=BOOTSTRAP)
     return report(raw, selection, limit) | {

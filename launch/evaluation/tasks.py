@@ -28,6 +28,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.tasks.manager import TaskDict
 
+from l2e.files import once
 from l2e.streams import GZIP, open_streams
 
 PYTHIA = (
@@ -291,7 +292,9 @@ def read_items(file: Path) -> list[Item]:
 def read_item(line: str, place: str, first: Item | None) -> Item:
     """The record of a line, with the fields of the file's first one."""
     try:
-        item = json.loads(line)
+        item = json.loads(line, object_pairs_hook=once)
+        if "\\u" in line:
+            json.dumps(item, ensure_ascii=False).encode()  # half of a surrogate pair has no bytes
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not JSON ({error})") from None
     if not isinstance(item, dict):
@@ -342,13 +345,21 @@ def local_task(config: dict[str, Any], data: LocalData) -> Task:
     for role in ("training_split", "validation_split", "fewshot_split"):
         if config.get(role) not in splits:
             config[role] = None
+    if not any(
+        config.get(role) for role in ("training_split", "validation_split", "fewshot_split")
+    ):
+        config["fewshot_split"] = evaluated  # so that the harness shows no item its own answer
     used = check_fields(name, config, data.folder, splits[evaluated][0])
     for item in splits[evaluated]:
         check_item(item, used)
     config |= {"custom_dataset": in_memory(splits), "dataset_path": "json", "dataset_name": None}
-    task = LocalTask(config={key: value for key, value in config.items() if key != "tag"})
-    task.items = splits[evaluated]
-    return task
+    settings = {key: value for key, value in config.items() if key != "tag"}
+    others = [item for split, items in splits.items() if split != evaluated for item in items]
+    return LocalTask(settings, [*splits[evaluated], *others])
+
+
+class Unscorable(ValueError):
+    """An item that the task cannot ask."""
 
 
 class LocalTask(ConfigurableTask):
@@ -357,33 +368,79 @@ class LocalTask(ConfigurableTask):
     The harness itself counts every answer to another item as wrong.
     """
 
-    items: list[Item]
+    def __init__(self, config: dict[str, Any], items: list[Item]):
+        self.items = items
+        try:
+            super().__init__(config=config)
+        except (LookupError, TypeError, AttributeError) as error:  # it looks at the first item
+            raise self.cannot_score(items[0], f"cannot be read as an item ({error})") from None
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **settings: Any) -> Any:
         """The harness's requests. Raises ValueError for an item without a right answer."""
         requests = super().construct_requests(doc, ctx, **settings)
+        if self.OUTPUT_TYPE == "loglikelihood" and not str(requests.args[1]).strip():
+            raise self.cannot_score(doc, "its answer is blank")
         if self.OUTPUT_TYPE == "multiple_choice":
             if any(not str(request.args[1]).strip() for request in requests):
                 raise self.cannot_score(doc, "one of its choices is blank")
-            answer = self.doc_to_text(doc) if self.multiple_input else self.doc_to_target(doc)
-            for one in answer if isinstance(answer, list) else [answer]:
-                number = isinstance(one, int)
-                if not (0 <= one < len(requests) if number else one in self.doc_to_choice(doc)):
-                    reason = f"its right answer, {one!r}, is none of its {len(requests)} choices"
-                    raise self.cannot_score(doc, reason)
+            if len(requests) < 2:
+                raise self.cannot_score(doc, "it has one choice alone, which is always right")
+            self.check_answer(doc)
         return requests
 
-    def doc_to_target(self, doc: dict[str, Any], *more: Any) -> Any:
-        """The harness's answer. Raises ValueError where an item's names none of its choices."""
-        try:
-            return super().doc_to_target(doc, *more)
-        except (ValueError, LookupError, UndefinedError) as error:
-            raise self.cannot_score(doc, f"its right answer cannot be found ({error})") from None
+    def check_answer(self, doc: dict[str, Any]) -> None:
+        """Raise ValueError where an item's right answer is none of its choices."""
+        choices = self.doc_to_choice(doc)
+        answer = self.doc_to_text(doc) if self.multiple_input else self.doc_to_target(doc)
+        for one in answer if isinstance(answer, list) else [answer]:
+            if not (0 <= one < len(choices) if isinstance(one, int) else one in choices):
+                reason = f"its right answer, {one!r}, is none of its {len(choices)} choices"
+                raise self.cannot_score(doc, reason)
 
-    def cannot_score(self, doc: dict[str, Any], reason: str) -> ValueError:
+    def check_examples(self, shots: int) -> None:
+        """Raise ValueError where there are not enough examples to show, or one has no answer."""
+        examples = list(self.fewshot_docs())
+        if len(examples) <= shots:
+            raise ValueError(
+                f"{self.config.task}: {shots} examples before each item need more than "
+                f"{len(examples)} records; lower --shots, or add a file of training items"
+            )
+        for doc in examples if self.OUTPUT_TYPE == "multiple_choice" else ():
+            self.check_answer(doc)
+
+    def doc_to_text(self, doc: dict[str, Any], *more: Any) -> Any:
+        """The harness's prompt. Raises ValueError for an item that has none, as the next two."""
+        return self.found(doc, "prompt", super().doc_to_text, *more)
+
+    def doc_to_target(self, doc: dict[str, Any], *more: Any) -> Any:
+        return self.found(doc, "right answer", super().doc_to_target, *more)
+
+    def doc_to_choice(self, doc: dict[str, Any], *more: Any) -> list[str]:
+        choices = self.found(doc, "choices", super().doc_to_choice, *more)
+        if not isinstance(choices, list) or not all(isinstance(one, str) for one in choices):
+            raise self.cannot_score(doc, f"its choices, {choices!r:.80}, are no texts")
+        return choices
+
+    def found(self, doc: dict[str, Any], what: str, find: Callable[..., Any], *more: Any) -> Any:
+        """What the task's template, or its function, finds in an item."""
+        try:
+            return find(doc, *more)
+        except Unscorable:
+            raise
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            SyntaxError,
+            UndefinedError,
+        ) as e:
+            raise self.cannot_score(doc, f"its {what} cannot be found ({e})") from None
+
+    def cannot_score(self, doc: dict[str, Any], reason: str) -> Unscorable:
         same = (item.place for item in self.items if item == doc)
         place = next(same, f"{self.config.task}, item {json.dumps(doc, default=str)[:80]}")
-        return ValueError(f"{place}: {reason}; mend or leave out the item")
+        return Unscorable(f"{place}: {reason}; mend or leave out the item")
 
 
 def in_memory(splits: dict[str, list[Item]]) -> Callable[..., dict[str, datasets.Dataset]]:
@@ -459,4 +516,6 @@ def fields_read(template: Callable[[dict[str, Any]], Any], record: dict[str, Any
         template(record)
     except KeyError as error:
         return {str(error.args[0])}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass  # which is told of the item, with its place
     return set()

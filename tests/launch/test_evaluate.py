@@ -206,6 +206,8 @@ PIQA = {"goal": "g", "sol1": "one way", "sol2": "another way", "label": 1}
 ARC = {"id": "0", "question": "q", "answerKey": "A"}
 LETTERS = ["A", "B", "C"]
 ARC |= {"choices": {"text": ["a", "b", "c"], "label": LETTERS}}
+WINOGRANDE = {"sentence": "the _ is big", "option1": "dog", "option2": "cat", "answer": "1"}
+LOGIQA = {"label": "a", "context": "c", "question": "q", "options": ["w", "x", "y", "z"]}
 SCIQ = {f"distractor{i}": f"no{i}" for i in (1, 2, 3)}
 SCIQ |= {"question": "q", "correct_answer": "yes", "support": ""}
 
@@ -220,7 +222,10 @@ SCIQ |= {"question": "q", "correct_answer": "yes", "support": ""}
         ("arc_easy_test", ARC, {"answerKey": "E"}, "right answer cannot be found"),
         ("arc_easy_test", ARC, {"answerKey": ""}, "right answer cannot be found"),
         ("arc_easy_test", ARC, {"choices": {"text": ["a", "b"], "label": LETTERS}}, "of [2, 3]"),
+        ("arc_easy_test", ARC, {"choices": {"text": ["a"], "label": ["A"]}}, "one choice alone"),
         ("SCIQ_TEST", SCIQ, {"correct_answer": ""}, "one of its choices is blank"),
+        ("lambada_openai_test", {"text": "in the end"}, {"text": "in the end "}, "answer is blank"),
+        ("logiqa_test", LOGIQA, {"label": "e"}, "right answer cannot be found"),
     ],
 )
 def test_an_item_without_a_right_answer_is_named(model, tmp_path, name, record, change, told):
@@ -231,6 +236,62 @@ def test_an_item_without_a_right_answer_is_named(model, tmp_path, name, record, 
         scores.evaluate(HarnessModel(model), tasks.select([task], tmp_path))
     assert str(refused.value).startswith(f"{path}, line 3: ")
     assert told in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "told"),
+    [
+        ("arc_easy_test", ARC | {"answerKey": "1"}, "right answer cannot be found"),
+        ("arc_easy_test", ARC | {"choices": "abc"}, "right answer cannot be found"),
+        ("arc_easy_test", ARC | {"choices": {"text": "ab", "label": "AB"}}, "choices cannot be"),
+        ("arc_easy_test", ARC | {"choices": {"text": [1, 2], "label": LETTERS[:2]}}, "no texts"),
+        ("logiqa_test", LOGIQA | {"options": ["x"], "label": "d"}, "cannot be read as an item"),
+        ("winogrande_validation", WINOGRANDE | {"sentence": "no gap"}, "cannot be found"),
+        ("piqa_validation", PIQA | {"goal": "\ud83d"}, "surrogates"),
+    ],
+)
+def test_a_first_item_that_is_none_is_named(model, tmp_path, name, record, told):
+    """The harness looks at it before any other, and says nothing of where it is."""
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(ValueError) as refused:
+        scores.evaluate(HarnessModel(model), tasks.select([name.rpartition("_")[0]], tmp_path))
+    assert str(refused.value).startswith(f"{path}, line 1: ")
+    assert told in str(refused.value)
+
+
+def test_a_field_given_twice_is_named(tmp_path):
+    line = json.dumps(PIQA).replace('"label": 1', '"label": 1, "label": 0')
+    (tmp_path / "piqa_validation.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=r"line 1: .*'label' is there twice"):
+        tasks.select(["piqa"], tmp_path)
+
+
+def test_no_item_is_its_own_example(model, tmp_path, monkeypatch):
+    """Of a file of scored items alone, the others are shown before each."""
+    write_sciq(tmp_path, items=4)
+    asked: list[str] = []
+
+    def likelihoods(self, requests, disable_tqdm=False):
+        asked.extend(request.args[0] for request in requests)
+        return [(-1.0, False) for _ in requests]
+
+    monkeypatch.setattr(HarnessModel, "loglikelihood", likelihoods)
+    scores.evaluate(HarnessModel(model), tasks.select(["sciq"], tmp_path), shots=3)
+    for number in range(4):
+        question = f"What is thing number {number}?"
+        assert [prompt.count(question) for prompt in asked] == [1] * 16
+    with pytest.raises(ValueError, match="sciq: 4 examples before each item need more than 4 rec"):
+        scores.evaluate(HarnessModel(model), tasks.select(["sciq"], tmp_path), shots=4)
+
+
+def test_an_example_without_a_right_answer_is_named(model, tmp_path):
+    """Python would take the last choice for -1."""
+    (tmp_path / "piqa_validation.jsonl").write_text(json.dumps(PIQA) + "\n")
+    train = tmp_path / "piqa_train.jsonl"
+    train.write_text("".join(json.dumps(PIQA | {"label": i}) + "\n" for i in (0, 1, -1)))
+    with pytest.raises(ValueError, match=rf"{train}, line 3: its right answer, -1"):
+        scores.evaluate(HarnessModel(model), tasks.select(["piqa"], tmp_path), shots=2)
 
 
 def test_labels_of_another_kind_are_named(model, tmp_path):
