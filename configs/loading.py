@@ -92,9 +92,12 @@ def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
             problem = Problem("--set", assignment, "no 'key=value'", "write --set train.steps=100")
             raise ConfigError("command line", [problem])
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
+            value = json.loads(text, object_pairs_hook=once)
+        except (json.JSONDecodeError, RecursionError):
             value = text
+        except ValueError as error:
+            problem = Problem("--set", assignment, str(error), "write a value that JSON can hold")
+            raise ConfigError("command line", [problem]) from None
         *sections, leaf = name.split(".")
         place = raw
         for section in sections:

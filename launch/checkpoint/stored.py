@@ -57,12 +57,33 @@ class StoredCheckpoint:
     @cached_property
     def state(self) -> dict[str, Any]:
         """What `checkpoint.save` was told, and how the state was made: see `state.json`."""
-        return json.loads((self.folder / STATE).read_text())
+        state = self._read(STATE, {"step": int, "tokens": int})
+        for key, kind in {"samples": int, "data": dict}.items():  # which came with time
+            if key in state:
+                self._hold(STATE, state, key, kind)
+        return state
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The run's configuration, as its sections."""
-        return json.loads((self.folder / CONFIG).read_text())
+        return self._read(CONFIG, {"model": dict})
+
+    def _read(self, name: str, entries: dict[str, type]) -> dict[str, Any]:
+        """A JSON file that has the entries. Raises ValueError where a later version, or a hand,
+        wrote it in another form."""
+        content = json.loads((self.folder / name).read_text())
+        for key, kind in entries.items():
+            self._hold(name, content, key, kind)
+        return content
+
+    def _hold(self, name: str, content: Any, key: str, kind: type) -> None:
+        """Raise ValueError where an entry is missing, of another kind, or a count below zero."""
+        value = content.get(key) if isinstance(content, dict) else None
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
+            raise ValueError(
+                f"{self.folder / name}: {key!r} is {value!r}, which this version can't read; take "
+                "the version that wrote the checkpoint, or name another one"
+            )
 
     @property
     def model_config(self) -> ModelConfig:

@@ -63,6 +63,11 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     assert "'fast'" in found["optimizer.learning_rate"]
 
 
+def test_an_override_that_names_a_key_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(configs.ConfigError, match=r"--set data.path=.*'a' is there twice"):
+        configs.load(write(tmp_path, SMALL), ['data.path={"a": 1, "a": 2}'])
+
+
 @pytest.mark.parametrize(
     ("change", "key", "told"),
     [

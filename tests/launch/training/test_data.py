@@ -93,6 +93,18 @@ def test_what_older_checkpoints_say_of_their_data(open_run, tmp_path, manifest, 
     assert ("manifest.json cannot be read" in told) == broken
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("step", "3"), ("step", None), ("tokens", -1), ("samples", 1.5), ("data", [1])],
+)
+def test_a_checkpoint_of_another_form_is_told_by_its_file(tmp_path, key, value):
+    state = {"step": 3, "tokens": 384, "samples": 12, "data": {}} | {key: value}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    (tmp_path / "config.json").write_text('{"model": {}}')
+    with pytest.raises(ValueError, match=f"{tmp_path / 'state.json'}: '{key}' is"):
+        position_of(tmp_path)
+
+
 def test_another_batch_size_keeps_the_order(open_run, tmp_path):
     """A run of batches of 4 is resumed with batches of 6, and needs more epochs than planned."""
     whole = open_run("train.steps=400")
