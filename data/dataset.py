@@ -270,6 +270,8 @@ def blend_shares(path: str | Sequence[str] | Mapping[str, float]) -> dict[str, f
                 f"its weight {weight} in the blend is not greater than 0",
                 "give a positive weight, or leave the file out",
             )
+    if not math.isfinite(sum(shares.values())):
+        raise Problem("data.path", None, "its weights add up to infinity", "give smaller ones")
     return shares
 
 

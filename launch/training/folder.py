@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,8 @@ def is_own(folder: Path, checkpoint: str | Path | None) -> bool:
     if checkpoint is None:
         return False
     path = Path(checkpoint).resolve()
-    return folder.resolve() in (path, path.parent.parent)
+    # `checkpoints` may be a link to a larger disk.
+    return folder.resolve() == path or (folder / CHECKPOINTS).resolve() == path.parent
 
 
 @contextmanager
@@ -147,7 +149,7 @@ def set_aside(folder: Path, step: int) -> Iterator[str]:
     for path in checkpoints + results:
         target = place / path.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
-        path.rename(target)
+        shutil.move(path, target)  # another disk's, where `checkpoints` is a link
     if later or broken:
         write_text(place / METRICS, "".join(later + broken))
         write_text(folder / METRICS, "".join(kept))

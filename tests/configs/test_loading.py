@@ -114,6 +114,7 @@ def test_an_override_that_names_a_key_twice_is_refused(tmp_path: Path) -> None:
         ({"data": {"path": "x" * 300}}, "data.path", "longer than a file's name"),
         ({"tokenizer": {"path": "a/" + "x" * 300}}, "tokenizer.path", "longer than a file's name"),
         ({"data": {"path": {"nowhere": 3 * 10**11}}}, "data.path", "nowhere"),
+        ({"data": {"path": {"a": 1e308, "b": 1e308}}}, "data.path", "add up to infinity"),
         ({"tokenizer": {"vocab_size": 513}}, "tokenizer.vocab_size", "model.vocab_size = 512"),
         ({"checkpoint": {"steps": [-1]}}, "checkpoint.steps", "greater than or equal to 0"),
         ({"checkpoint": {"steps": 5}}, "checkpoint.steps", "list"),

@@ -7,7 +7,7 @@ import pytest
 
 from configs import Config
 from launch.training.changes import differences, told_changes
-from launch.training.folder import refuse_lost_beginning, refuse_taken, replace, set_aside
+from launch.training.folder import is_own, refuse_lost_beginning, refuse_taken, replace, set_aside
 from launch.training.logs import MetricsFile
 from tests.launch.checkpoint.test_folders import save
 
@@ -104,6 +104,16 @@ def test_a_folder_with_a_run_is_not_taken_for_another(run, tmp_path):
     refuse_taken(run, "none")
     (run / "metrics.jsonl").write_text(lines(1))
     refuse_taken(run, str(other))  # the same command again, before the first checkpoint
+
+
+def test_checkpoints_that_a_link_leads_to_are_the_runs_own(run, tmp_path):
+    """On a cluster's scratch disk; taken for another run's, they were all set aside."""
+    (run / "checkpoints").rename(tmp_path / "scratch")
+    (run / "checkpoints").symlink_to(tmp_path / "scratch")
+    for way in (run / "checkpoints", tmp_path / "scratch"):
+        assert is_own(run, way / "step_0000002")
+    assert is_own(run, run)
+    assert not is_own(run, tmp_path / "other" / "checkpoints" / "step_0000002")
 
 
 def test_what_began_elsewhere_does_not_start_over_in_silence(run):
