@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import l2e
 from l2e import L2EConfig
 from tests.l2e.reference import Reference
 
@@ -23,6 +24,20 @@ def network(seed=0, units=16):
 def batches(steps, rows=32, width=4, seed=5):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(rows, width, generator=generator) for _ in range(steps)]
+
+
+def loss_of(model, x):
+    return model(x).square().mean()
+
+
+def observed(config=CONFIG, steps=4, **keys):
+    """A small network whose handle has its tau, and a batch."""
+    model = network()
+    handle = l2e.attach(model, "1", config, **keys)
+    for x in batches(steps):
+        (loss_of(model, x) + handle.loss()).backward()
+        handle.step()
+    return model, handle, batches(1, seed=9)[0]
 
 
 class Twin:
