@@ -21,8 +21,9 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from l2e import matching
 from l2e.config import L2EConfig
 from l2e.controller import MEASURED, Controller
-from l2e.hook import AfterModelHook, ForwardPass, ModelHook, ModuleHook, OwnerHook
+from l2e.hook import ForwardPass, ModuleHook, OwnerHook
 from l2e.layer import L2ELayer
+from l2e.masks import AfterModelHook, ModelHook
 from l2e.outputs import Key
 from l2e.reminder import StepReminder, skipped
 from l2e.sharding import Sharding
@@ -153,7 +154,7 @@ class Handle(Joinable):
         self._registered: list[Any] = [
             model.register_forward_pre_hook(self._model_hook, with_kwargs=True),
             *(hook.module.register_forward_pre_hook(hook) for hook in self._owner_hooks),
-            *(model.register_forward_hook(hook) for hook in self._after_hooks),
+            *(model.register_forward_hook(hook, always_call=True) for hook in self._after_hooks),
             *(hook.module.register_forward_hook(hook) for hook in self._hooks),
         ]
         if self.optimizer is not None:

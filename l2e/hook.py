@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import warnings
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms.join import Joinable
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parallel import DistributedDataParallel
 
 from l2e import inhibition, matching, outputs, pull
+from l2e.copies import OwnHook, tell_of_copy
 from l2e.layer import L2ELayer
 from l2e.reminder import StepReminder
 
@@ -27,7 +24,6 @@ WITH_WIDTHS = (nn.Linear, nn.Bilinear, _ConvNd, _NormBase, nn.GroupNorm)
 ON_CHANNELS = ("ConvolutionBackward", "NativeBatchNorm", "CudnnBatchNorm", "NativeGroupNorm")
 _ACTIVATIONS = ("Relu", "LeakyRelu", "Gelu", "Silu", "Elu", "Tanh", "Sigmoid")
 ELEMENTWISE = (*_ACTIVATIONS, "AddBackward", "MulBackward", "NativeDropout")
-LOOKS_FOR_PADDING = 10  # steps; each look waits for the device
 
 
 class ForwardPass:
@@ -108,78 +104,6 @@ class ForwardPass:
             )
 
 
-class ScriptingError(ValueError, AttributeError):
-    """Who merely asks whether a hook has a name learns that it has none."""
-
-
-class Unscriptable:
-    """In the place of a hook's name, which only torch.jit.script needs."""
-
-    def __get__(self, hook: Any, owner: Any) -> str:
-        if hook is None:
-            return owner.__qualname__
-        raise ScriptingError(
-            "l2e: torch.jit.script cannot compile the hooks of an attached model, or of a copy of "
-            "one that was never called: call handle.detach() before it, or script a copy that has "
-            "been called once"
-        )
-
-
-class OwnHook:
-    """A hook that serves the module it was made for, and none of its copies."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.copies: list[weakref.ref[nn.Module]] = []
-
-    def __reduce__(self) -> tuple[type[CopiedHook], tuple[()]]:
-        return CopiedHook, ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CopiedHook:
-        if (copied := memo.get(id(self.module))) is not None:
-            self.copies.append(weakref.ref(copied))
-        return CopiedHook()
-
-    __name__ = Unscriptable()
-
-    def clean_copies(self) -> None:
-        """Take what stands for this hook out of the copies that still have it."""
-        for reference in self.copies:
-            if (module := reference()) is not None:
-                _remove_copied_hooks(module)
-
-
-class CopiedHook:
-    """Stands for a hook in a copied or unpickled module, until that is first called."""
-
-    __name__ = Unscriptable()
-
-    def __call__(self, module: nn.Module, *_: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        _remove_copied_hooks(module)
-        _tell_of_copy(module)
-
-
-def _tell_of_copy(module: nn.Module) -> None:
-    if module.training and torch.is_grad_enabled():
-        warnings.warn(
-            "l2e: a copy of an attached model runs in training mode. It is neither observed "
-            "nor inhibited: attach to the copy as well if it should be",
-            stacklevel=3,
-        )
-
-
-def _remove_copied_hooks(module: nn.Module) -> None:
-    for hooks, others in (
-        (module._forward_hooks, [module._forward_hooks_with_kwargs]),
-        (module._forward_pre_hooks, [module._forward_pre_hooks_with_kwargs]),
-    ):
-        for number in [n for n, hook in hooks.items() if isinstance(hook, CopiedHook)]:
-            for registered in (hooks, *others):
-                registered.pop(number, None)  # type: ignore[attr-defined]
-
-
 class ModuleHook(OwnHook):
     """Puts a module's inhibited output in the place of its output.
 
@@ -212,7 +136,7 @@ class ModuleHook(OwnHook):
         if module is not self.module:
             self._refuse_replicas(module)
             if not torch.compiler.is_compiling():
-                _tell_of_copy(module)
+                tell_of_copy(module)
             return None
         if not self.forward_pass.observes(module, self.name):
             return None
@@ -373,135 +297,6 @@ class OwnerHook(OwnHook):
         if not torch.compiler.is_compiling():
             for hook in self.hooks:
                 hook.calls = 0
-
-
-class ModelHook(OwnHook):
-    """Before the model's forward pass: takes its mask, or tells once that there is padding.
-
-    Args:
-        mask: the argument of the model's forward that is true where a sample counts; None: look
-            for padding in `attention_mask`.
-        attached: the names of the modules whose samples it is of.
-
-    Attributes:
-        joined: the last pass ran under a wrapper that takes part in a Join of uneven inputs.
-    """
-
-    def __init__(
-        self, model: nn.Module, forward_pass: ForwardPass, mask: str | None, attached: list[str]
-    ) -> None:
-        super().__init__(model)
-        self.forward_pass, self.takes = forward_pass, mask is not None
-        self.argument = mask or "attention_mask"
-        parameters = inspect.signature(model.forward).parameters
-        names = list(parameters)
-        if mask is not None:
-            _refuse_opposite(mask)
-            _refuse_other_half(mask, names, attached)
-        self.position = names.index(self.argument) if self.argument in names else None
-        anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        if mask is not None and self.position is None and not anything:
-            raise ValueError(
-                f"l2e.attach: mask = {mask!r}: the model's forward has no such argument, it has "
-                f"{', '.join(names)}; name one of them, or give the mask with handle.mask(tensor)"
-            )
-        if self.takes:
-            forward_pass.masked_inside = 0
-        self.steps_to_look = LOOKS_FOR_PADDING
-        self.missing_told = False
-        self.joined = False
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module is not self.module:
-            return
-        self.forward_pass.evaluated = not module.training
-        if self.forward_pass.masked_inside is not None:
-            self.forward_pass.masked_inside += 1
-        if not (torch.is_grad_enabled() or self.forward_pass.observe_no_grad):
-            return
-        if not torch.compiler.is_compiling():
-            self.joined = _joined(module)
-        value = kwargs.get(self.argument)
-        if value is None and self.position is not None and self.position < len(args):
-            value = args[self.position]
-        if self.takes:
-            if not (value is None or isinstance(value, Tensor)):
-                raise ValueError(
-                    f"l2e: mask = {self.argument!r}: this forward pass is given a "
-                    f"{type(value).__name__}: expected a tensor, true or 1 for what counts, or None"
-                )
-            self.forward_pass.counted = value
-            self._look_for_argument(args, kwargs)
-        elif value is not None and not torch.compiler.is_compiling():
-            self._look_for_padding(value)
-
-    def _look_for_argument(self, args: Any, kwargs: Any) -> None:
-        """A name that only **kwargs would take may be one that nobody gives."""
-        lost = self.position is None and self.argument not in kwargs and self.module.training
-        if lost and not self.missing_told and not torch.compiler.is_compiling():
-            self.missing_told = True
-            given = ", ".join([*kwargs]) or "none by name"
-            warnings.warn(
-                f"l2e: mask = {self.argument!r} is not among the arguments of this forward pass "
-                f"({given}): every sample of it counts",
-                stacklevel=2,
-            )
-
-    def _look_for_padding(self, mask: Any) -> None:
-        looks = self.module.training and self.steps_to_look > 0 and not self.forward_pass.paused
-        if not (looks and self.forward_pass.counted is None and isinstance(mask, Tensor)):
-            return
-        if mask.dim() == 2 and bool((mask == 0).any()):
-            self.steps_to_look = 0
-            warnings.warn(
-                "l2e: attention_mask has zeros, so this model is given padding, which is counted "
-                'and inhibited like everything else: attach(..., mask="attention_mask") leaves it '
-                "out",
-                stacklevel=2,
-            )
-
-
-def _refuse_other_half(mask: str, arguments: list[str], attached: list[str]) -> None:
-    """The encoder's samples are not the decoder's."""
-    encoders = mask.removeprefix("decoder_")
-    decoders = f"decoder_{encoders}"
-    if not {encoders, decoders} <= set(arguments):
-        return
-    other = decoders if mask == encoders else encoders
-    wrong = [name for name in attached if ("decoder" in name.split(".")) == (other == decoders)]
-    if wrong:
-        raise ValueError(
-            f"l2e.attach: mask = {mask!r} is of other samples than those of {', '.join(wrong)}: "
-            f"give these a handle of their own, with mask={other!r}"
-        )
-
-
-def _refuse_opposite(mask: str) -> None:
-    if mask.endswith(("padding_mask", "pad_mask")):
-        raise ValueError(
-            f"l2e.attach: mask = {mask!r}: such an argument is commonly true where padding is, the "
-            "opposite of what counts: attach without mask=, and before each forward pass call "
-            f"handle.mask(~{mask})"
-        )
-
-
-class AfterModelHook(OwnHook):
-    """After the forward pass of a model that `ModelHook` takes masks from."""
-
-    def __init__(self, module: nn.Module, forward_pass: ForwardPass) -> None:
-        super().__init__(module)
-        self.forward_pass = forward_pass
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is self.module and self.forward_pass.masked_inside:
-            self.forward_pass.masked_inside -= 1
-
-
-def _joined(module: nn.Module) -> bool:
-    wrapper = module
-    if not isinstance(wrapper, Joinable):
-        wrapper = DistributedDataParallel._get_active_ddp_module()
-    return wrapper is not None and wrapper._join_config.enable
 
 
 def _has_tangent(z: Tensor) -> bool:

@@ -118,6 +118,10 @@ def test_a_mask_of_another_pass_is_not_taken():
     model(x, attention_mask=torch.arange(32) < 5, again=True)
     handle.step()
     assert handle.state_dict()["inner.1.samples"] == 25
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(x[:, :3], attention_mask=torch.arange(32) < 20)
+    with pytest.raises(ValueError, match="called outside"):  # also after a pass that broke off
+        model.inner(x)
 
 
 def test_an_encoders_mask_is_not_the_decoders():
