@@ -300,17 +300,21 @@ def _append_rejects(prefix: str, share: dict, lines: Counter[str], partial: Part
     """Rejects, their lines counted from the beginning of the file instead of the share's part."""
     if not share["rejects"]["total"]:
         return
-    path = Path(f"{prefix}.{REJECTS}")
+    for reject in _rejects(Path(f"{prefix}.{REJECTS}"), lines):
+        partial.append(REJECTS, (json.dumps(reject, ensure_ascii=True) + "\n").encode())
+
+
+def _rejects(path: Path, lines: Counter[str]) -> Iterator[dict]:
+    """A share's rejects one by one. Raises ValueError where they cannot be read."""
     try:
         with path.open("rb") as file:
-            rejects = [json.loads(line) for line in file]
-        for reject in rejects:
-            reject["line"] += lines[reject["source"]]
+            for line in file:
+                reject = json.loads(line)
+                reject["line"] += lines[reject["source"]]
+                yield reject
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = f"cannot be read as a share's rejects ({error})"
         raise Problem("join", path, reason, "prepare that share again") from None
-    for reject in rejects:
-        partial.append(REJECTS, (json.dumps(reject, ensure_ascii=True) + "\n").encode())
 
 
 def _add_counts(share: dict, partial: PartialCorpus) -> None:
