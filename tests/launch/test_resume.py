@@ -283,6 +283,13 @@ def test_branches_another_batch_size_and_broken_companions(config: Path, tmp_pat
     assert list(losses(run).values()) == pytest.approx(means, rel=1e-5)
     assert len(set(one)) > 30
 
+    # A disk that stays full for the log alone.
+    (single / "metrics.jsonl").unlink()
+    (single / "metrics.jsonl").symlink_to("/dev/full")
+    said = train(single, *sizes, f"train.stop_after={read[-1] + 2}", resume="auto")
+    assert f"the lines of steps 1 to {read[-1]} are missing" in said
+    assert "metrics.jsonl cannot be written: its last 2 entries are lost" in said
+
 
 def first_batch(config: Path) -> torch.Tensor:
     """Tokens [4, 33] of the run's first step."""
