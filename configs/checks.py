@@ -21,6 +21,7 @@ from l2e.problems import Problem
 if TYPE_CHECKING:
     from configs.schema import Config
 
+LEAST_RATE = 1e-10  # of a weight of 0.001, about what float32 can tell
 BUILTIN = "builtin"  # as data.path: the corpus that needs no download
 FILLED_IN = {
     "train_batch_size": "train.global_batch_size",
@@ -49,6 +50,7 @@ def cross_check(
     if broken:  # the other rules are held against what would be without it
         config = config.model_copy(update={"deepspeed": {}})
     yield from check_stage(config)
+    yield from check_update(config)
     yield from check_tasks(config)
     yield from check_monitor(config)
     if dealt:
@@ -168,6 +170,24 @@ def check_stage(config: Config) -> Iterator[Problem]:
     elif config.train.dtype == "bf16" and stage == 0:
         reason = "at ZeRO-0 DeepSpeed cannot add up bf16 gradients in fp32"
         yield Problem(name, stage, reason, "set it to 1, or train.dtype to fp32")
+
+
+def check_update(config: Config) -> Iterator[Problem]:
+    """Numbers of the update rule with which a run would learn nothing, or fly apart."""
+    given = config.optimizer
+    rate, clip, adam = given.learning_rate, given.gradient_clipping, given.type == "adamw"
+    if 0 < rate < LEAST_RATE:
+        reason, fix = "moves weights by less than float32 can tell", "choose about 0.001, or 0"
+        yield Problem("optimizer.learning_rate", rate, reason, fix)
+    if adam and rate > 1:
+        reason, fix = "moves every weight by more than 1 a step", "choose about 0.001"
+        yield Problem("optimizer.learning_rate", rate, reason, fix)
+    if rate * given.weight_decay >= 1:
+        reason = f"times optimizer.learning_rate = {rate} takes a step's whole weight away"
+        yield Problem("optimizer.weight_decay", given.weight_decay, reason, "choose about 0.1")
+    if adam and 0 < clip <= given.eps:
+        reason = f"leaves nothing of a gradient beside optimizer.eps = {given.eps}"
+        yield Problem("optimizer.gradient_clipping", clip, reason, "choose about 1, or 0 for none")
 
 
 def check_tasks(config: Config) -> Iterator[Problem]:

@@ -32,6 +32,8 @@ MOVED = {
 LARGEST = 2**31
 # Characters of a part of a path, with room for an ending such as .manifest.json.
 LONGEST_NAME = 230
+# Nor can training use a number that float32 makes infinity or, at full precision, 0 of.
+LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38
 # Keys whose numbers are bounded otherwise: by the schema, or by nothing, as a blend's weights.
 WITHOUT_BOUNDS = {"train.seed", "data.path", "deepspeed"}
 
@@ -84,7 +86,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`raw` with each `a.b=c` put in place."""
+    """`raw` with each `a.b=c` put in place; a section's other keys stay as they are."""
     raw = copy.deepcopy(raw)
     for assignment in overrides:
         name, equals, text = assignment.partition("=")
@@ -98,17 +100,32 @@ def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         except ValueError as error:
             problem = Problem("--set", assignment, str(error), "write a value that JSON can hold")
             raise ConfigError("command line", [problem]) from None
-        *sections, leaf = name.split(".")
-        place = raw
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                problem = Problem(
-                    "--set", assignment, f"{section} is no section", "see --help-config"
-                )
-                raise ConfigError("command line", [problem])
-        place[leaf] = value
+        for path, inner in single_keys(name.split("."), value):
+            *sections, leaf = path
+            place = raw
+            for section in sections:
+                place = place.setdefault(section, {})
+                if not isinstance(place, dict):
+                    problem = Problem(
+                        "--set", assignment, f"{section} is no section", "see --help-config"
+                    )
+                    raise ConfigError("command line", [problem])
+            place[leaf] = inner
     return raw
+
+
+def single_keys(path: list[str], value: Any) -> Iterator[tuple[list[str], Any]]:
+    """What `path=value` sets, key by key where it is a whole section."""
+    is_section = path[0] == "deepspeed" or (len(path) == 1 and path[0] in Config.model_fields)
+    if not (is_section and isinstance(value, dict)):
+        yield path, value
+    elif not value:
+        name = ".".join(path)
+        problem = Problem(f"--set {name}", value, "sets none of its keys", "name those to set")
+        raise ConfigError("command line", [problem])
+    else:
+        for key, inner in value.items():
+            yield from single_keys([*path, key], inner)
 
 
 def follow_moves(raw: dict[str, Any]) -> list[Problem]:
@@ -189,8 +206,8 @@ def unusable(raw: dict[str, Any]) -> Iterator[Problem]:
             continue
         for key, value in list(content.items()):
             name = f"{section}.{key}"
-            limit = math.inf if {section, name} & WITHOUT_BOUNDS else LARGEST
-            reasons = (out_of_bounds(inner, limit) for inner in values(value))
+            bounded = not {section, name} & WITHOUT_BOUNDS
+            reasons = (out_of_bounds(inner, bounded) for inner in values(value))
             if reason := next(filter(None, reasons), None):
                 del content[key]
                 yield Problem(name, value, reason, "give a valid value")
@@ -209,12 +226,23 @@ def values(value: Any) -> Iterator[Any]:
         yield value
 
 
-def out_of_bounds(value: Any, limit: float) -> str | None:
-    """Why no key can have this number or text; None where one can."""
+def out_of_bounds(value: Any, bounded: bool) -> str | None:
+    """Why no key can have this number or text; None where one can.
+
+    bounded: whether numbers have to be of a size that training can use.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return "not a finite number"
-    if isinstance(value, int) and abs(value) >= limit:
+    if bounded and isinstance(value, int) and abs(value) >= LARGEST:
         return f"out of bounds: whole numbers go up to {LARGEST - 1}"
+    if bounded and isinstance(value, float) and abs(value) > LARGEST_FLOAT:
+        return "out of bounds: infinity in float32, in which training reckons"
+    if bounded and isinstance(value, float) and 0 < abs(value) < SMALLEST_FLOAT:
+        return "out of bounds: nothing in float32, in which training reckons"
+    if isinstance(value, str) and not value.strip():
+        return "is blank"
+    if isinstance(value, str) and value.startswith(("~/", "$")):
+        return "holds what a shell would replace, which is not done here"
     if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
         return "holds a character that no name or text can have"
     if isinstance(value, str) and any(len(part) > LONGEST_NAME for part in value.split("/")):

@@ -110,7 +110,7 @@ class Optimizer(Section):
     type: Literal["adamw", "sgd"] = key("adamw", "adamw as Pythia's, or plain sgd (parity tests)")
     learning_rate: float = key(1e-3, "peak learning rate", ge=0, le=1000)
     betas: tuple[Beta, Beta] = key((0.9, 0.95), "AdamW's decay of its moments", strict=False)
-    eps: float = key(1e-8, "AdamW's epsilon", gt=0)
+    eps: float = key(1e-8, "AdamW's epsilon", ge=1e-30, le=1)
     weight_decay: float = key(0.1, "decoupled weight decay", ge=0, le=1000)
     gradient_clipping: float = key(1.0, "largest global gradient norm; 0 clips nothing", ge=0)
 

@@ -56,9 +56,14 @@ class L2EConfig(Settings):
         1.0,
         "deactivate: the gradient of a selected activation is multiplied by -delta "
         "(0: naive a, -1: naive b, 1 and more: reversed deactivation)",
+        ge=-1000,
+        le=1000,
     )
     weight: float | None = key(
-        None, "weight of L_MS in the loss; default: 0.0003, unless gradient_ratio sets it", ge=0
+        None,
+        "weight of L_MS in the loss; default: 0.0003, unless gradient_ratio sets it",
+        ge=0,
+        le=1e6,
     )
     gradient_ratio: float | None = key(
         None,
@@ -74,7 +79,7 @@ class L2EConfig(Settings):
         "post", "activations are taken right after (post) or before (pre) the non-linearity"
     )
     eps: float = key(
-        0.01, "share of the layer's mean variance added to each neuron's variance", gt=0
+        0.01, "share of the layer's mean variance added to each neuron's variance", gt=0, le=1000
     )
     forget_step: int = key(
         100, "batches after which old samples begin to be forgotten", unit="steps", ge=1

@@ -74,14 +74,16 @@ class ModelConfig(BaseModel):
     rotary_percent: float = Field(
         0.25, gt=0, le=1, description="Share of each head's channels that rotary positions turn"
     )
-    rotary_base: float = Field(10000.0, gt=0, le=1e12, description="Base of the rotary frequencies")
+    rotary_base: float = Field(10000.0, ge=1, le=1e12, description="Base of the rotary frequencies")
     parallel_residual: bool = Field(
         True, description="x + attention(ln1 x) + mlp(ln2 x) if true, one after the other if false"
     )
     activation: Literal["gelu", "gelu_tanh"] = Field(
         "gelu", description="MLP non-linearity: gelu (erf form) or gelu_tanh (tanh approximation)"
     )
-    layer_norm_epsilon: float = Field(1e-5, gt=0, le=1, description="Added to LayerNorm's variance")
+    layer_norm_epsilon: float = Field(
+        1e-5, ge=1e-30, le=1, description="Added to LayerNorm's variance"
+    )
     initialization: Literal["pythia", "normal"] = Field(
         "pythia",
         description="pythia: std sqrt(2/(5*hidden)), outputs 2/(layers*sqrt(hidden)); "

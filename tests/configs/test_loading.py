@@ -1,6 +1,7 @@
 """Reading configurations: defaults, overrides, and every mistake reported at once."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,48 @@ def test_overrides_are_json_where_they_parse(tmp_path: Path) -> None:
     assert config.l2e.layers == [0, 1]
     assert config.l2e.method == "none"
     assert config.optimizer.eps == 1e-6
+
+
+def test_a_section_given_by_set_keeps_its_other_keys(tmp_path: Path) -> None:
+    content = SMALL | {
+        "deepspeed": {
+            "zero_optimization": {"stage": 2, "overlap_comm": False},
+            "prescale_gradients": True,
+        }
+    }
+    whole = 'deepspeed={"zero_optimization": {"stage": 3}}'
+    config = configs.load(write(tmp_path, content), ['train={"steps": 7}', whole])
+    assert config.train.model_dump(include={*SMALL["train"]}) == SMALL["train"] | {"steps": 7}
+    assert config.deepspeed == {
+        "zero_optimization": {"stage": 3, "overlap_comm": False},
+        "prescale_gradients": True,
+    }
+    config = configs.load(write(tmp_path, SMALL), ['logging={"interval": 3}'])  # none in the file
+    assert config.logging.interval == 3
+
+
+def test_an_objects_place_in_set_is_a_section_or_one_key(tmp_path: Path) -> None:
+    """A blend is one value, of which nothing stays; an empty section would set nothing."""
+    content = SMALL | {"data": {"path": {"a": 1.0, "b": 2.0}, "sequence_length": 128}}
+    with pytest.raises(configs.ConfigError) as report:
+        configs.load(write(tmp_path, content), ['data={"path": {"c": 1.0}}'])
+    assert [problem.value.name for problem in report.value.problems] == ["c.bin"]
+    for empty in ("train={}", 'deepspeed={"zero_optimization": {}}'):
+        with pytest.raises(configs.ConfigError, match="sets none of its keys"):
+            configs.load(write(tmp_path, content), [empty])
+    with pytest.raises(configs.ConfigError, match="train is no section"):
+        configs.load(write(tmp_path, content | {"train": 5}), ['train={"steps": 7}'])
+
+
+def test_no_key_that_names_something_may_be_blank(tmp_path: Path) -> None:
+    """A blank folder is the one that the run was started in, and ~ would be made in it."""
+    named = {key.name: key.type for key in keys() if re.match(r"(list\[)?str\b", key.type)}
+    assert {"data.path", "data.cache_dir", "evaluate.task_data", "monitor.features"} <= set(named)
+    for name, form in named.items():
+        for value, told in (("", "blank"), (" ", "blank"), ("~/x", "shell"), ("$TMP/x", "shell")):
+            given = [value] if form.startswith("list") else value
+            found = mistakes(tmp_path, SMALL, f"{name}={json.dumps(given)}")
+            assert told in found[name], name
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
@@ -104,6 +147,18 @@ def test_an_override_that_names_a_key_twice_is_refused(tmp_path: Path) -> None:
         ({"optimizer": {"betas": {"a": 1}}}, "optimizer.betas", "tuple"),
         ({"optimizer": {"learning_rate": float("inf")}}, "optimizer.learning_rate", "finite"),
         ({"optimizer": {"eps": float("nan")}}, "optimizer.eps", "finite"),
+        ({"optimizer": {"eps": 1e308}}, "optimizer.eps", "infinity in float32"),
+        ({"optimizer": {"eps": 1e-300}}, "optimizer.eps", "nothing in float32"),
+        ({"optimizer": {"eps": 2.0}}, "optimizer.eps", "less than or equal to 1"),
+        ({"optimizer": {"betas": [0.9, 1e-300]}}, "optimizer.betas", "nothing in float32"),
+        ({"optimizer": {"learning_rate": 1e-20}}, "optimizer.learning_rate", "less than float32"),
+        ({"optimizer": {"learning_rate": 2}}, "optimizer.learning_rate", "more than 1 a step"),
+        ({"optimizer": {"weight_decay": 1000}}, "optimizer.weight_decay", "whole weight away"),
+        ({"optimizer": {"gradient_clipping": 1e-9}}, "optimizer.gradient_clipping", "eps = 1e-08"),
+        ({"optimizer": {"gradient_clipping": 1e300}}, "optimizer.gradient_clipping", "infinity"),
+        ({"model": SMALL["model"] | {"rotary_base": 1e-30}}, "model.rotary_base", "equal to 1"),
+        ({"l2e": {"weight": 1e30}}, "l2e.weight", "at most"),
+        ({"l2e": {"eps": 1e30}}, "l2e.eps", "at most"),
         ({"l2e": {"weight": float("inf")}}, "l2e.weight", "finite"),
         ({"l2e": {"topk": 2**40}}, "l2e.topk", "bounds"),
         ({"data": {"path": 5}}, "data.path", "str | list[str]"),
