@@ -87,15 +87,18 @@ SPLIT_FILE = re.compile(
 BIG_BENCH_FILE = re.compile(r"bigbench(_.*)?\.jsonl(\.gz)?$")
 
 
+# What a task's own functions raise for an item that isn't as they expect it.
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError)
 # What a field of a record can hold; null is no kind of its own.
 KINDS = {
     str: "text",
-    int: "a number",
-    float: "a number",
+    int: "a whole number",
+    float: "a fraction",
     bool: "true or false",
     list: "a list",
     dict: "an object",
 }
+NUMBERS = ("a whole number", "a fraction")
 
 
 @dataclass
@@ -305,7 +308,7 @@ def read_item(line: str, place: str, first: Item | None) -> Item:
                 f"{place}: field {name!r} is missing; the first record has {', '.join(first or [])}"
             )
         kinds = [KINDS.get(type(one)) for one in (value, item[name])]
-        if None not in kinds and kinds[0] != kinds[1]:
+        if None not in kinds and kinds[0] != kinds[1] and not set(kinds) <= set(NUMBERS):
             raise ValueError(
                 f"{place}: field {name!r} is {kinds[1]}, and {kinds[0]} in the first record"
             )
@@ -349,9 +352,10 @@ def local_task(config: dict[str, Any], data: LocalData) -> Task:
         config.get(role) for role in ("training_split", "validation_split", "fewshot_split")
     ):
         config["fewshot_split"] = evaluated  # so that the harness shows no item its own answer
-    used = check_fields(name, config, data.folder, splits[evaluated][0])
+    first = splits[evaluated][0]
+    used, choices = check_fields(name, config, data.folder, first)
     for item in splits[evaluated]:
-        check_item(item, used)
+        check_item(item, used, choices, first)
     config |= {"custom_dataset": in_memory(splits), "dataset_path": "json", "dataset_name": None}
     settings = {key: value for key, value in config.items() if key != "tag"}
     others = [item for split, items in splits.items() if split != evaluated for item in items]
@@ -372,8 +376,9 @@ class LocalTask(ConfigurableTask):
         self.items = items
         try:
             super().__init__(config=config)
-        except (LookupError, TypeError, AttributeError) as error:  # it looks at the first item
-            raise self.cannot_score(items[0], f"cannot be read as an item ({error})") from None
+        except UNREADABLE as error:
+            culprit = first_unreadable(config.get("process_docs"), items)
+            raise self.cannot_score(culprit, f"cannot be read as an item ({error})") from None
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **settings: Any) -> Any:
         """The harness's requests. Raises ValueError for an item without a right answer."""
@@ -427,43 +432,65 @@ class LocalTask(ConfigurableTask):
             return find(doc, *more)
         except Unscorable:
             raise
-        except (
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            SyntaxError,
-            UndefinedError,
-        ) as e:
-            raise self.cannot_score(doc, f"its {what} cannot be found ({e})") from None
+        except (*UNREADABLE, SyntaxError, UndefinedError) as error:
+            raise self.cannot_score(doc, f"its {what} cannot be found ({error})") from None
 
     def cannot_score(self, doc: dict[str, Any], reason: str) -> Unscorable:
-        same = (item.place for item in self.items if item == doc)
-        place = next(same, f"{self.config.task}, item {json.dumps(doc, default=str)[:80]}")
+        def alike(item: Item) -> int:  # the task may have added or changed fields
+            return sum(name in doc and doc[name] == value for name, value in item.items())
+
+        place = max(self.items, key=alike).place
         return Unscorable(f"{place}: {reason}; mend or leave out the item")
+
+
+def first_unreadable(process: Callable[..., object] | None, items: list[Item]) -> Item:
+    """The first item of which a task cannot make its own; if each can be, the very first, at which
+    the harness looks before any other."""
+    for item in items if process is not None else ():
+        try:
+            process(datasets.Dataset.from_list([item]))
+        except UNREADABLE:
+            return item
+    return items[0]
 
 
 def in_memory(splits: dict[str, list[Item]]) -> Callable[..., dict[str, datasets.Dataset]]:
     return lambda **_: {split: datasets.Dataset.from_list(items) for split, items in splits.items()}
 
 
-def check_item(item: Item, used: set[str]) -> None:
-    """No field that a task uses is null; choices are as many as their labels, and none is empty."""
-    for name in used & item.keys():
+def check_item(item: Item, used: set[str], choices: set[str], first: Item) -> None:
+    """Raise ValueError for an item that a task can't ask, by the fields that it uses.
+
+    None is null or of another form than in the first item, to which the harness would bring it;
+    choices are as many as their labels, and none is empty.
+    """
+    for name in sorted(used & item.keys()):
         value = item[name]
         lists = [part for part in (value, *parts(value)) if isinstance(part, list)]
+        sizes = {len(part) for part in lists} if isinstance(value, dict) else set()
+        reason = None
         if value is None or any(None in parts(part) for part in (value, *lists)):
-            raise ValueError(f"{item.place}: field {name!r} holds null; mend or leave out the item")
-        if any(not part or "" in part for part in lists):
-            raise ValueError(
-                f"{item.place}: field {name!r} is an empty list or has an empty text in it; mend "
-                "or leave out the item"
-            )
-        if isinstance(value, dict) and len(sizes := {len(part) for part in lists}) > 1:
-            raise ValueError(
-                f"{item.place}: field {name!r} has lists of {sorted(sizes)} entries side by side; "
-                "mend or leave out the item"
-            )
+            reason = f"field {name!r} holds null"
+        elif any(not part or "" in part for part in lists):
+            reason = f"field {name!r} is an empty list or has an empty text in it"
+        elif len(sizes) > 1:
+            reason = f"field {name!r} has lists of {sorted(sizes)} entries side by side"
+        elif form(value) != form(first[name]):
+            reason = f"field {name!r} is {form(value)}, and {form(first[name])} in the first record"
+        elif name in choices and isinstance(value, str) and not value.strip():
+            reason = f"one of its choices is blank, field {name!r}"
+        if reason:
+            raise ValueError(f"{item.place}: {reason}; mend or leave out the item")
+
+
+def form(value: Any) -> str:
+    """What kind of thing a field holds, and what kinds are in it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {form(value[name])}" for name in sorted(value)) + "}"
+    if isinstance(value, list):
+        kinds = {"a number" if kind in NUMBERS else kind for kind in map(form, value)}
+        return f"a list of {' and '.join(sorted(kinds))}"
+    return KINDS.get(type(value), "null")
 
 
 def parts(value: Any) -> list[Any]:
@@ -478,44 +505,54 @@ def parts(value: Any) -> list[Any]:
 
 
 def check_fields(
-    name: str, config: dict[str, Any], folder: Path, record: dict[str, Any]
-) -> set[str]:
+    name: str, config: dict[str, Any], folder: Path, first: Item
+) -> tuple[set[str], set[str]]:
     """Every field that the task's prompt, choices and target use is in the records.
 
-    Returns these fields; all of them where the task makes its own fields of the official ones.
+    Returns these fields, all of them where the task makes its own fields of the official ones; and
+    those of the choices.
     """
-    official = record
-    if config.get("process_docs") is not None:  # the task makes its own fields of the official ones
+    record, process = dict(first), config.get("process_docs")
+    if process is not None:  # the task makes its own fields of the official ones
         try:
-            record = config["process_docs"](datasets.Dataset.from_list([record]))[0]
-        except KeyError as error:
+            record = process(datasets.Dataset.from_list([first]))[0]
+        except UNREADABLE as error:
             raise ValueError(
-                f"{folder}: the records of task {name!r} have no field {error}; they have "
-                f"{', '.join(official)}. Take the file in the task's official form"
+                f"{first.place}: task {name!r} cannot read it ({type(error).__name__}: {error}); "
+                f"it has {', '.join(first)}. Take the file in the task's official form"
             ) from None
-    used: set[str] = set()
-    for key in ("doc_to_text", "doc_to_choice", "doc_to_target"):
-        template = config.get(key)
-        if callable(template):
-            used |= fields_read(template, record)
-        elif isinstance(template, str) and "{{" in template:
-            used |= meta.find_undeclared_variables(Environment().parse(template))
-        elif isinstance(template, str) and template in record:
-            used.add(template)
+    choices, prompt, target = (
+        fields_read(config.get(f"doc_to_{part}"), record) for part in ("choice", "text", "target")
+    )
+    used = choices | prompt | target
     if missing := used - record.keys():
         raise ValueError(
             f"{folder}: the records of task {name!r} have no field {sorted(missing)[0]!r}; they "
             f"have {', '.join(record)}. Take the file in the task's official form"
         )
-    return set(official) if config.get("process_docs") is not None else used
+    return used if process is None else set(first), choices
 
 
-def fields_read(template: Callable[[dict[str, Any]], Any], record: dict[str, Any]) -> set[str]:
-    """The fields a task's own function takes, as far as it comes."""
-    try:
-        template(record)
-    except KeyError as error:
-        return {str(error.args[0])}
-    except (ValueError, LookupError, TypeError, AttributeError):
-        pass  # which is told of the item, with its place
-    return set()
+def fields_read(template: Any, record: dict[str, Any]) -> set[str]:
+    """The fields that a task's template, or its own function as far as it comes, takes."""
+    if callable(template):
+        read = Read(record)
+        # A failure is told of the item, with its place.
+        with contextlib.suppress(*UNREADABLE):
+            template(read)
+        return read.names
+    if isinstance(template, str) and "{{" in template:
+        return set(meta.find_undeclared_variables(Environment().parse(template)))
+    return {template} & record.keys() if isinstance(template, str) else set()
+
+
+class Read(dict[str, Any]):
+    """A record that remembers the names of the fields it was asked for."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        super().__init__(record)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)

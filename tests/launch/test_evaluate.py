@@ -172,7 +172,10 @@ def test_cut_prompts_are_counted_by_task_and_shown(model, task_data):
     ("change", "told"),
     [
         ({"question": None}, "line 5: field 'question' holds null"),
-        ({"question": 5}, "line 5: field 'question' is a number, and text in the first record"),
+        (
+            {"question": 5},
+            "line 5: field 'question' is a whole number, and text in the",
+        ),
         ({"correct_answer": ["a"]}, "line 5: field 'correct_answer' is a list"),
         (["a"], "line 5: a list, not a record"),
         (None, "line 5: null, not a record"),
@@ -208,6 +211,7 @@ LETTERS = ["A", "B", "C"]
 ARC |= {"choices": {"text": ["a", "b", "c"], "label": LETTERS}}
 WINOGRANDE = {"sentence": "the _ is big", "option1": "dog", "option2": "cat", "answer": "1"}
 LOGIQA = {"label": "a", "context": "c", "question": "q", "options": ["w", "x", "y", "z"]}
+HELLASWAG = {"ctx_a": "A", "ctx_b": "b", "activity_label": "c", "endings": ["x", "y"], "label": "1"}
 SCIQ = {f"distractor{i}": f"no{i}" for i in (1, 2, 3)}
 SCIQ |= {"question": "q", "correct_answer": "yes", "support": ""}
 
@@ -226,6 +230,15 @@ SCIQ |= {"question": "q", "correct_answer": "yes", "support": ""}
         ("SCIQ_TEST", SCIQ, {"correct_answer": ""}, "one of its choices is blank"),
         ("lambada_openai_test", {"text": "in the end"}, {"text": "in the end "}, "answer is blank"),
         ("logiqa_test", LOGIQA, {"label": "e"}, "right answer cannot be found"),
+        ("winogrande_validation", WINOGRANDE, {"answer": "3"}, "cannot be found ('3')"),
+        ("winogrande_validation", WINOGRANDE, {"option1": " "}, "one of its choices is blank"),
+        # The harness would bring all items to one form, and then the first would be at fault.
+        ("piqa_validation", PIQA, {"label": 0.5}, "is a fraction, and a whole number in the"),
+        ("arc_easy_test", ARC, {"choices": {}}, "is {}, and {label: a list of text, text: a"),
+        ("arc_easy_test", ARC, {"choices": {"text": ["a", "b"]}}, "is {text: a list of text}"),
+        # A task that makes its own fields of these.
+        ("hellaswag_validation", HELLASWAG, {"label": "7"}, "right answer, 7, is none of its 2"),
+        ("hellaswag_validation", HELLASWAG, {"label": "x"}, "cannot be read as an item"),
     ],
 )
 def test_an_item_without_a_right_answer_is_named(model, tmp_path, name, record, change, told):
@@ -247,6 +260,8 @@ def test_an_item_without_a_right_answer_is_named(model, tmp_path, name, record, 
         ("arc_easy_test", ARC | {"choices": {"text": [1, 2], "label": LETTERS[:2]}}, "no texts"),
         ("logiqa_test", LOGIQA | {"options": ["x"], "label": "d"}, "cannot be read as an item"),
         ("winogrande_validation", WINOGRANDE | {"sentence": "no gap"}, "cannot be found"),
+        ("winogrande_validation", WINOGRANDE | {"answer": "A"}, "cannot be found ('A')"),
+        ("hellaswag_validation", HELLASWAG | {"label": "x"}, "'hellaswag' cannot read it"),
         ("piqa_validation", PIQA | {"goal": "\ud83d"}, "surrogates"),
     ],
 )
