@@ -19,7 +19,7 @@ from data.corpus import Fields, Source, look_over, read_units
 from data.folders import why_no_corpus
 from data.formats import TEXT, compression_of
 from data.records import Reject, parse
-from l2e.files import create
+from l2e.files import replacing
 from l2e.problems import Problem
 
 TRAIN_SHARE = 0.7
@@ -181,7 +181,6 @@ def _labelled_files(what: FeaturePreparation, passed_over: Counter[str]) -> list
 
 def write(output: Path, features: Mapping[str, list[dict]]) -> None:
     """All passages, feature by feature; the file appears whole or not at all."""
-    partial = output.with_name(output.name + ".partial")
     lines = (
         json.dumps(row, ensure_ascii=False) + "\n" for rows in features.values() for row in rows
     )
@@ -190,9 +189,8 @@ def write(output: Path, features: Mapping[str, list[dict]]) -> None:
     content = gzip.compress(content, mtime=0) if output.suffix == ".gz" else content
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with create(partial) as file:
+        with replacing(output) as file:
             file.write(content)
-        partial.replace(output)
     except OSError as error:
         reason = f"can't be written ({error})"
         raise Problem("--output", output, reason, "free space, or choose another place") from error

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from l2e.files import create
+from l2e.files import replacing
 from l2e.problems import Problem
 
 
@@ -66,11 +66,8 @@ def read_json(path: Path, say: Callable[[str], None] = print) -> dict[str, Any] 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: readers see the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with create(partial) as file:
+    with replacing(path) as file:
         file.write(text.encode())
-    sync(partial)
-    partial.replace(path)
     sync(path.parent)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.formats import refuse_lfs_pointer
-from l2e.files import create
+from l2e.files import replacing
 from l2e.problems import Problem
 
 # Names under which tokenizers keep the token that ends a document, the Pile's first.
@@ -410,10 +410,9 @@ def train_sentencepiece(
     from sentencepiece import SentencePieceTrainer
 
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with create(partial) as model:
+        with replacing(path) as model:
             SentencePieceTrainer.train(
                 sentence_iterator=sentences(texts),
                 model_writer=model,
@@ -434,13 +433,10 @@ def train_sentencepiece(
                 max_sentence_length=SENTENCE_BYTES,
                 minloglevel=2,
             )
-        partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         reason = f"can't be written ({error})"
         raise Problem("tokenizer", path, reason, "free space, or choose another place") from error
     except RuntimeError as error:  # sentencepiece's word for everything
-        partial.unlink(missing_ok=True)
         raise Problem("--vocab-size", vocab_size, *why_untrained(str(error))) from error
     trained = load_tokenizer(path)
     assert isinstance(trained, SentencePieceTokenizer)

@@ -7,11 +7,12 @@ folder under it would be read as one's own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -30,6 +31,25 @@ def create(path: Path) -> BinaryIO:
     """A new file to write, in the place of what bore its name; a link is not followed."""
     path.unlink(missing_ok=True)
     return path.open("xb")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` once it is on the disk.
+
+    Readers see the old one or the new one; where the writing fails nothing of it stays.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with create(partial) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def keep_umask(path: Path, write: Callable[[], object]) -> None:

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import argparse
 import logging
+import os
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -97,10 +98,11 @@ def rehearse(config: Config, options: argparse.Namespace) -> int:
     from launch.planning.summary import print_plan
 
     print_plan(config)
-    if options.resume != "none":
+    folder = cli.run_folder(options)
+    if options.resume != "none" or os.path.lexists(folder):  # seconds, which a new run is spared
         from launch.training.rehearsal import rehearse
 
-        for line in rehearse(config, cli.run_folder(options), options.resume):
+        for line in rehearse(config, folder, options.resume):
             print(line)
     print("dry run: the configuration is valid; nothing was started")
     return 0
@@ -115,11 +117,17 @@ def start(config: Config, folder: Path, options: argparse.Namespace, process: Pr
     from launch.engine.profiling import Profiler, parse_steps
     from launch.engine.watch import Watch
     from launch.training import data
-    from launch.training.folder import claimed, refuse_lost_beginning, refuse_taken
+    from launch.training.folder import (
+        claimed,
+        refuse_lost_beginning,
+        refuse_taken,
+        refuse_unusable,
+    )
     from launch.training.loop import Run, last_step, nothing_left, train
     from launch.training.position import position_of
 
     resume = options.resume
+    refuse_unusable(folder)
     refuse_taken(folder, resume)
     refuse_unlike(resume)
     hardware.refuse_unsupported(config)

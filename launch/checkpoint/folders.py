@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data.files import sha256, sync
-from l2e.files import create, inside
+from l2e.files import create, inside, replacing
 from launch.checkpoint.tensorfile import FileRecord
 
 FILES = "files.json"
@@ -85,9 +85,8 @@ def commit(temporary: Path, final: Path, records: Mapping[str, FileRecord]) -> N
 
 def point_latest(final: Path) -> None:
     """Let the file `latest` beside `final` name it."""
-    pointer = final.with_name(LATEST + ".tmp")
-    write_text(pointer, final.name + "\n")
-    pointer.rename(final.with_name(LATEST))
+    with replacing(final.with_name(LATEST)) as file:
+        file.write(f"{final.name}\n".encode())
     sync(final.parent)
 
 

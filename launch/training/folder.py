@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,8 +21,24 @@ from launch.training.run import Run
 
 CONFIG, MANIFEST, METRICS, FINISHED = "config.json", "manifest.json", "metrics.jsonl", "finished"
 CHECKPOINTS, RESULTS, SET_ASIDE = "checkpoints", "results", "set_aside"
+FOLDERS = (CHECKPOINTS, RESULTS, SET_ASIDE, "tensorboard", "stacks")
+FILES = (CONFIG, MANIFEST, METRICS, FINISHED, "lock", f"{CHECKPOINTS}/{folders.LATEST}")
+OUT_OF_THE_WAY = "move it away, or give another folder"
 # A result's file says of which step it is.
 RESULT_STEP = re.compile(r"_step_(\d+)\.json$")
+
+
+def refuse_unusable(folder: Path) -> None:
+    """Raise ValueError where something is in the way of what a run will write: it may be hours
+    until it does."""
+    for place in (folder, *(folder / name for name in FOLDERS)):
+        if os.path.lexists(place) and not place.is_dir():
+            raise ValueError(f"--run-dir {folder}: {place} is no folder; {OUT_OF_THE_WAY}")
+        if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(f"--run-dir {folder}: {place} cannot be written to; {OUT_OF_THE_WAY}")
+    for place in (folder / name for name in FILES):
+        if place.exists() and not place.is_file() and not place.is_char_device():
+            raise ValueError(f"--run-dir {folder}: {place} is no file; {OUT_OF_THE_WAY}")
 
 
 def refuse_taken(folder: Path, resume: str) -> None:

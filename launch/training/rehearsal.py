@@ -10,7 +10,7 @@ from launch.checkpoint import find_resumable
 from launch.checkpoint.stored import StoredCheckpoint
 from launch.training import data
 from launch.training.changes import told_changes
-from launch.training.folder import refuse_lost_beginning, refuse_taken
+from launch.training.folder import refuse_lost_beginning, refuse_taken, refuse_unusable
 from launch.training.loop import last_step
 from launch.training.position import position_of
 
@@ -19,8 +19,9 @@ def rehearse(config: Config, folder: Path, resume: str) -> Iterator[str]:
     """Where the run would go on, and what it would do otherwise than before, as lines.
 
     Raises:
-        ValueError: as the run would: of a damaged checkpoint, another model, other data, ...
+        ValueError: as the run would: of a taken folder, a damaged checkpoint, other data, ...
     """
+    refuse_unusable(folder)
     refuse_taken(folder, resume)
     found = find_resumable(folder, resume)
     if found is None:

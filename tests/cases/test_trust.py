@@ -304,7 +304,7 @@ WRITERS = {
     "out.json.partial": write_json,
     "out.jsonl.partial": write_features,
     "out.model.partial": train_tokenizer,
-    "latest.tmp": point_latest,
+    "latest.partial": point_latest,
 }
 
 
@@ -318,6 +318,16 @@ def test_what_is_written_beside_a_result_follows_no_link(tmp_path, name) -> None
     assert precious.read_text() == "mine"
     assert not (tmp_path / name).exists()
     assert not (tmp_path / name.rsplit(".", 1)[0]).is_symlink()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_cannot_take_its_place_leaves_nothing_beside_it(tmp_path, name) -> None:
+    """A folder under a result's name, for example."""
+    place = tmp_path / name.rsplit(".", 1)[0]
+    place.mkdir()
+    with pytest.raises((OSError, ValueError)):
+        WRITERS[name](place)
+    assert list(tmp_path.iterdir()) == [place]
 
 
 def test_token_files_of_the_hub_are_joined_beside_a_link(tmp_path) -> None:

@@ -238,8 +238,8 @@ def test_branches_another_batch_size_and_broken_companions(config: Path, tmp_pat
     assert "step_0000004, at step 4 with 16 samples read" in planned
     assert "l2e.topk was 1, is 5" in planned
     assert "64,350 tokens the run reads 4.0 times" in planned  # of its 2,000 x 4 x 32
-    assert "holds a run already" in refused()
     for words in ((), ("--dry-run",)):
+        assert "holds a run already" in refused(*words)
         assert "none of its own checkpoints" in refused(*words, "--resume", copied)
     with Lock(run / "lock"):
         assert "is training in this folder" in refused(*auto, "train.steps=7")

@@ -1,13 +1,24 @@
 """A run's folder: nobody else's, and nothing in it is lost."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
 
 from configs import Config
 from launch.training.changes import differences, told_changes
-from launch.training.folder import is_own, refuse_lost_beginning, refuse_taken, replace, set_aside
+from launch.training.folder import (
+    FILES,
+    FOLDERS,
+    is_own,
+    refuse_lost_beginning,
+    refuse_taken,
+    refuse_unusable,
+    replace,
+    set_aside,
+)
 from launch.training.logs import MetricsFile
 from tests.launch.checkpoint.test_folders import save
 
@@ -104,6 +115,34 @@ def test_a_folder_with_a_run_is_not_taken_for_another(run, tmp_path):
     refuse_taken(run, "none")
     (run / "metrics.jsonl").write_text(lines(1))
     refuse_taken(run, str(other))  # the same command again, before the first checkpoint
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in FOLDERS for kind in ("a file", "a link to nothing")),
+        *((name, kind) for name in FILES for kind in ("a folder", "a pipe")),
+    ],
+)
+def test_what_is_in_the_way_of_later_writing_is_told_at_the_start(tmp_path, name, kind):
+    refuse_unusable(tmp_path / "new")
+    refuse_unusable(tmp_path)
+    place = tmp_path / name
+    place.parent.mkdir(exist_ok=True)
+    if kind == "a link to nothing":
+        place.symlink_to(tmp_path / "gone")
+    else:
+        {"a file": Path.touch, "a folder": Path.mkdir, "a pipe": os.mkfifo}[kind](place)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(place))} is no f.*; move it away"):
+        refuse_unusable(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_run_folder_that_is_no_folder_is_told(tmp_path, kind):
+    place = tmp_path / "run"
+    place.touch() if kind == "file" else place.symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match="run is no folder"):
+        refuse_unusable(place)
 
 
 def test_checkpoints_that_a_link_leads_to_are_the_runs_own(run, tmp_path):
