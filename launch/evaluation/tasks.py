@@ -446,9 +446,10 @@ class LocalTask(ConfigurableTask):
 def first_unreadable(process: Callable[..., object] | None, items: list[Item]) -> Item:
     """The first item of which a task cannot make its own; if each can be, the very first, at which
     the harness looks before any other."""
-    for item in items if process is not None else ():
+    for item in items:
         try:
-            process(datasets.Dataset.from_list([item]))
+            if process is not None:
+                process(datasets.Dataset.from_list([item]))
         except UNREADABLE:
             return item
     return items[0]
