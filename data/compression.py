@@ -23,7 +23,7 @@ _SKIPPABLE = tuple(bytes([0x50 + n, 0x2A, 0x4D, 0x18]) for n in range(16))
 COMPRESSIONS = (
     GZIP,
     Compression("zstd", (".zst", ".zstd"), (b"\x28\xb5\x2f\xfd", *_SKIPPABLE), _zstandard_frame),
-    Compression("xz", (".xz",), (b"\xfd7zXZ\0",), lzma.LZMADecompressor),
+    Compression("xz", (".xz",), (b"\xfd7zXZ\0",), lzma.LZMADecompressor, padding=4),
     Compression("bzip2", (".bz2", ".bzip2"), (b"BZh",), bz2.BZ2Decompressor),
 )
 BY_NAME = {compression.name: compression for compression in COMPRESSIONS}

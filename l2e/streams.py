@@ -7,6 +7,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 # Compressed bytes taken at a time: little, because repetitive text grows ten thousandfold.
 CHUNK = 2**12
+BLOCK = 512  # bytes; xz's manual gives disks of such blocks as the reason for padding
 
 
 class Compression(NamedTuple):
@@ -16,6 +17,7 @@ class Compression(NamedTuple):
     endings: tuple[str, ...]
     magic: tuple[bytes, ...]
     decompressor: Callable
+    padding: int = 0  # a stream may be followed by zeros, a multiple of so many; 0: by none
 
 
 GZIP = Compression("gzip", (".gz", ".gzip"), (b"\x1f\x8b",), lambda: zlib.decompressobj(wbits=31))
@@ -41,7 +43,7 @@ class _Streams(io.RawIOBase):
         self._file, self._compression = file, compression
         self._stream: Any = None
         self._streams = 0
-        self._input = b""
+        self._input, self._taken = b"", 0  # what waits to be decompressed; bytes read so far
         self._output = memoryview(b"")
 
     def readable(self) -> bool:
@@ -57,7 +59,9 @@ class _Streams(io.RawIOBase):
 
     def _fill(self) -> bool:
         """Decompress the next piece of the file; False at its end."""
-        self._input = self._input or self._file.read(CHUNK)
+        self._input = self._input or self._take(CHUNK)
+        if self._streams and self._stream is None and self._compression.padding:
+            self._skip_padding()
         if not self._input:
             if self._stream is not None or not self._streams:
                 raise EOFError("the compressed stream ends before its end marker")
@@ -71,12 +75,33 @@ class _Streams(io.RawIOBase):
             self._streams += 1
         return True
 
+    def _take(self, count: int) -> bytes:
+        taken = self._file.read(count)
+        self._taken += len(taken)
+        return taken
+
+    def _skip_padding(self) -> None:
+        """Pass over zeros that are allowed after a stream.
+
+        Raises OSError where they rather stand for a lost stream, which ends anywhere: padding is
+        short, or fills a block.
+        """
+        zeros = 0
+        while self._input.startswith(b"\0"):
+            rest = self._input.lstrip(b"\0")
+            zeros += len(self._input) - len(rest)
+            self._input = rest or self._take(CHUNK)
+        end = self._taken - len(self._input)
+        if zeros % self._compression.padding or (zeros >= BLOCK and end % BLOCK):
+            where = f"after stream {self._streams}"
+            raise OSError(f"{zeros} zeros {where}: padding, or what a copy lost")
+
     def _next_stream(self):
         """A decompressor for what is next in the file. Raises OSError where it is no stream."""
-        self._input += self._file.read(max(0, 6 - len(self._input)))  # the longest magic
+        self._input += self._take(max(0, 6 - len(self._input)))  # the longest magic
         if not self._input.startswith(self._compression.magic):
             where = f" after stream {self._streams}" if self._streams else ""
-            if not any(self._input):  # xz allows them, and then a lost stream leaves no trace
+            if not any(self._input):
                 raise OSError(f"zeros{where}: padding, or what a copy lost")
             raise OSError(f"something that is no {self._compression.name} stream{where}")
         return self._compression.decompressor()

@@ -58,13 +58,38 @@ DAMAGE = {
 def test_streams_are_whole_and_nothing_else(tmp_path, ending, damage) -> None:
     path = tmp_path / f"x.jsonl.{ending}"
     path.write_bytes(DAMAGE[damage](*two_streams(ending)))
-    if damage == "whole":
+    if damage == "whole" or (damage, ending) == ("a few zeros", "xz"):
         assert read(path) == TEXTS
     else:
         told = rf"{path}: damaged or unreadable after record \d+"
         if "zeros" in damage:
             told += r".*zeros after stream \d: padding, or what a copy lost"
         with pytest.raises(ValueError, match=told):
+            read(path)
+
+
+@pytest.mark.parametrize("between", [0, 4, 8, 508, "block"])
+@pytest.mark.parametrize("after", [0, 4, 508, "block", "record of a tape"])
+def test_the_padding_that_xz_allows_is_read(tmp_path, between, after) -> None:
+    """Its manual: null bytes, a multiple of four, between the parts or after the last one."""
+    blocks = {"block": 512, "record of a tape": 10240}
+    content = b""
+    for stream, zeros in zip(two_streams("xz"), (between, after), strict=True):
+        content += stream
+        block = blocks.get(zeros)
+        content += bytes(zeros if block is None else -len(content) % block)
+    path = tmp_path / "x.jsonl.xz"
+    path.write_bytes(content)
+    assert read(path) == TEXTS
+
+
+@pytest.mark.parametrize("zeros", [1, 6, 511, 516, 2**14])
+def test_other_zeros_after_an_xz_stream_may_be_a_lost_one(tmp_path, zeros) -> None:
+    first, second = two_streams("xz")
+    for content in (first + bytes(zeros), first + bytes(zeros) + second):
+        path = tmp_path / "x.jsonl.xz"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{zeros} zeros after stream 1: padding, or what"):
             read(path)
 
 
