@@ -148,11 +148,11 @@ def start(config: Config, folder: Path, options: argparse.Namespace, process: Pr
             before = data.data_of(found, run.say) if found is not None else {}
             corpus = data.open_corpus(config, folder, paths, start, before.get("laid_out", ()))
             corpus.hold_against(before, run.say)
-            hardware.refuse_beyond_memory(config, joined.process)
+            hardware.refuse_beyond_memory(config, joined)
             try:
                 return train(run, corpus, start, found)
             except (RuntimeError, MemoryError, OSError) as error:
-                told = hardware.in_words(error, config, process.world_size)
+                told = hardware.in_words(error, config, joined)
                 if told is None:
                     raise
                 raise ValueError(told) from None

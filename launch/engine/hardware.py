@@ -11,7 +11,7 @@ import torch
 
 from configs import Config, ConfigError, Problem
 from l2e.memory import GIB, exhausted, host_bytes
-from launch.engine.processes import Process
+from launch.engine.joining import Joined, is_first_to_tell
 from launch.planning import cost
 from launch.planning.layouts import layout_of
 from launch.planning.remedies import advice
@@ -38,12 +38,13 @@ def refuse_unsupported(config: Config) -> None:
         raise ConfigError("this machine", problems)
 
 
-def refuse_beyond_memory(config: Config, process: Process) -> None:
+def refuse_beyond_memory(config: Config, joined: Joined) -> None:
     """Raise ValueError where weights, gradients and optimizer alone need more than there is.
 
     Before anything is allocated: a machine whose memory runs out may take other people's work
     along. What DeepSpeed is to keep elsewhere (offloading) is not counted, so then nothing is said.
     """
+    process = joined.process
     zero = config.deepspeed.get("zero_optimization", {})
     if any(key.startswith("offload") for key in zero):
         return
@@ -57,11 +58,18 @@ def refuse_beyond_memory(config: Config, process: Process) -> None:
     if needed > there:
         raise ValueError(
             f"weights, gradients and optimizer take {needed / GIB:,.1f} GiB, and {place} has "
-            f"{there / GIB:,.1f}; {advice(config, process.world_size, gpu_here())}"
+            f"{there / GIB:,.1f}; {advice_of_host(config, joined)}"
         )
 
 
-def in_words(error: BaseException, config: Config, ranks: int) -> str | None:
+def advice_of_host(config: Config, joined: Joined) -> str:
+    """The plan and the remedies, by one rank of each host: all would say the same."""
+    if not is_first_to_tell(joined, "memory"):
+        return "another rank of this host says what would help"
+    return advice(config, joined.process.world_size, gpu_here())
+
+
+def in_words(error: BaseException, config: Config, joined: Joined) -> str | None:
     """What a failed allocation means to a user; None for other errors."""
     whose = exhausted(error)
     if whose is None:
@@ -69,7 +77,7 @@ def in_words(error: BaseException, config: Config, ranks: int) -> str | None:
     reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
     device = torch.device("cuda") if whose == "GPU" else torch.device("cpu")
     name = describe(device) if whose == "GPU" else f"{host_bytes() / GIB:.1f} GiB, shared by all"
-    return f"{whose} memory is exhausted ({name}): {reason}\n{advice(config, ranks, gpu_here())}"
+    return f"{whose} memory is exhausted ({name}): {reason}\n{advice_of_host(config, joined)}"
 
 
 def gpu_here() -> GPU | None:

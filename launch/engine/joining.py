@@ -233,6 +233,14 @@ def wait_for_hosts(joined: Joined, name: str, say: Callable[[str], None]) -> Non
         attempt += 1
 
 
+def is_first_to_tell(joined: Joined, what: str) -> bool:
+    """Whether no other rank of this host has told of `what` yet, as far as this one can know."""
+    try:
+        return joined.store.add(f"told/{what}/{joined.hosts[joined.process.rank]}", 1) == 1
+    except RuntimeError:  # torch's, of a store that is gone
+        return True
+
+
 def ranges(numbers: Iterable[int]) -> str:
     """0-3, 5."""
     parts: list[list[int]] = []

@@ -1,8 +1,12 @@
-"""Which GPU a process takes."""
+"""Which GPU a process takes; who tells that the memory is too small."""
 
 import pytest
+import torch.distributed as dist
 
+from configs.schema import Config
 from launch.engine import hardware
+from launch.engine.joining import Joined
+from launch.engine.processes import Process
 
 
 @pytest.mark.parametrize(
@@ -15,3 +19,18 @@ def test_a_task_that_sees_its_own_gpu_alone_takes_it(local_rank, visible, taken)
 def test_more_processes_than_gpus_are_refused():
     with pytest.raises(ValueError, match=r"process 4 \(from 0\).* 4 GPUs"):
         hardware.gpu_of(4, 4)
+
+
+def test_one_rank_of_each_host_tells_the_plan_and_what_would_help():
+    shape = {"num_layers": 200, "hidden_size": 2**15, "num_attention_heads": 128}
+    config = Config.model_validate({"model": shape, "train": {"dtype": "fp32"}})
+    store, hosts = dist.HashStore(), ["one", "one", "two", "two"]
+    told = []
+    for rank in range(4):
+        joined = Joined(Process(rank, 4, rank % 2, 2, "ranks", "one", 1), store, hosts, {})
+        with pytest.raises(ValueError, match="weights, gradients and optimizer take") as refused:
+            hardware.refuse_beyond_memory(config, joined)
+        told.append(str(refused.value))
+        assert "another rank of this host" in hardware.in_words(MemoryError(), config, joined)
+    assert ["what would help, the cheapest" in text for text in told] == [True, False] * 2
+    assert "another rank of this host says what would help" in told[1]
