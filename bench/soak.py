@@ -30,7 +30,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from tests.launch import fleet
 from tests.launch.hosts import Hosts, two_hosts, why_none
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+# One that was ignored here from the start, as nohup asks, the ranks ignore too.
+SIGNALS = [
+    number
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+    if signal.getsignal(number) is not signal.SIG_IGN
+]
 KINDS = ("kill", "stop", "signal", "full disk", "dead link")
 STEP_TIMEOUT = 10  # seconds; a stopped rank is given up after it
 SMALL = 4096  # bytes a file may have on the full disk

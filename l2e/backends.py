@@ -1,12 +1,13 @@
 """Which implementation of the layer's arithmetic runs, and why: decided once for a kind of call.
 
 `l2e.kernels` is the plain one, in torch operations, and the reference. `l2e.triton_kernels` makes
-one pass over the activations on a GPU; it is used where it agrees with the plain one on this
-machine, in the very variant that the run needs.
+one pass over the activations on a GPU, `l2e.native_kernels` on a CPU; either is used where it
+agrees with the plain one on this machine, in the very variant that the run needs.
 """
 
 import logging
 import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +34,7 @@ class Backend:
     forward: Callable[[Tensor, KernelArguments, Tensor | None], Tensor]
     backward: Callable[[Tensor, Tensor, KernelArguments, Tensor | float, Tensor | None], Gradients]
     measure: Callable[[Tensor, KernelArguments, Tensor, Tensor, Tensor, Tensor], None]
+    observe: Callable[[Tensor, KernelArguments, Tensor | None], tuple[Tensor, Tensor]]
 
     def __str__(self) -> str:
         return f"{self.name} kernels ({self.reason})"
@@ -83,22 +85,45 @@ def decide(wanted: str, variant: Variant) -> Backend:
     """Once for each variant, since finding out compiles kernels."""
     if wanted == "plain":
         return _plain("l2e.kernels is 'plain'")
-    on_gpu = variant.device.type == "cuda"
-    if wanted == "auto" and not on_gpu:
-        return _plain(f"l2e.kernels is 'auto', and Triton is for GPUs, not {variant.device.type}")
+    device = variant.device.type
+    if wanted == "auto" and device == "cpu":
+        return _native(variant)
+    if wanted == "auto" and device != "cuda":
+        return _plain(f"l2e.kernels is 'auto', and Triton is for GPUs, not {device}")
     problem = _why_not_triton(variant)
     if problem is None:
         from l2e import triton_kernels as fused
 
         reason = "equal to plain on this device"
-        return Backend("triton", reason, fused.forward, fused.backward, fused.measure)
+        return Backend(
+            "triton", reason, fused.forward, fused.backward, fused.measure, kernels.observe
+        )
     backend = _plain(problem)
     logging.getLogger("l2e").warning("l2e: %s", backend)
     return backend
 
 
 def _plain(reason: str) -> Backend:
-    return Backend("plain", reason, kernels.forward, kernels.backward, kernels.measure)
+    return _on_cpu("plain", reason, kernels.observe)
+
+
+def _on_cpu(name: str, reason: str, observe: Callable) -> Backend:
+    return Backend(name, reason, kernels.forward, kernels.backward, kernels.measure, observe)
+
+
+def _native(variant: Variant) -> Backend:
+    from l2e import native_kernels
+
+    if variant.dtype not in native_kernels.DTYPES:
+        return _plain(f"no native kernel for {variant.dtype}")
+    try:
+        problem = _observed_otherwise(native_kernels.observe, variant)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        problem = f"no native kernels: {first_line}"
+    if problem is not None:
+        return _plain(problem)
+    return _on_cpu("native", "equal to plain on this machine", native_kernels.observe)
 
 
 def _why_not_triton(variant: Variant) -> str | None:
@@ -147,6 +172,25 @@ def _disagreement(fused, variant: Variant) -> str | None:
         error = (found[name].double() - value.double()).abs().max() / value.double().abs().max()
         if not error <= TOLERANCE[dtype]:
             return f"the Triton kernel's {name} differs from plain by {error:.1e} in {dtype}"
+    return None
+
+
+def _observed_otherwise(observe: Callable, variant: Variant) -> str | None:
+    """How what `observe` gives differs from the plain one's on random numbers, if it does.
+
+    One subtraction and one product decide what is selected: it is the same to the bit.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pre = torch.randn(CHECKED_ROWS, variant.neurons, generator=generator).to(variant.dtype)
+    mean = torch.zeros(variant.neurons)
+    arguments = KernelArguments(None, variant.method, variant.delta, mean, mean + 1.5)
+    found, wanted = mean.new_zeros(2, 3 * len(mean) + 1)
+    mine, theirs = observe(pre, arguments, found), kernels.observe(pre, arguments, wanted)
+    if not torch.equal(mine[0].sort().values, theirs[0]):
+        return "the native kernel selects other entries than plain"
+    error = (found - wanted).abs().max() / wanted.abs().max()
+    if not error <= TOLERANCE[torch.float32]:
+        return f"the native kernel's sums differ from plain by {error:.1e}"
     return None
 
 

@@ -158,7 +158,7 @@ class ModuleHook(OwnHook):
         self._tell_of_frozen(z)
         counted = self.forward_pass.counted
         inject = not self.forward_pass.collects
-        if pull.serves(self.layer.state, z):
+        if pull.serves(self.layer.state, z) and pull.may_replace(z):
             found, logs = pull.pull(z, counted, self.layer.state, neuron_dim, inject)
             inhibited = None if found is z else found
         elif self.layer.config.method == "none":

@@ -109,14 +109,21 @@ def _forward(
 
 
 def prepare(
-    state: LayerState, rows: Tensor, bias: Tensor | None, sequence: int
+    state: LayerState,
+    rows: Tensor,
+    bias: Tensor | None,
+    sequence: int,
+    activated: bool = False,
 ) -> tuple[KernelArguments, Tensor]:
-    """What the kernels do to rows [samples, neurons], and `select`'s mask for the backward pass."""
-    observed = state.kernel_arguments(None, None, bias)
+    """What the kernels do to rows [samples, neurons], and `select`'s mask for the backward pass.
+
+    Rows that are `activated` have their bias and the non-linearity behind them.
+    """
+    observed = state.kernel_arguments(None, None, bias, activated)
     if state.empty and not in_backward():
         _start(state, rows, observed)
     threshold, replacement, mask = selection.select(state, rows, observed, sequence)
-    return state.kernel_arguments(threshold, replacement, bias), mask
+    return state.kernel_arguments(threshold, replacement, bias, activated), mask
 
 
 @inhibit.register_fake
@@ -275,11 +282,11 @@ def observe_output(sums: Tensor, mlp_output: Tensor, residual: Tensor, handle: T
     On measured steps alone; asked here, so that a compiled graph serves all steps.
     """
     if _states[int(handle)].measuring and not in_backward():
-        sums[0] += _sum_of_squares(mlp_output)
-        sums[1] += _sum_of_squares(residual)
+        sums[0] += sum_of_squares(mlp_output)
+        sums[1] += sum_of_squares(residual)
 
 
-def _sum_of_squares(values: Tensor) -> Tensor:
+def sum_of_squares(values: Tensor) -> Tensor:
     """In float32, without a float32 copy of more than some rows."""
     rows = values.flatten(0, -2)
     count = max(1, kernels.SLICE_ENTRIES["cuda"] // rows.shape[1])

@@ -20,6 +20,7 @@ except ImportError:  # torch alone is asked for
 
 # Entries of a slice: its temporaries stay in a CPU's cache; on a GPU they are small beside a layer.
 SLICE_ENTRIES = {"cpu": 2**16, "cuda": 2**24}
+SLICE_ROWS = 256  # at most, on a CPU: so many torch sums in two stages, as the native kernels do
 TINY = torch.finfo(torch.float32).tiny
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 # To the pre-activations, [rows, neurons], and to the bias, [neurons] (None: there is none).
@@ -122,14 +123,26 @@ def observe(pre: Tensor, arguments: KernelArguments, sums: Tensor | None) -> tup
         if finds:
             entries = _numbers(square, arguments, rows)
             found.append((entries + rows.start * neurons, deviation.view(-1)[entries]))
-    if not found:
-        return torch.empty(0, dtype=torch.int64, device=pre.device), pre.new_empty(0)
-    entries, deviations = (torch.cat(parts) for parts in zip(*found, strict=True))
-    columns = entries % neurons
-    if sums is not None:
+    if finds and sums is not None:
+        columns = torch.cat([entries for entries, _ in found]) % neurons
         sums[:-1].view(3, -1)[2].add_(torch.bincount(columns, minlength=neurons))
+    return of_selected(found, arguments, pre.dtype, sums)
+
+
+def of_selected(
+    found: list[tuple[Tensor, Tensor]],
+    arguments: KernelArguments,
+    dtype: torch.dtype,
+    sums: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What `observe` returns, from numbers and deviations z - mean of what is selected; adds to
+    `sums` the loss, which the columns' sums leave out."""
+    if not found:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=dtype)
+    entries, deviations = (torch.cat(parts) for parts in zip(*found, strict=True))
+    columns = entries % len(arguments.mean)
     if arguments.method == "deactivate":
-        return entries, arguments.substitute[columns].to(pre.dtype)
+        return entries, arguments.substitute[columns].to(dtype)
     squares = deviations * deviations
     least = None if arguments.least is None else arguments.least[columns]
     directions = deviations.div_(squares.clamp(min=TINY if least is None else least))
@@ -260,9 +273,13 @@ def activation_backward(grad: Tensor, pre: Tensor, activation: str | None, out: 
 
 def slices(pre: Tensor) -> Iterator[slice]:
     """Slices of rows: no temporary is as large as `pre`."""
-    entries = SLICE_ENTRIES["cuda" if pre.is_cuda else "cpu"]
-    rows = max(1, entries // pre.shape[1])
+    rows = rows_of_slice(pre)
     return (slice(start, start + rows) for start in range(0, len(pre), rows))
+
+
+def rows_of_slice(pre: Tensor) -> int:
+    rows = max(1, SLICE_ENTRIES["cuda" if pre.is_cuda else "cpu"] // pre.shape[1])
+    return rows if pre.is_cuda else min(rows, SLICE_ROWS)
 
 
 def _selected(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from l2e import inhibition, kernels
+from l2e import inhibition, kernels, pull
 from l2e.config import L2EConfig
 from l2e.state import LayerState
 
@@ -68,10 +68,20 @@ class L2ELayer(nn.Module):
             return kernels.activate(pre if bias is None else pre + bias, self.activation)
         if self.transposed:
             pre = pre.transpose(0, 1)
-        out = self.operate(pre, bias)[0]
+        out = self._inhibited(pre, bias)
         if self.transposed:
             out = out.transpose(0, 1)
         return out if self.config.site == "post" else kernels.activate(out, self.activation)
+
+    def adds_bias(self, like: Tensor) -> bool:
+        """Whether a bias costs nothing in the layer's own pass over activations like these."""
+        return not pull.serves(self.state, like)
+
+    def _inhibited(self, pre: Tensor, bias: Tensor | None) -> Tensor:
+        if self.state.activation is None or not pull.serves(self.state, pre):
+            return self.operate(pre, bias)[0]
+        z = kernels.activate(pre if bias is None else pre + bias, self.state.activation)
+        return pull.pull(z, None, self.state, neuron_dim=-1, inject=True)[0]
 
     def operate(
         self,

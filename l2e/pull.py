@@ -1,4 +1,4 @@
-"""The method of an attached module at the cost of its selected entries, of which alone is kept.
+"""The method behind a module's output at the cost of its selected entries, of which alone is kept.
 
 Observing and `regularize` change no activation, so what follows a module is given its own output;
 `deactivate` gives a copy, other in the selected entries. What either adds to the gradient is zero
@@ -8,22 +8,28 @@ to learn how many entries are selected, in compiled graphs, and where an output 
 whose place in the graph is not its own.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from l2e import inhibition, kernels
+from l2e import inhibition
 from l2e.state import LayerState
 
 
 def serves(state: LayerState, z: Tensor) -> bool:
     """Whether `pull` can do in this pass what `inhibit` does."""
-    every_entry_matters = state.config.scale_invariant or state.comparing
     return (
         state.config.method in ("none", "regularize", "deactivate")
+        and state.config.kernels == "auto"
         and z.device.type == "cpu"
-        and not (every_entry_matters or torch.compiler.is_compiling())
-        and not (z.requires_grad and (z.is_leaf or z._is_view()))
+        and not (state.config.scale_invariant or torch.compiler.is_compiling())
     )
+
+
+def may_replace(z: Tensor) -> bool:
+    """Whether z may get another place in its graph."""
+    return not (z.requires_grad and (z.is_leaf or z._is_view()))
 
 
 def pull(
@@ -32,7 +38,8 @@ def pull(
     """Add a call to the layer's sums, and what the method adds to the gradient of `z`.
 
     Args:
-        z, counted, neuron_dim: `pre` and the others of `inhibition.inhibit`.
+        z: [..., units], the activations, behind the non-linearity.
+        counted, neuron_dim: as of `inhibition.inhibit`.
         inject: L_MS's gradient in z's own backward pass; otherwise in that of the returned loss.
 
     Returns:
@@ -50,14 +57,36 @@ def pull(
     if method == "deactivate":
         delta = state.config.delta
         return _Deactivated.apply(z, z, entries, values, anchor, delta, neuron_dim), loss
-
-    def injected(ctx) -> Tensor | float:
-        inhibition.inject_once(ctx, state)
-        return state.phase.gradient_scale * state.loss_factor(rows)
-
-    factor = injected if inject else None
+    call = _Call(state, counted, neuron_dim, rows, inject)
     with torch.autograd._unsafe_preserve_version_counter(z):  # no value of it is changed
-        return _Regularized.apply(z, z, loss, entries, values, anchor, factor, neuron_dim)
+        return _Regularized.apply(z, z, loss, entries, values, anchor, call)
+
+
+class _Call(NamedTuple):
+    """Of a call's backward pass; `pull`'s arguments, and how many rows counted."""
+
+    state: LayerState
+    counted: Tensor | None
+    neuron_dim: int
+    rows: int
+    inject: bool
+
+    def factor(self, ctx, loss_grad: Tensor | None) -> Tensor | float | None:
+        """Of the gradient of the loss; None without one."""
+        if not self.inject:
+            return loss_grad
+        inhibition.inject_once(ctx, self.state)
+        return self.state.phase.gradient_scale * self.state.loss_factor(self.rows)
+
+    def compare(self, ctx, grad: Tensor, directions: Tensor, factor: Tensor | float) -> None:
+        """Tell the state of the gradient that arrives, and of the one that is added."""
+        inhibition.compare_once(ctx, self.state)
+        moved = grad.detach().movedim(self.neuron_dim, -1)
+        rows = moved.reshape(-1, self.state.neurons)
+        if self.counted is not None:
+            rows = rows[inhibition.kept_rows(self.counted, moved, self.neuron_dim, self.state)]
+        squares = inhibition.sum_of_squares(rows), directions.square().sum()
+        self.state.compare(squares, factor)
 
 
 class _Regularized(torch.autograd.Function):
@@ -68,9 +97,9 @@ class _Regularized(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z, _, loss, entries, directions, anchor, factor, neuron_dim):
+    def forward(ctx, z, _, loss, entries, directions, anchor, call):
         ctx.save_for_backward(entries, directions, anchor)
-        ctx.shape, ctx.dtype, ctx.factor, ctx.neuron_dim = z.shape, z.dtype, factor, neuron_dim
+        ctx.shape, ctx.dtype, ctx.neuron_dim, ctx.call = z.shape, z.dtype, call.neuron_dim, call
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(z)
         return z, loss.clone()
@@ -78,12 +107,14 @@ class _Regularized(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, loss_grad):
         entries, directions, anchor = ctx.saved_tensors
-        factor = loss_grad if ctx.factor is None else ctx.factor(ctx)
+        factor = ctx.call.factor(ctx, loss_grad)
+        if grad is not None and ctx.call.state.comparing:
+            ctx.call.compare(ctx, grad, directions, 0.0 if factor is None else factor)
         added = None
         if factor is not None:
             values = (2 * factor * directions).to(ctx.dtype)
             added = _at(entries, values, ctx, meets_dense=grad is not None, anchor=anchor)
-        return added, grad, *[None] * 6
+        return added, grad, *[None] * 5
 
 
 class _Deactivated(torch.autograd.Function):
@@ -161,9 +192,9 @@ def _observe(
     if len(rows) == 0:
         return torch.empty(0, dtype=torch.int64), z.new_empty(0), loss, 0
     sequence = inhibition.rows_of_sequence(moved, kept, state)
-    arguments, _ = inhibition.prepare(state, rows, None, sequence)
+    arguments, _ = inhibition.prepare(state, rows, None, sequence, activated=True)
     sums = None if inhibition.in_backward() else torch.zeros_like(state.core_sums)
-    entries, values = kernels.observe(rows, arguments, sums)
+    entries, values = state.backend(rows, arguments).observe(rows, arguments, sums)
     if sums is not None:
         loss = inhibition.record(state, rows, arguments, sums)
     if kept is not None:

@@ -283,11 +283,13 @@ class LayerState:
         threshold: Tensor | None,
         replacement: Tensor | None = None,
         bias: Tensor | None = None,
+        activated: bool = False,
     ) -> kernels.KernelArguments:
-        """What the kernels do in this step, with biases [units] if they are still to be added."""
+        """What the kernels do in this step, with biases [units] if they are still to be added, to
+        what is still to be `activated` or has been."""
         balanced = self.config.scale_invariant and threshold is not None
         return kernels.KernelArguments(
-            activation=self.activation,
+            activation=None if activated else self.activation,
             method=self.config.method,
             delta=self.config.delta,
             mean=self.statistics.mean,
@@ -305,7 +307,7 @@ class LayerState:
             rows.device,
             rows.dtype,
             neurons=self.neurons,
-            activation=self.activation,
+            activation=arguments.activation,
             biased=arguments.bias is not None,
         )
 

@@ -43,6 +43,8 @@ class MLP(nn.Module):
         """[sequence, batch, hidden] -> the same shape."""
         if self.inhibitor is None or not self.training:
             neurons = F.gelu(self.dense_h_to_4h(x), approximate=self.approximation)
-        else:  # which adds the bias in its own pass over the neurons
+        elif self.inhibitor.adds_bias(x):
             neurons = self.inhibitor(*self.dense_h_to_4h(x, bias_apart=True))
+        else:
+            neurons = self.inhibitor(self.dense_h_to_4h(x))
         return self.dense_4h_to_h(neurons)
