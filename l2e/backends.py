@@ -7,7 +7,6 @@ agrees with the plain one on this machine, in the very variant that the run need
 
 import logging
 import os
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -118,9 +117,8 @@ def _native(variant: Variant) -> Backend:
         return _plain(f"no native kernel for {variant.dtype}")
     try:
         problem = _observed_otherwise(native_kernels.observe, variant)
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        problem = f"no native kernels: {first_line}"
+    except Exception as error:
+        problem = f"no native kernels: {_first_line(error)}"
     if problem is not None:
         return _plain(problem)
     return _on_cpu("native", "equal to plain on this machine", native_kernels.observe)
@@ -142,9 +140,13 @@ def _why_not_triton(variant: Variant) -> str | None:
         return f"Triton cannot be imported: {error}"
     try:
         return _disagreement(triton_kernels, variant)
-    except Exception as error:  # a compiler may fail in any way; training goes on without it
-        first_line = str(error).strip().partition("\n")[0]
-        return f"Triton failed: {type(error).__name__}: {first_line}"
+    except Exception as error:
+        return f"Triton failed: {type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    """Of what a compiler says, which may fail in any way; training goes on without it."""
+    return str(error).strip().partition("\n")[0]
 
 
 def _disagreement(fused, variant: Variant) -> str | None:

@@ -101,7 +101,8 @@ class L2EConfig(Settings):
     kernels: Literal["auto", "plain", "triton"] = key(
         "auto",
         "arithmetic of the layer: plain torch operations; triton: one fused pass on a GPU; auto: "
-        "triton on a GPU where it agrees with plain, and a line that says which and why",
+        "triton on a GPU, and on a CPU one pass in C, compiled at the start, where they agree with "
+        "plain, and a line that says which and why",
     )
     threshold_rate: float = key(0.5, "first step size of the moving threshold", gt=0, le=1)
     threshold_rate_floor: float = key(0.02, "its last step size", gt=0, le=1)

@@ -20,7 +20,6 @@ except ImportError:  # torch alone is asked for
 
 # Entries of a slice: its temporaries stay in a CPU's cache; on a GPU they are small beside a layer.
 SLICE_ENTRIES = {"cpu": 2**16, "cuda": 2**24}
-SLICE_ROWS = 256  # at most, on a CPU: so many torch sums in two stages, as the native kernels do
 TINY = torch.finfo(torch.float32).tiny
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 # To the pre-activations, [rows, neurons], and to the bias, [neurons] (None: there is none).
@@ -278,8 +277,7 @@ def slices(pre: Tensor) -> Iterator[slice]:
 
 
 def rows_of_slice(pre: Tensor) -> int:
-    rows = max(1, SLICE_ENTRIES["cuda" if pre.is_cuda else "cpu"] // pre.shape[1])
-    return rows if pre.is_cuda else min(rows, SLICE_ROWS)
+    return max(1, SLICE_ENTRIES["cuda" if pre.is_cuda else "cpu"] // pre.shape[1])
 
 
 def _selected(

@@ -33,7 +33,7 @@ ALONE = 2**18  # entries that are not worth a second thread
 
 def observe(pre: Tensor, arguments: KernelArguments, sums: Tensor | None) -> tuple[Tensor, Tensor]:
     """`kernels.observe`, for activations [rows, neurons] of one of `DTYPES`."""
-    assert arguments.activation is None and arguments.bias is None
+    assert (arguments.activation, arguments.bias) == (None, None), "not activated yet"
     neurons = pre.shape[1]
 
     def columns(first: int) -> list[tuple[Tensor, Tensor]]:
@@ -84,10 +84,6 @@ def _columns(
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="l2e")
-
-
-if hasattr(os, "register_at_fork"):  # threads do not go along into a forked process
-    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 @cache

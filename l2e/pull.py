@@ -78,15 +78,20 @@ class _Call(NamedTuple):
         inhibition.inject_once(ctx, self.state)
         return self.state.phase.gradient_scale * self.state.loss_factor(self.rows)
 
-    def compare(self, ctx, grad: Tensor, directions: Tensor, factor: Tensor | float) -> None:
+    def compare(
+        self, ctx, grad: Tensor | None, directions: Tensor, factor: Tensor | float | None
+    ) -> None:
         """Tell the state of the gradient that arrives, and of the one that is added."""
-        inhibition.compare_once(ctx, self.state)
-        moved = grad.detach().movedim(self.neuron_dim, -1)
-        rows = moved.reshape(-1, self.state.neurons)
-        if self.counted is not None:
-            rows = rows[inhibition.kept_rows(self.counted, moved, self.neuron_dim, self.state)]
-        squares = inhibition.sum_of_squares(rows), directions.square().sum()
-        self.state.compare(squares, factor)
+        arrived = directions.new_zeros(())
+        if grad is not None:
+            inhibition.compare_once(ctx, self.state)
+            moved = grad.detach().movedim(self.neuron_dim, -1)
+            rows = moved.reshape(-1, self.state.neurons)
+            if self.counted is not None:
+                rows = rows[inhibition.kept_rows(self.counted, moved, self.neuron_dim, self.state)]
+            arrived = inhibition.sum_of_squares(rows)
+        squares = torch.stack([arrived, directions.square().sum()])
+        self.state.compare(squares, 0.0 if factor is None else factor)
 
 
 class _Regularized(torch.autograd.Function):
@@ -108,8 +113,8 @@ class _Regularized(torch.autograd.Function):
     def backward(ctx, grad, loss_grad):
         entries, directions, anchor = ctx.saved_tensors
         factor = ctx.call.factor(ctx, loss_grad)
-        if grad is not None and ctx.call.state.comparing:
-            ctx.call.compare(ctx, grad, directions, 0.0 if factor is None else factor)
+        if ctx.call.state.comparing:
+            ctx.call.compare(ctx, grad, directions, factor)
         added = None
         if factor is not None:
             values = (2 * factor * directions).to(ctx.dtype)

@@ -28,6 +28,7 @@ INHIBITED, SEQUENCES, LENGTH, STEPS = (1, 2), 16, 16, 10
 L2E = {"weight": 0.3, "late_start_step": 3, "forget_step": 5, "layers": list(INHIBITED)}
 RATE = 0.5
 WHOLE, STAGES = 1, 2
+KERNELS = ("auto", "plain")  # which on a CPU go different ways
 TURNS = list(itertools.product((1, 2, 4), (False, True)))  # micro-batches, checkpointing
 OUTPUT = {"embed_out.weight": "lm_head.weight"}  # what transformers calls it today
 
@@ -130,8 +131,12 @@ def whole(name, parameter, layout):
 
 
 def train_all(runs):
+    """By turns with either of `KERNELS`."""
     return [
-        train(configuration(*layout, **settings), **options) for layout, settings, options in runs
+        train(configuration(*layout, **{"kernels": kernels} | settings), **options)
+        for (layout, settings, options), kernels in zip(
+            runs, itertools.cycle(KERNELS), strict=False
+        )
     ]
 
 

@@ -2,11 +2,13 @@
 
 import logging
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from l2e import Controller, L2EConfig, L2ELayer, backends
+from l2e import Controller, L2EConfig, L2ELayer, backends, native_kernels
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
@@ -36,11 +38,76 @@ def test_plain_as_asked_for_says_nothing(caplog):
     assert not caplog.records
 
 
-def test_the_default_is_plain_on_a_cpu_even_where_triton_is_interpreted(caplog, monkeypatch):
+@pytest.fixture
+def uncompiled():
+    """The native kernels are compiled anew, and again after the test."""
+    native_kernels.function.cache_clear()
+    yield
+    native_kernels.function.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["none", "regularize", "deactivate"])
+def test_the_default_is_native_on_a_cpu_even_where_triton_is_interpreted(
+    caplog, monkeypatch, method, dtype
+):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    chosen = backends.choose(L2EConfig(), CPU, torch.float32)
-    assert str(chosen) == ("plain kernels (l2e.kernels is 'auto', and Triton is for GPUs, not cpu)")
+    chosen = backends.choose(L2EConfig(method=method), CPU, dtype, neurons=77)
+    assert str(chosen) == "native kernels (equal to plain on this machine)"
     assert not caplog.records
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_there_is_no_native_kernel_for_other_dtypes(dtype):
+    chosen = backends.choose(L2EConfig(), CPU, dtype)
+    assert str(chosen) == f"plain kernels (no native kernel for {dtype})"
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"PATH": "", "CC": ""}, "there is no C compiler: install gcc or clang, or name one in CC"),
+        ({"CC": "no-such-compiler -m64"}, "No such file or directory: 'no-such-compiler'"),
+        ({"CC": "sh -c 'echo out of disk >&2; exit 1'"}, "sh says: out of disk"),
+        ({"CC": "sh -c 'exit 3'"}, "sh says: status 3"),
+        ({"CC": "true"}, "cannot open shared object file"),
+        ({"CC": "'"}, "No closing quotation"),
+        ({"TMPDIR": "/proc"}, "/proc"),
+    ],
+)
+def test_without_a_compiler_that_works_the_plain_ones_run(
+    uncompiled, monkeypatch, environment, reason
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tempfile, "tempdir", None)  # TMPDIR is looked at again
+    line = str(backends.choose(L2EConfig(), CPU, torch.float32))
+    assert line.startswith("plain kernels (no native kernels: ")
+    assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "reason"),
+    [
+        (">= threshold", "> 2 * threshold", "selects other entries"),
+        ("deviation[i] * deviation[i]", "1.001f * deviation[i] * deviation[i]", "selects other"),
+        (
+            "deep[1][i] += square[i]",
+            "deep[1][i] += 1.001f * square[i]",
+            "sums differ from plain by",
+        ),
+    ],
+)
+def test_native_kernels_whose_numbers_are_wrong_do_not_run(
+    uncompiled, monkeypatch, tmp_path, right, wrong, reason
+):
+    source = Path(native_kernels.__file__).with_suffix(".c").read_text()
+    assert source.count(right) == 1
+    (tmp_path / "native_kernels.c").write_text(source.replace(right, wrong))
+    monkeypatch.setattr(native_kernels, "__file__", str(tmp_path / "native_kernels.py"))
+    line = str(backends.choose(L2EConfig(), CPU, torch.float32))
+    assert line.startswith("plain kernels (")
+    assert reason in line
 
 
 @pytest.mark.parametrize(

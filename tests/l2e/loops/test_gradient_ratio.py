@@ -92,16 +92,17 @@ def expected(*names):
     return found, [parameter.detach() for parameter in model.parameters()]
 
 
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
 @pytest.mark.parametrize(
     "loop", [together, accumulated, own_first, ours_first, injected], ids=lambda loop: loop.__name__
 )
-def test_the_weights_are_the_reference_s(loop, scale):
+def test_the_weights_are_the_reference_s(loop, scale, kernels):
     layers = LAYERS.get(loop, [1, 3])
     weights, parameters = expected(*map(str, layers))
     model = network()
     config = L2EConfig(
-        layers=layers, late_start_step=2, forget_step=3, gradient_ratio=RATIO, kernels="plain"
+        layers=layers, late_start_step=2, forget_step=3, gradient_ratio=RATIO, kernels=kernels
     )
     handle = l2e.attach(model, "?", config, inject=loop is injected)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
@@ -119,9 +120,10 @@ def test_the_weights_are_the_reference_s(loop, scale):
         torch.testing.assert_close(mine.detach().double(), theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_squares_of_two_backward_passes_are_told(recwarn):
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+def test_squares_of_two_backward_passes_are_told(recwarn, kernels):
     """Gradients of two losses through one forward pass are not independent."""
-    config = L2EConfig(layers=[3], late_start_step=2, gradient_ratio=RATIO, kernels="plain")
+    config = L2EConfig(layers=[3], late_start_step=2, gradient_ratio=RATIO, kernels=kernels)
     for passes in (1, 2):
         model = network()
         handle = l2e.attach(model, "?", config)

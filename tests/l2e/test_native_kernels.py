@@ -1,0 +1,114 @@
+"""The pass in C over activations on a CPU, against float64 NumPy, whatever their shape."""
+
+import numpy as np
+import pytest
+import torch
+
+from l2e import Controller, L2EConfig, L2ELayer, backends, native_kernels
+from l2e.kernels import KernelArguments
+
+# Narrow and wide, with a short last block of columns, and of rows; more rows than a call takes.
+SHAPES = [(1, 1), (3, 5), (400, 77), (130, 512), (50, 1030), (9000, 130)]
+pytestmark = pytest.mark.skipif(
+    backends.choose(L2EConfig(), torch.device("cpu"), torch.float32).name != "native",
+    reason="no C compiler that works",
+)
+
+
+def activations(rows, neurons, dtype):
+    """Skewed, of different means."""
+    generator = torch.Generator().manual_seed(rows)
+    z = torch.randn(rows, neurons, generator=generator).exp() + torch.arange(neurons) % 5
+    return z.to(dtype)
+
+
+def expected(z, mean, selected):
+    """Sums of deviations, squares and selections, and numbers and slopes of what is selected."""
+    deviation = z.float().numpy().astype(np.float64) - mean.numpy()
+    sums = np.stack([deviation.sum(0), np.square(deviation).sum(0), selected.sum(0)])
+    return sums, np.flatnonzero(selected), 1 / deviation[selected], np.log(deviation**2)[selected]
+
+
+def observe(z, arguments):
+    sums = torch.zeros(3 * z.shape[1] + 1)
+    entries, values = native_kernels.observe(z, arguments, sums)
+    order = entries.argsort()
+    return sums[:-1].view(3, -1).numpy(), float(sums[-1]), entries[order], values[order]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sums_and_selection(shape, dtype, masked):
+    z = activations(*shape, dtype)
+    mean, threshold = z.float().mean(0) + 0.25, torch.linspace(1, 30, shape[1])
+    selected = ((z.float() - mean) ** 2 >= threshold).numpy()
+    if masked:
+        selected = np.random.default_rng(0).random(shape) < 0.03
+        threshold = torch.from_numpy(selected)
+    wanted, numbers, slopes, logs = expected(z, mean, selected)
+    sums, loss, entries, values = observe(
+        z, KernelArguments(None, "regularize", 1, mean, threshold)
+    )
+    np.testing.assert_allclose(sums, wanted, rtol=1e-5, atol=1e-6 * np.abs(wanted).max())
+    np.testing.assert_array_equal(entries, numbers)
+    np.testing.assert_allclose(values, slopes, rtol=1e-5)
+    assert loss == pytest.approx(logs.sum(), rel=1e-5, abs=1e-5)
+
+
+def test_a_threshold_that_is_just_reached_selects():
+    z = torch.tensor([[1.0, 2.0, 3.0, float("nan"), float("inf")]])
+    arguments = KernelArguments(None, "regularize", 1, torch.zeros(5), torch.full((5,), 4.0))
+    assert observe(z, arguments)[2].tolist() == [1, 2, 4]
+
+
+@pytest.mark.parametrize("method", ["none", "regularize"])
+def test_nothing_is_selected_before_there_is_a_threshold(method):
+    z = activations(30, 20, torch.float32)
+    sums, loss, entries, _ = observe(z, KernelArguments(None, method, 1, z.mean(0), None))
+    assert (sums[2] == 0).all()
+    assert loss == len(entries) == 0
+
+
+def test_observing_alone_counts_what_would_be_selected():
+    z = activations(30, 20, torch.float32)
+    arguments = KernelArguments(None, "none", 1, torch.zeros(20), torch.full((20,), 9.0))
+    sums, _, entries, _ = observe(z, arguments)
+    np.testing.assert_array_equal(sums[2], (z >= 3).sum(0))
+    assert len(entries) == 0
+
+
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
+    monkeypatch.setattr(native_kernels, "ALONE", 1000)
+    z = activations(64, 1100, torch.float32)
+    arguments = KernelArguments(None, "regularize", 1, z.mean(0), torch.full((1100,), 3.0))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            sums = torch.zeros(3301)
+            results.append((*native_kernels.observe(z, arguments, sums), sums))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("method", ["regularize", "deactivate"])
+def test_a_measured_step_has_the_bits_of_another(method):
+    """What is only logged changes neither the gradient nor the statistics."""
+    config = L2EConfig(late_start_step=2, weight=0.5, layers="all", method=method)
+    found, shares = [], []
+    for measured in (False, True):
+        layer = L2ELayer(48, config, name="0", inhibited_layers=1).train()
+        controller = Controller([layer], config)
+        for step in range(5):
+            controller.phase.measure = measured
+            pre = activations(40, 48, torch.float32).sub_(2).requires_grad_()
+            (layer(pre + step) * torch.arange(48)).sum().backward()
+            controller.step()
+        found.append([pre.grad, *controller.state_dict().values()])
+        shares.append(controller.metrics()["0"]["selected_fraction"])
+    assert shares[0] == shares[1] > 0.01
+    assert all(map(torch.equal, *found))
