@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from l2e import Controller, L2EConfig, L2ELayer, backends, native_kernels
+from l2e import Controller, L2EConfig, L2ELayer, backends, kernels, native_kernels
 from l2e.kernels import KernelArguments
 
 # Narrow and wide, with a short last block of columns, and of rows; more rows than a call takes.
@@ -56,6 +56,17 @@ def test_sums_and_selection(shape, dtype, masked):
     assert loss == pytest.approx(logs.sum(), rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_even_widths_have_the_bits_of_plain(dtype):
+    """So that a machine without a compiler goes the same way."""
+    z = activations(2500, 512, dtype)
+    arguments = KernelArguments(None, "regularize", 1, z.float().mean(0), torch.full((512,), 9.0))
+    native, plain = torch.zeros(2, 3 * 512 + 1)
+    native_kernels.observe(z, arguments, native)
+    kernels.observe(z, arguments, plain)
+    assert torch.equal(native[:-1], plain[:-1])
+
+
 def test_a_threshold_that_is_just_reached_selects():
     z = torch.tensor([[1.0, 2.0, 3.0, float("nan"), float("inf")]])
     arguments = KernelArguments(None, "regularize", 1, torch.zeros(5), torch.full((5,), 4.0))
@@ -93,6 +104,50 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize(("choice", "operation"), [("auto", "_Regularized"), ("plain", "inhibit")])
+def test_a_bias_is_added_before_the_activation(choice, operation):
+    """In the layer's own pass where that is over all entries anyway, as on a GPU."""
+    config = L2EConfig(layers="all", kernels=choice)
+    layer = L2ELayer(48, config, name="0", inhibited_layers=1).train()
+    pre = activations(40, 48, torch.float32).sub_(2).requires_grad_()
+    bias = torch.linspace(-1, 1, 48).requires_grad_()
+    out, arriving = layer(pre, bias), torch.linspace(0, 1, 40 * 48).view(40, 48)
+    assert operation in out.grad_fn.name()
+    assert layer.adds_bias(pre) == (choice == "plain")
+    wanted = torch.nn.functional.gelu(pre.double() + bias.double())
+    near = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(out.double(), wanted, **near)
+    found = torch.autograd.grad(out, (pre, bias), arriving)
+    expected = torch.autograd.grad(wanted, (pre, bias), arriving.double())
+    torch.testing.assert_close(found, expected, **near)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"selection": "topk"},
+        {"selection": "topk", "memel_code_compat": True},
+        {"selection": "random"},
+    ],
+    ids=str,
+)
+def test_what_a_mask_selects_is_chosen_among_activations(keys):
+    """Not among what a second non-linearity makes of them: as where all is done densely."""
+    outputs = []
+    for choice in ("auto", "plain"):
+        config = L2EConfig(
+            late_start_step=2, layers="all", method="deactivate", kernels=choice, **keys
+        )
+        layer = L2ELayer(48, config, name="0", inhibited_layers=1).train()
+        controller = Controller([layer], config)
+        for step in range(4):
+            pre = activations(40, 48, torch.float32).view(4, 10, 48).sub_(2 + step)
+            outputs.append(layer(pre))
+            controller.step()
+    assert not torch.equal(outputs[3], torch.nn.functional.gelu(pre))
+    torch.testing.assert_close(outputs[:4], outputs[4:], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["regularize", "deactivate"])
