@@ -183,8 +183,9 @@ def _observed_otherwise(observe: Callable, variant: Variant) -> str | None:
     One subtraction and one product decide what is selected: it is the same to the bit.
     """
     generator = torch.Generator().manual_seed(0)
-    pre = torch.randn(CHECKED_ROWS, variant.neurons, generator=generator).to(variant.dtype)
-    mean = torch.zeros(variant.neurons)
+    shape, device = (CHECKED_ROWS, variant.neurons), variant.device
+    pre = torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
+    pre, mean = pre.to(variant.dtype), torch.zeros_like(pre[0])
     arguments = KernelArguments(None, variant.method, variant.delta, mean, mean + 1.5)
     found, wanted = mean.new_zeros(2, 3 * len(mean) + 1)
     mine, theirs = observe(pre, arguments, found), kernels.observe(pre, arguments, wanted)

@@ -137,7 +137,8 @@ def of_selected(
     """What `observe` returns, from numbers and deviations z - mean of what is selected; adds to
     `sums` the loss, which the columns' sums leave out."""
     if not found:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=dtype)
+        empty = arguments.mean.new_empty(0)
+        return empty.long(), empty.to(dtype)
     entries, deviations = (torch.cat(parts) for parts in zip(*found, strict=True))
     columns = entries % len(arguments.mean)
     if arguments.method == "deactivate":

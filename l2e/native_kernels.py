@@ -57,7 +57,8 @@ def _columns(
     step = max(1, CALL_ENTRIES // (WIDTH * slice_rows)) * slice_rows
     finds = arguments.method != "none" and threshold is not None
     room = min(step, rows) * (last - first) if finds else 0
-    entries, deviations = torch.empty(room, dtype=torch.int64), torch.empty(room)
+    entries = arguments.mean.new_empty(room, dtype=torch.int64)
+    deviations = arguments.mean.new_empty(room)
     found = []
     for top in range(0, rows, step):
         count = observe_rows(

@@ -67,6 +67,24 @@ def test_sums_of_even_widths_have_the_bits_of_plain(dtype):
     assert torch.equal(native[:-1], plain[:-1])
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_torchs_defaults_play_no_part(default):
+    z = activations(30, 20, torch.float32)
+    arguments = KernelArguments(None, "regularize", 1, z.mean(0), torch.full((20,), 3.0))
+    expected = observe(z, arguments)
+    backends.decide.cache_clear()
+    torch.set_default_dtype(default)
+    torch.set_default_device("meta")
+    try:
+        chosen = backends.choose(L2EConfig(), z.device, z.dtype)
+        found = native_kernels.observe(z, arguments, z.new_zeros(61))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert chosen.name == "native"
+    torch.testing.assert_close(found[1].sort().values, expected[3].sort().values, rtol=0, atol=0)
+
+
 def test_a_threshold_that_is_just_reached_selects():
     z = torch.tensor([[1.0, 2.0, 3.0, float("nan"), float("inf")]])
     arguments = KernelArguments(None, "regularize", 1, torch.zeros(5), torch.full((5,), 4.0))

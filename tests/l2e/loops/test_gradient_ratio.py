@@ -139,3 +139,27 @@ def test_squares_of_two_backward_passes_are_told(recwarn, kernels):
             handle.step()
         told = [str(one.message) for one in recwarn if "second backward pass" in str(one.message)]
         assert bool(told) == (passes == 2), told
+
+
+def test_of_a_masked_batch_the_gradients_of_what_counts_are_compared():
+    """The backward pass of the selected entries alone, and the one over all, find the same."""
+    found = []
+    for kernels in ("auto", "plain"):
+        config = L2EConfig(
+            layers=[3], late_start_step=2, gradient_ratio=RATIO, kernels=kernels, forget_step=3
+        )
+        model = network()
+        handle = l2e.attach(model, "?", config)
+        for x in batches(STEPS, rows=64):
+            handle.mask(torch.arange(64) % 3 > 0)
+            (objective(model, x) + handle.loss()).backward()
+            handle.step()
+        found.append(next(iter(handle.metrics().values()))["weight"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    model = network()
+    handle = l2e.attach(model, "?", config)
+    for x in batches(STEPS, rows=64):
+        (objective(model, x) + handle.loss()).backward()
+        handle.step()
+    unmasked = next(iter(handle.metrics().values()))["weight"]
+    assert found[0] != pytest.approx(unmasked, rel=1e-2)
