@@ -1,9 +1,11 @@
 """The files that install the project: they name what exists, and agree with each other."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import yaml
@@ -58,6 +60,20 @@ def test_every_dependency_is_pinned() -> None:
     for requirement in (entry for group in groups for entry in group):
         name = re.match(r"[\w.-]+", requirement).group()
         assert name == "l2e" or canonical(name) in pins, name
+
+
+def test_what_is_installed_has_every_source_of_the_method(tmp_path) -> None:
+    """Also what is no Python: C that is compiled where it runs."""
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "l2e", tmp_path / "l2e")
+    build = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    installed = set(zipfile.ZipFile(tmp_path / done.stdout.split()[-1]).namelist())
+    sources = [path for path in (ROOT / "l2e").rglob("*") if path.suffix in (".py", ".c")]
+    assert {str(path.relative_to(ROOT)) for path in sources} <= installed
 
 
 def test_the_citation_file_names_the_papers() -> None:
