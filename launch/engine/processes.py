@@ -1,4 +1,4 @@
-"""Which process of which run is this? Found under deepspeed, torchrun, srun, mpirun, or alone."""
+"""Which process of which run is this? Found under deepspeed, torchrun, srun, MPI's, or alone."""
 
 from __future__ import annotations
 
@@ -42,6 +42,29 @@ VARIABLES = {
         "OMPI_COMM_WORLD_LOCAL_SIZE",
         "OMPI_COMM_WORLD_RANK",
     ),
+    "jsrun": Variables(  # IBM's, under LSF
+        "JSM_NAMESPACE_RANK",
+        "JSM_NAMESPACE_SIZE",
+        "JSM_NAMESPACE_LOCAL_RANK",
+        "JSM_NAMESPACE_LOCAL_SIZE",
+        "JSM_NAMESPACE_RANK",
+    ),
+    "horovodrun": Variables(
+        "HOROVOD_RANK",
+        "HOROVOD_SIZE",
+        "HOROVOD_LOCAL_RANK",
+        "HOROVOD_LOCAL_SIZE",
+        "HOROVOD_RANK",
+    ),
+    "mvapich": Variables(
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+        "MV2_COMM_WORLD_RANK",
+    ),
+    # MPICH's, Intel's and Cray's; Flux sets the first two.
+    "mpiexec": Variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "PMI_RANK"),
     "srun": Variables(
         "SLURM_PROCID",
         "SLURM_NTASKS",
@@ -50,6 +73,10 @@ VARIABLES = {
         "SLURM_STEP_ID",
     ),
 }
+# Launchers with names of their own; where several are set they have to agree.
+MPI = ("mpirun", "jsrun", "horovodrun", "mvapich", "mpiexec")
+# What tells that there are other processes, and not how many.
+WITHOUT_SIZE = ("PMIX_RANK", "PALS_RANKID", "ALPS_APP_PE")
 # Slurm numbers the steps that srun makes from 0; above this are a job's script and its shell.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
 SCONTROL_SECONDS = 20.0
@@ -82,8 +109,11 @@ def find(environment: Mapping[str, str] = os.environ) -> Process:
     Raises:
         ValueError: the variables are incomplete or contradict each other.
     """
+    # A blank variable is how job files and containers leave one out.
+    environment = {name: text.strip() for name, text in environment.items() if text.strip()}
     launcher = find_launcher(environment)
     if launcher is None:
+        refuse_without_size(environment)
         return ALONE
     process = from_variables(environment, launcher)
     refuse_contradictions(environment, process)
@@ -98,8 +128,9 @@ def find_launcher(environment: Mapping[str, str]) -> str | None:
             if names.mark in environment or names.local_size in environment:
                 return launcher
         return "environment"
-    if VARIABLES["mpirun"].mark in environment:
-        return "mpirun"
+    for launcher in MPI:
+        if VARIABLES[launcher].mark in environment:
+            return launcher
     if in_srun(environment):
         return "srun"
     return "environment" if environment.get("WORLD_SIZE", "1") != "1" else None
@@ -126,15 +157,35 @@ def from_variables(environment: Mapping[str, str], launcher: str) -> Process:
             f"{names.described(environment)}: the rank must lie in 0..{size - 1}; unset what is "
             "left of an earlier job, or correct the launcher's line"
         )
+    local_rank = 0 if size == 1 else number(environment, names.local_rank)
+    local_size = 1 if size == 1 else tasks_of_node(environment, names.local_size)
+    if not (local_rank or 0) < (local_size or size) <= size:
+        raise ValueError(
+            f"{names.described(environment)}, with {names.local_rank}={local_rank} and "
+            f"{names.local_size}={local_size} within the host: the one must lie below the other, "
+            f"and that be at most {size}; correct them, or unset both"
+        )
     return Process(
         rank=rank,
         world_size=size,
-        local_rank=0 if size == 1 else number(environment, names.local_rank),
-        local_size=1 if size == 1 else tasks_of_node(environment, names.local_size),
+        local_rank=local_rank,
+        local_size=local_size,
         launcher=launcher,
-        address=environment.get("MASTER_ADDR") or first_host(environment, launcher),
-        port=number(environment, "MASTER_PORT") or port_of_job(environment, launcher),
+        address=environment.get("MASTER_ADDR", "").strip("[]") or first_host(environment, launcher),
+        port=port(environment, launcher),
     )
+
+
+def refuse_without_size(environment: Mapping[str, str]) -> None:
+    """Raise ValueError for a process that seems alone and has been told that it is not."""
+    told = [name for name in WITHOUT_SIZE if name in environment]
+    told += [name for name in ("PET_NNODES",) if environment.get(name, "1") != "1"]
+    if told:
+        raise ValueError(
+            f"{told[0]}={environment[told[0]]}, but nothing says how many processes there are and "
+            "which one this is: set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or start the "
+            f"run through torchrun; for a run of one process, unset it (env -u {told[0]} ...)"
+        )
 
 
 def number(environment: Mapping[str, str], name: str) -> int | None:
@@ -169,19 +220,20 @@ def refuse_contradictions(environment: Mapping[str, str], process: Process) -> N
     """Two launchers that number this process differently: only one of them can be right.
 
     torchrun and deepspeed sign what they set; srun or mpirun around them start them, not ranks.
-    mpirun in a Slurm job starts its own daemons by srun, fewer than there are ranks.
+    mpirun and its like start their own daemons in a Slurm job by srun, fewer than there are ranks.
     """
     own = VARIABLES[process.launcher]
     if process.launcher in ("torchrun", "deepspeed") and own.mark in environment:
         return
-    for launcher in ("mpirun", "srun"):
+    for launcher in (*MPI, "srun"):
         other = VARIABLES[launcher]
         if launcher == process.launcher or other.rank not in environment:
             continue
         if launcher == "srun" and not in_srun(environment):
             continue
         rank, size = number(environment, other.rank), number(environment, other.world_size)
-        daemons = process.launcher == "mpirun" and (size or 0) < process.world_size
+        by_mpi = launcher == "srun" and process.launcher in MPI
+        daemons = by_mpi and (size or 0) < process.world_size
         if not daemons and (rank, size) != (process.rank, process.world_size):
             raise ValueError(
                 f"two launchers number this process: {own.described(environment)}, but "
@@ -192,21 +244,20 @@ def refuse_contradictions(environment: Mapping[str, str], process: Process) -> N
 
 def first_host(environment: Mapping[str, str], launcher: str) -> str:
     """The host of rank 0, where MASTER_ADDR doesn't name it."""
-    if launcher == "mpirun":
-        # The address of mpirun itself, on whose host the first rank runs.
-        uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
-        local = environment.get(VARIABLES["mpirun"].local_size)
-        if local == environment.get(VARIABLES["mpirun"].world_size) or ";" not in uri:
-            return "localhost"
-        return urlparse(uri.split(";")[1]).hostname or "localhost"
+    names = VARIABLES[launcher]
+    if launcher in MPI and environment.get(names.local_size) == environment[names.world_size]:
+        return "localhost"
+    # The address of OpenMPI's mpirun itself, on whose host the first rank runs.
+    uri = environment.get("OMPI_MCA_orte_hnp_uri", "").split(";")
+    if launcher == "mpirun" and len(uri) > 1 and (host := urlparse(uri[1]).hostname):
+        return host
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     if nodes:
         return expand_first(nodes)
-    size = environment.get(VARIABLES[launcher].world_size)
-    if size != "1":
+    if environment[names.world_size] != "1":
         raise ValueError(
-            f"MASTER_ADDR is not set, but {VARIABLES[launcher].described(environment)}: set it to "
-            "the host of rank 0"
+            f"MASTER_ADDR is not set, but {names.described(environment)}: set it to the host of "
+            "rank 0"
         )
     return "localhost"
 
@@ -233,9 +284,14 @@ def expand_first(nodes: str) -> str:
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
-def port_of_job(environment: Mapping[str, str], launcher: str) -> int:
-    """A port that all ranks of a job agree on and that two jobs of one node seldom share."""
-    if launcher not in ("srun", "mpirun") and environment.get("WORLD_SIZE") != "1":
+def port(environment: Mapping[str, str], launcher: str) -> int:
+    """MASTER_PORT, or one that all ranks of a job agree on and two jobs of a node seldom share."""
+    given = number(environment, "MASTER_PORT")
+    if given is not None:
+        if not 0 < given < 2**16:
+            raise ValueError(f"MASTER_PORT={given} is no port: they go from 1 to {2**16 - 1}")
+        return given
+    if launcher not in (*MPI, "srun") and environment.get("WORLD_SIZE") != "1":
         raise ValueError(
             f"MASTER_PORT is not set, but {VARIABLES[launcher].described(environment)}: set it to "
             "a free port of the host of rank 0, the same for all ranks"

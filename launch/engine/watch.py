@@ -26,6 +26,7 @@ from typing import Any
 
 from l2e.mapped import explain_bus_errors
 from launch.engine.joining import Joined, first_line, ranges
+from launch.engine.processes import MPI
 from launch.engine.signals import StopRequest, leave, status_of
 
 BEAT = 1.0  # seconds between two signs of life
@@ -416,7 +417,7 @@ def find_launchers(launcher: str) -> list[Callable[[], bool]]:
     A process whose parent dies gets another one. deepspeed starts a launcher on each node, which
     outlives it. A shell is no launcher: `nohup ... &` goes on when its terminal is closed.
     """
-    if launcher not in ("torchrun", "deepspeed", "mpirun", "srun"):
+    if launcher not in ("torchrun", "deepspeed", *MPI, "srun"):
         return []
     parent = os.getppid()
     found: list[Callable[[], bool]] = [lambda: os.getppid() != parent]

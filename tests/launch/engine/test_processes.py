@@ -80,6 +80,7 @@ def test_four_variables_are_enough() -> None:
 STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_NODELIST": "a"}
 MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
 PLACE = {"MASTER_ADDR": "head", "MASTER_PORT": "29400"}
+FOUR = {"RANK": "1", "WORLD_SIZE": "4", **PLACE}
 
 
 @pytest.mark.parametrize(
@@ -97,12 +98,66 @@ PLACE = {"MASTER_ADDR": "head", "MASTER_PORT": "29400"}
         ({"RANK": "0", "WORLD_SIZE": "2", **PLACE, **MPI}, ["RANK=0", "OMPI_COMM_WORLD_RANK=1"]),
         ({**MPI, **STEP, "SLURM_PROCID": "2", **PLACE}, ["RANK=1", "SLURM_PROCID=2"]),
         ({**STEP, "SLURM_NTASKS": "1"}, ["SLURM_PROCID=1 and SLURM_NTASKS=1"]),
+        ({"RANK": "-1", "WORLD_SIZE": "4", **PLACE}, ["RANK=-1", "whole number"]),
+        ({"RANK": " ", "WORLD_SIZE": "4", **PLACE}, ["RANK is not set", "WORLD_SIZE=4"]),
+        ({"RANK": "1", "WORLD_SIZE": "4", **PLACE, "MASTER_PORT": "70000"}, ["70000", "65535"]),
+        ({"RANK": "1", "WORLD_SIZE": "4", **PLACE, "MASTER_PORT": "0"}, ["MASTER_PORT=0"]),
+        ({**MPI, **PLACE, "OMPI_COMM_WORLD_LOCAL_RANK": "4"}, ["OMPI_COMM_WORLD_LOCAL_RANK=4"]),
+        ({**FOUR, "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, ["LOCAL_RANK=2", "LOCAL_WORLD_SI"]),
+        ({**FOUR, "LOCAL_WORLD_SIZE": "8"}, ["LOCAL_WORLD_SIZE=8", "at most 4"]),
+        # Two launchers of MPI's kind, one of them a daemon's or stale
+        ({**MPI, **PLACE, "PMI_RANK": "0", "PMI_SIZE": "2"}, ["_RANK=1", "PMI_RANK=0"]),
+        ({**FOUR, "HOROVOD_RANK": "1", "HOROVOD_SIZE": "2"}, ["RANK=1", "HOROVOD_SIZE=2"]),
+        # One host's daemon doesn't know where the first rank is; OpenMPI 5 doesn't tell.
+        ({**MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, ["MASTER_ADDR is not set", "_RANK=1"]),
+        # Others there are, and not how many
+        ({"PMIX_RANK": "1"}, ["PMIX_RANK=1", "how many", "torchrun"]),
+        ({"PALS_RANKID": "0"}, ["PALS_RANKID=0"]),
+        ({"PET_NNODES": "4", "PET_NODE_RANK": "1"}, ["PET_NNODES=4", "torchrun"]),
     ],
 )
 def test_contradictions_are_refused_with_both_values(environment: dict, told: list[str]) -> None:
     with pytest.raises(ValueError) as refusal:
         find(environment)
     assert all(words in str(refusal.value) for words in told), str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "names"),
+    [
+        ("mpiexec", "PMI_RANK PMI_SIZE MPI_LOCALRANKID MPI_LOCALNRANKS"),
+        ("mvapich", " ".join(f"MV2_COMM_WORLD_{n}" for n in ("RANK", "SIZE", "LOCAL_RANK"))),
+        ("jsrun", " ".join(f"JSM_NAMESPACE_{n}" for n in ("RANK", "SIZE", "LOCAL_RANK"))),
+        ("horovodrun", "HOROVOD_RANK HOROVOD_SIZE HOROVOD_LOCAL_RANK HOROVOD_LOCAL_SIZE"),
+    ],
+)
+def test_other_mpi_launchers(launcher: str, names: str) -> None:
+    """By the names in their manuals: MPICH's and Intel's, MVAPICH2's, LSF's, Horovod's."""
+    told = dict(zip(names.split(), ("3", "4", "1", "2"), strict=False))
+    process = find({**told, **PLACE})
+    assert (process.launcher, process.rank, process.world_size) == (launcher, 3, 4)
+    assert process.local_rank == 1
+    # Its daemons by srun, one a node; one of Slurm's own, that sets both, agrees.
+    daemon = {**STEP, "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[4-5]"}
+    assert (find({**told, **daemon}).rank, find({**told, **daemon}).address) == (3, "n4")
+    same = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "n[4-5]"}
+    assert find({**told, **STEP, **same}).rank == 3
+    one_host = dict(zip(names.split(), ("3", "4", "3", "4"), strict=False))
+    if len(one_host) == 4:
+        assert find(one_host).address == "localhost"
+
+
+def test_blank_variables_are_none_that_is_set() -> None:
+    """As a container's settings leave them out; spaces around a number are no part of it."""
+    blank = {"RANK": "", "WORLD_SIZE": " ", "LOCAL_RANK": "", "OMPI_COMM_WORLD_RANK": ""}
+    assert find({**blank, "PET_NNODES": "1"}).launcher == "alone"
+    assert find({**STEP, **blank, **PLACE}).launcher == "srun"
+    assert find({**FOUR, "RANK": " 1\n", "LOCAL_RANK": ""}).rank == 1
+
+
+def test_an_ipv6_address() -> None:
+    assert find({**FOUR, "MASTER_ADDR": "[fd00::2]"}).address == "fd00::2"
+    assert find({**FOUR, "MASTER_ADDR": "fd00::2"}).address == "fd00::2"
 
 
 def test_launchers_inside_launchers() -> None:
