@@ -7,8 +7,10 @@ import json
 import os
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -20,6 +22,8 @@ from launch.engine.processes import Process
 
 FIRST_NOTICE, NEXT_NOTICES = 20.0, 60.0  # seconds
 LONGEST_PAUSE = 1.0  # between two looks, seconds
+ANSWER = 0.5  # for one of a store, before another look at the clock, seconds
+LOOPBACK = "127.0.0.1"
 EVERYONE = "everyone"
 T = TypeVar("T")
 say_now = partial(print, flush=True)
@@ -101,14 +105,14 @@ def connect(process: Process, notices: Notices) -> dist.Store:
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if process.rank == 0 and not agents:
         try:
+            # It listens at all addresses. MASTER_ADDR may lead here from other hosts alone.
             return dist.TCPStore(
-                process.address, process.port, None, is_master=True, wait_for_workers=False
+                LOOPBACK, process.port, None, is_master=True, wait_for_workers=False
             )
         except (RuntimeError, OSError) as error:
             raise ValueError(
-                f"the first rank cannot listen at {process.address}:{process.port} "
-                f"({first_line(error)}): set MASTER_ADDR to a name of this host "
-                f"({socket.gethostname()}) and MASTER_PORT to a port that nothing else uses"
+                f"the first rank cannot listen at port {process.port} of {socket.gethostname()} "
+                f"({first_line(error)}): set MASTER_PORT to a port that nothing else uses"
             ) from None
     problem = ""
 
@@ -118,15 +122,37 @@ def connect(process: Process, notices: Notices) -> dist.Store:
             f"{process.address}:{process.port} ({problem})"
         )
 
+    answer: Future[dist.Store] | None = None
     attempt = 0
     while True:
         try:  # torch's own attempts end in pages of warnings
-            socket.create_connection((process.address, process.port), timeout=5).close()
-            return dist.TCPStore(process.address, process.port, None, is_master=False)
-        except (OSError, RuntimeError) as error:
-            problem = first_line(error)
+            if answer is None:
+                socket.create_connection((process.address, process.port), timeout=5).close()
+                answer = in_thread(
+                    partial(dist.TCPStore, process.address, process.port, None, is_master=False)
+                )
+                problem = "what listens there does not answer as a rank does"
+            return answer.result(timeout=ANSWER)
+        except (OSError, RuntimeError) as error:  # also that there is no answer yet
+            if answer is None or answer.done():
+                problem, answer = first_line(error), None
         notices.pause(message, lambda: not process.local_rank, attempt)
         attempt += 1
+
+
+def in_thread(work: Callable[[], T]) -> Future[T]:
+    """What `work` will have done, in a thread that ends with the process at the latest: another
+    program may listen at MASTER_PORT, and torch waits for its answer for ever."""
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except Exception as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="store", daemon=True).start()
+    return result
 
 
 def first_line(error: BaseException) -> str:

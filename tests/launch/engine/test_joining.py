@@ -1,5 +1,7 @@
 """Ranks that find each other: real stores, one thread a rank."""
 
+import contextlib
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +57,39 @@ def test_who_is_awaited_is_said_and_ends(monkeypatch: pytest.MonkeyPatch) -> Non
     errors, said = ranks([1], 2, seconds=1)
     assert "waits for the first rank at localhost" in said[0]
     assert "refused" in errors[0]
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.0 400 Bad Request\r\n\r\n" + b"no" * 50])
+def test_another_program_at_the_first_ranks_port(answer, monkeypatch) -> None:
+    """One that says nothing, and one that says something else; torch would wait without end."""
+    monkeypatch.setattr(joining, "FIRST_NOTICE", 0.3)
+    other, connections = socket.create_server(("127.0.0.1", 0)), []
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connections.append(other.accept()[0])
+                connections[-1].sendall(answer)
+
+    threading.Thread(target=serve, daemon=True).start()
+    monkeypatch.setattr(
+        "tests.launch.engine.test_joining.free_port", lambda: other.getsockname()[1]
+    )
+    errors, said = ranks([0, 1], 2, seconds=2)
+    other.close()
+    assert "cannot listen at port" in errors[0]
+    assert "what listens there does not answer as a rank does" in said[0]
+    assert "parallel.join_timeout" in errors[1]
+
+
+def test_the_first_rank_need_not_be_reached_by_its_own_name() -> None:
+    """A service of Kubernetes, for example, that leads to it from other pods alone."""
+    process = find({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x.invalid", "MASTER_PORT": "1"})
+    port = free_port()
+    first = joining.connect(replace(process, port=port), joining.Notices(5, print))
+    other = replace(process, rank=1, address="127.0.0.1", port=port)
+    joining.connect(other, joining.Notices(5, print)).set("hello", "there")
+    assert first.get("hello") == b"there"
 
 
 def test_a_rank_that_is_there_twice() -> None:
