@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from launch import cli
 
+NAME = 40  # characters of a configuration's name; a pod's, with more to it, may have 63
 RESTARTS = 20  # of one job, after failures; stops for time limits and preemptions don't count
 
 
@@ -40,6 +42,7 @@ class Task:
 def main(arguments: list[str]) -> None:
     """Read the command line, check the runs, and print their job file."""
     options = parser().parse_args(arguments)
+    refuse_unused(options)
     tasks = make_tasks(options.config, options.set, options.array, options.run_dir)
     check(options.config, tasks, options.nodes * options.gpus_per_node)
     text = WRITERS[options.scheduler](options, tasks)
@@ -66,13 +69,36 @@ def parser() -> argparse.ArgumentParser:
         help="one run for each value, and for each combination where several keys are given",
     )
     cli.add_run_folder(result)
-    result.add_argument("--time", default="24:00:00", help="time limit (default: %(default)s)")
+    result.add_argument("--time", type=time_limit, help="slurm: time limit (default: 24:00:00)")
+    result.add_argument("--image", type=image, help="kubernetes: container (default: l2e:0.1.0)")
     result.add_argument(
-        "--image", default="l2e:0.1.0", help="of a container (default: %(default)s)"
+        "--hosts",
+        type=cli.named,
+        help="hostfile: names, a comma between them (default: node-1,node-2,...)",
     )
-    result.add_argument("--hosts", help="names, a comma between them (default: node-1,node-2,...)")
     result.add_argument("--output", type=cli.path, metavar="FILE", help="default: print it")
     return result
+
+
+def time_limit(text: str) -> str:
+    """An argparse type: a time as Slurm writes it."""
+    if not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|(?i:unlimited)", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: write hours:minutes:seconds, or days-hours")
+    return text
+
+
+def image(text: str) -> str:
+    """An argparse type: a container's image, as registry/name:tag."""
+    if not re.fullmatch(r"\w[\w./:@-]*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of an image, as registry/name:tag")
+    return text
+
+
+def refuse_unused(options: argparse.Namespace) -> None:
+    """Raise ValueError for an option that the scheduler's file has no place for."""
+    for name, scheduler in (("time", "slurm"), ("image", "kubernetes"), ("hosts", "hostfile")):
+        if getattr(options, name) is not None and options.scheduler != scheduler:
+            raise ValueError(f"--{name} is for --scheduler {scheduler}: leave it out")
 
 
 def make_tasks(
@@ -86,10 +112,13 @@ def make_tasks(
     base = str(folder or Path("runs") / Path(config).stem)
     axes = []
     for axis in array:
-        key, equals, values = axis.partition("=")
-        if not key or not equals or not all(values.split(",")):
+        key, equals, text = axis.partition("=")
+        values = at_commas(text)
+        if not key or not equals or not all(map(str.strip, values)):
             raise ValueError(f"--array {axis}: give KEY=VALUE,VALUE,... such as train.seed=1,2,3")
-        axes.append([f"{key}={value}" for value in values.split(",")])
+        if any(others[0].startswith(f"{key}=") for others in axes):
+            raise ValueError(f"--array: {key} is there twice; write --array {key}=VALUE,VALUE,...")
+        axes.append([f"{key}={value}" for value in values])
     if not axes:
         return [Task(base, settings)]
     tasks = []
@@ -99,6 +128,19 @@ def make_tasks(
     if len({task.folder for task in tasks}) != len(tasks):
         raise ValueError(f"--array {' '.join(array)}: two tasks would write into the same folder")
     return tasks
+
+
+def at_commas(text: str) -> list[str]:
+    """The values between commas; those within brackets or quotes belong to one value."""
+    parts, depth, quoted = [""], 0, False
+    for character in text:
+        quoted ^= character == '"'
+        depth += (character in "[{") - (character in "]}") if not quoted else 0
+        if character == "," and depth == 0 and not quoted:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def check(config: str, tasks: list[Task], ranks: int) -> None:
@@ -121,14 +163,14 @@ def slurm(
     program: what trains a task's run, given pretrain.py's arguments.
     """
     array = len(tasks) > 1
-    name = Path(options.config).stem
+    name = re.sub(r"[^\w.-]+", "-", Path(options.config).stem)  # which sbatch would split
     header = {
         "job-name": f"l2e-{name}",
         "nodes": options.nodes,
         "ntasks-per-node": options.gpus_per_node,
         "gpus-per-node": options.gpus_per_node,
         "cpus-per-task": 8,
-        "time": options.time,
+        "time": options.time or "24:00:00",
         "signal": "USR1@120",
         "output": "%x-%A_%a.log" if array else "%x-%j.log",
         "open-mode": "append",
@@ -193,10 +235,9 @@ def kubernetes(options: argparse.Namespace, tasks: list[Task]) -> str:
     """For each run an Indexed Job, one pod a node, and the service by which the pods meet."""
     parts = []
     for number, task in enumerate(tasks):
-        stem = re.sub(r"[^a-z0-9]+", "-", Path(options.config).stem.lower()).strip("-")
-        name = f"l2e-{stem}" + (f"-{number}" if len(tasks) > 1 else "")
-        folder = f"/runs/{task.folder.removeprefix('runs/')}"
-        arguments = Task(folder, task.settings).arguments(options.config)
+        stem = re.sub(r"[^a-z0-9]+", "-", Path(options.config).stem.lower())[:NAME].strip("-")
+        name = "-".join(filter(None, ("l2e", stem, str(number) if len(tasks) > 1 else "")))
+        arguments = Task(on_volume(task.folder), task.settings).arguments(options.config)
         command = [
             "torchrun",
             f"--nnodes={options.nodes}",
@@ -205,19 +246,27 @@ def kubernetes(options: argparse.Namespace, tasks: list[Task]) -> str:
             f"--master-addr={name}-0.{name}",
             "--master-port=29400",
             "launch/pretrain.py",
-            *arguments,
+            *(word.replace("$(", "$$(") for word in arguments),  # no variable of the pod
         ]
         parts.append(
             KUBERNETES.format(
                 name=name,
                 nodes=options.nodes,
                 gpus=options.gpus_per_node,
-                image=options.image,
+                image=options.image or "l2e:0.1.0",
                 command="\n".join(f"            - {json.dumps(word)}" for word in command),
                 restarts=RESTARTS * options.nodes,
             )
         )
     return "---\n".join(parts)
+
+
+def on_volume(folder: str) -> str:
+    """Where a run's folder lies in the pods, which share /runs alone. Raises ValueError."""
+    path = os.path.normpath(os.path.join("/runs", folder.removeprefix("runs/")))
+    if not path.startswith("/runs/"):
+        raise ValueError(f"--run-dir {folder}: in the pods only /runs stays; name a folder in it")
+    return path
 
 
 KUBERNETES = """# Written by plan.py job. Submit it with: kubectl apply -f THIS_FILE
@@ -276,8 +325,13 @@ def hostfile(options: argparse.Namespace, tasks: list[Task]) -> str:
     Raises:
         ValueError: the hosts are not as many as the nodes, or there are several runs.
     """
-    names = options.hosts.split(",") if options.hosts else None
-    hosts = names or [f"node-{number + 1}" for number in range(options.nodes)]
+    hosts = [f"node-{number + 1}" for number in range(options.nodes)]
+    if options.hosts:
+        hosts = [host.strip() for host in options.hosts.split(",")]
+    wrong = [host for host in hosts if not re.fullmatch(r"[\w.:-]+", host, re.ASCII)]
+    if wrong or len(set(hosts)) < len(hosts):
+        reason = f"{wrong[0]!r} is no host's name" if wrong else "a host is there twice"
+        raise ValueError(f"--hosts {options.hosts}: {reason}; write each by its name, once")
     if len(hosts) != options.nodes:
         raise ValueError(
             f"--hosts {options.hosts}: {len(hosts)} hosts, but --nodes {options.nodes}"

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -124,6 +125,69 @@ def refuse_unknown(value, kind: str, client) -> None:
             refuse_unknown(inner, model.openapi_types[keys[key]], client)
     elif kind in ("int", "str", "bool"):
         assert type(value).__name__ == kind, f"{value} is no {kind}"
+
+
+ODD = 'it\'s my "best" config $HOME, (n°1)'
+
+
+def odd(tmp_path: Path, *arguments: str) -> Path:
+    """A job of a configuration, in a folder, with a name that shells and YAML take apart."""
+    folder = tmp_path / ODD
+    folder.mkdir()
+    config = shutil.copy(ROOT / "configs" / "demo.json", folder / f"{ODD}.json")
+    jobs.main(["--config", str(config), "--gpus-per-node", "2", *arguments,
+               "--output", str(tmp_path / "job")])  # fmt: skip
+    return tmp_path / "job"
+
+
+def test_odd_names_reach_the_trainer_as_they_are(tmp_path: Path) -> None:
+    array = ["--array", "l2e.layers=[0, 1],mid2", 'data.path={"a,b": 1},builtin']
+    config = f"{tmp_path}/{ODD}/{ODD}.json"
+    with pytest.raises(ValueError, match=r"a,b\.bin"):  # each value is whole
+        odd(tmp_path, "--scheduler", "slurm", *array)
+    shutil.rmtree(tmp_path / ODD)
+    script = odd(tmp_path, "--scheduler", "slurm", *array[:2], "--run-dir", f"runs/{ODD}")
+    subprocess.run(["bash", "-n", script], check=True)
+    header = re.findall(r"^#SBATCH (.*)$", script.read_text(), re.MULTILINE)
+    assert all(len(shlex.split(line)) == 1 for line in header), header
+    words = run_script(script, tmp_path, 0, SLURM_ARRAY_TASK_ID="0").stdout.splitlines()
+    assert words[words.index("--config") + 1] == config
+    assert words[words.index("--run-dir") + 1].startswith(f"runs/{ODD}/l2e.layers=")
+    assert words[words.index("--set") + 1] == "l2e.layers=[0, 1]"
+
+
+def test_odd_names_in_a_kubernetes_job(tmp_path: Path) -> None:
+    job = odd(tmp_path, "--scheduler", "kubernetes", "--set", "logging.interval=7",
+              "--run-dir", "/runs/a/../$(x) b")  # fmt: skip
+    service, spec = yaml.safe_load_all(job.read_text())
+    for one in (service, spec):
+        assert re.fullmatch(r"[a-z]([a-z0-9-]{0,55}[a-z0-9])?", one["metadata"]["name"])
+    command = spec["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert command[command.index("--config") + 1] == f"{tmp_path}/{ODD}/{ODD}.json"
+    assert command[command.index("--run-dir") + 1] == "/runs/$$(x) b"  # $(x) to the trainer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("slurm --array train.seed=1,2 train.seed=3", "train.seed is there twice"),
+        ("slurm --array train.seed=1, ", "KEY=VALUE,VALUE"),
+        ("slurm --hosts a", "--hosts is for --scheduler hostfile"),
+        ("hostfile --time 1:00", "--time is for --scheduler slurm"),
+        ("hostfile --hosts a,a --nodes 2", "a host is there twice"),
+        ("hostfile --hosts a,,b,c --nodes 4", "'' is no host's name"),
+        ("hostfile --hosts n[1-2] --nodes 2", "is no host's name"),
+        ("kubernetes --run-dir /data/run", "only /runs stays"),
+        ("kubernetes --run-dir ../run", "only /runs stays"),
+        ("slurm --time 1day", "hours:minutes:seconds"),
+        ("kubernetes --image l2e:a;b", "no name of an image"),
+        ("slurm --nodes 0", "1 to 100000 is meant"),
+    ],
+)
+def test_what_a_job_would_pass_over_is_refused(tmp_path, capsys, arguments, told) -> None:
+    with pytest.raises((ValueError, SystemExit)) as refused:
+        written(tmp_path, "--scheduler", *arguments.split())
+    assert told in str(refused.value) + capsys.readouterr().err
 
 
 def test_what_cannot_be_a_job_is_refused(tmp_path: Path) -> None:
