@@ -58,14 +58,29 @@ class Lock:
                 flush=True,
             )
             return True
+        return self.is_there()
+
+    def is_there(self) -> bool:
+        """Whether the file that bears the name is this lock's: it may have been moved away."""
         try:
             return os.path.samestat(os.fstat(self._file), os.lstat(self.path))
         except FileNotFoundError:
             return False
 
+    def keep(self) -> None:
+        """Lock the file that bears the name now, if that is another one.
+
+        Raises as a new lock does: `Held` where another process has it.
+        """
+        if not self.is_there():
+            other = Lock(self.path)
+            os.close(self._file)
+            self._file = other._file
+
     def release(self) -> None:
         """Take the file away and let the next one in."""
-        self.path.unlink(missing_ok=True)
+        if self.is_there():
+            self.path.unlink()
         os.close(self._file)
 
     def __enter__(self) -> Self:

@@ -136,8 +136,8 @@ def start(config: Config, folder: Path, options: argparse.Namespace, process: Pr
     joined = joining.join(process, timedelta(seconds=config.parallel.join_timeout))
     with Watch(joined, STOP, config.parallel.step_timeout, folder) as watch:
         paths = joining.first_of_host(joined, "data", lambda: data.fetch(config, folder))
-        run = Run(config, folder, joined.process, profiler, watch)
-        with process_group(joined.process, joined), claimed(folder):
+        with process_group(joined.process, joined), claimed(folder) as claim:
+            run = Run(config, folder, joined.process, profiler, watch, claim)
             # Inside the group, so that the ranks share the hashing of a checkpoint's files.
             found = checkpoint.find_resumable(folder, resume)
             if found is None and resume == "auto":

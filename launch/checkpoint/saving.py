@@ -222,8 +222,13 @@ class Saver:
         directory: Path,
         tokenizer: Path | None,
         say: Callable[[str], None],
+        ready: Callable[[], object] = bool,
     ):
-        """`say` prints a line of the run's first rank. All ranks build it together."""
+        """`say` prints a line of the run's first rank. All ranks build it together.
+
+        ready: called by all ranks before each save; raises where there must be none.
+        """
+        self.ready = ready
         self.engine, self.directory, self.tokenizer, self.say = engine, directory, tokenizer, say
         settings = engine.config.checkpoint
         wanted = settings.background
@@ -248,6 +253,9 @@ class Saver:
         self.wait()
         step, self.must = state["step"], must
         try:
+            raise_on_all_ranks(
+                self.ready, lambda error: folders.cannot_write(self.directory, error)
+            )
             snapshot = Snapshot(
                 self.engine, self.directory, state, self.tokenizer, self.background, self.group
             )

@@ -112,7 +112,10 @@ class Profiler:
         yield
         if self.running is not None and number == self.steps[-1]:
             self.running.stop()
-            self.write(self.running)
+            try:
+                self.write(self.running)
+            except (OSError, RuntimeError) as error:  # the latter torch's
+                say(f"--profile: {self.folder} cannot be written ({error}); training goes on")
             self.running = None
 
     def write(self, recorded: profile) -> None:

@@ -10,14 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch.distributed as dist
-
 from data.files import read_json, sync, write_text
-from data.lock import Held, Lock
 from launch.checkpoint import folders
 from launch.checkpoint.canonical import raise_on_all_ranks
 from launch.comparison.runs import record_of
-from launch.training.run import Run
+from launch.training.run import Claim, Run
 
 CONFIG, MANIFEST, METRICS, FINISHED = "config.json", "manifest.json", "metrics.jsonl", "finished"
 CHECKPOINTS, RESULTS, SET_ASIDE = "checkpoints", "results", "set_aside"
@@ -73,32 +70,19 @@ def is_own(folder: Path, checkpoint: str | Path | None) -> bool:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path) -> Iterator[Claim]:
     """The folder is this process group's alone for the length of the block; all ranks call it.
 
     Raises:
         ValueError: on every rank, where another process has it or it cannot be written.
     """
-    lock: list[Lock] = []
-
-    def take() -> None:
-        if dist.get_rank() != 0:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.append(Lock(folder / "lock"))
-        except Held as held:
-            raise ValueError(
-                f"--run-dir {folder}: {held} is training in this folder; end it, or give another "
-                "folder"
-            ) from None
-
-    raise_on_all_ranks(take, lambda error: cannot_write(folder, error))
+    claim = Claim(folder)
+    raise_on_all_ranks(claim.take, lambda error: cannot_write(folder, error))
     try:
-        yield
+        yield claim
     finally:
-        for own in lock:
-            own.release()
+        if claim.lock is not None:
+            claim.lock.release()
 
 
 def refuse_lost_beginning(folder: Path, say: Callable[[str], None]) -> None:

@@ -45,8 +45,8 @@ class MetricsFile:
         Raises:
             OSError: nothing of it was written.
         """
-        if not self.path.exists():
-            raise FileNotFoundError(f"{self.path} is gone")
+        if not os.path.samestat(os.fstat(self.file.fileno()), self.path.stat()):
+            raise FileNotFoundError(f"{self.path} is another file now")
         line, before = (json.dumps(as_json(record)) + "\n").encode(), self.file.tell()
         written = self.file.write(line)
         if written != len(line):

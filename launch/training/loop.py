@@ -151,7 +151,7 @@ def fit(
     with (
         closing(Recorder(run, engine, data, start, last)) as recorder,
         checkpoint.Saver(
-            engine, run.folder / "checkpoints", data.paths.tokenizer, run.say
+            engine, run.folder / "checkpoints", data.paths.tokenizer, run.say, run.claim.take
         ) as saver,
     ):
 
@@ -218,7 +218,10 @@ def mark_finished(run: Run, step: int) -> None:
     """After the last step: batch jobs look for the mark before they requeue."""
     mark = run.folder / folder.FINISHED
     if step >= run.config.train.steps and run.process.is_first and not mark.exists():
-        mark.touch()
+        try:
+            mark.touch()
+        except OSError as error:  # all is saved: the same command finds nothing left to do
+            run.say(f"{mark} cannot be written ({error}); a batch job will be queued once more")
 
 
 def look_at_model(
@@ -315,8 +318,11 @@ def score_tasks(run: Run, engine: Engine, data: Corpus, step: int) -> dict[str, 
     with uncompiled():
         report = scores.evaluate(asked, selection, wanted.shots, wanted.task_limit)
     if run.process.is_first:
-        path = run.folder / folder.RESULTS / f"evaluate_{wanted.shots}shot_step_{step:07d}.json"
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, report | {"step": step})
         run.say(f"scores after step {step}\n{scores.table(report)}")
+        path = run.folder / folder.RESULTS / f"evaluate_{wanted.shots}shot_step_{step:07d}.json"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, report | {"step": step})
+        except OSError as error:  # hours of scoring, and the scores alone are in the log as well
+            run.say(f"{path} cannot be written ({error}): training goes on without it")
     return report["results"]

@@ -48,14 +48,17 @@ class Recorder:
         self.spikes = Spikes(config, self.describe_batch, run.say)
         self.data = data
         if run.process.is_first:
-            metrics = partial(MetricsFile, run.folder / METRICS)
-            self.file = Unfailing(METRICS, metrics, run.say)
+            self.file = Unfailing(METRICS, self.open_metrics, run.say)
             self.progress = Progress(
                 total=last, initial=start.step, desc="training", unit="steps", delay=0
             )
             if config.logging.tensorboard:
                 board = partial(TensorBoard, run.folder / "tensorboard", start.step)
                 self.board = Unfailing("tensorboard", board, run.say)
+
+    def open_metrics(self) -> MetricsFile:
+        self.run.claim.keep()  # or the lines of two runs would mix
+        return MetricsFile(self.run.folder / METRICS)
 
     def describe_batch(self, step: int) -> str:
         """The samples of a step, and the shares of the subsets that they are from."""

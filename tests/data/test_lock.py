@@ -40,6 +40,28 @@ def test_the_dead_hold_nothing(tmp_path):
         assert str(os.getpid()) in path.read_text()
 
 
+def test_a_lock_whose_folder_was_moved_takes_no_others_away(tmp_path):
+    path = tmp_path / "run" / "lock"
+    path.parent.mkdir()
+    first = Lock(path)
+    path.parent.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError):
+        first.keep()
+    path.parent.mkdir()
+    first.keep()  # anew, where the name leads now
+    with pytest.raises(Held):
+        Lock(path)
+    path.parent.rename(tmp_path / "moved again")
+    path.parent.mkdir()
+    with Lock(path):
+        with pytest.raises(Held, match=f"process {os.getpid()}"):
+            first.keep()
+        first.release()
+        with pytest.raises(Held):
+            Lock(path)
+    assert (tmp_path / "moved again" / "lock").exists()
+
+
 @pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "folder", "pipe"])
 def test_nothing_but_a_file_of_its_own_is_taken(tmp_path, kind):
     other, path = tmp_path / "other", tmp_path / "lock"

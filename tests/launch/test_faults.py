@@ -3,6 +3,7 @@
 One kill and one hang are in `make test`; the rest takes minutes (`make test-cluster`).
 """
 
+import ctypes
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from data.lock import Lock
 from tests.launch import fleet
 from tests.launch.fleet import ranks, started, wait_for, wait_for_end, wait_for_step, words
 from tests.launch.models import byte_tokenizer, write_sciq
@@ -275,3 +277,29 @@ def test_data_that_is_cut_short_while_a_run_reads_it(tmp_path: Path) -> None:
         for member in members:
             assert member.process.returncode in (1, 2)
             assert f"step_{fleet.newest(run):07d}" in member.last_line(), member.output()
+
+
+def test_a_run_whose_folder_is_taken_from_it(config: Path, tmp_path: Path) -> None:
+    """Moved away, it goes on in one made anew; another run's in its place is left alone."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    with started(log, sys.executable, fleet.VERB, "--config", config, "--run-dir", run) as member:
+        wait_for_step(run, 3, member)
+        run.rename(tmp_path / "moved")
+        wait_for(lambda: (run / "checkpoints" / "latest").exists() and fleet.steps(run), member)
+        other = tmp_path / "other"
+        other.mkdir()
+        with Lock(other / "lock"):
+            swap(other, run)
+            member.process.send_signal(signal.SIGTERM)
+            wait_for_end([member], 60)
+            assert member.process.returncode == 2
+            assert f"process {os.getpid()} on {HOST}" in member.last_line()
+            assert [path.name for path in run.iterdir()] == ["lock"]
+
+
+def swap(one: Path, other: Path) -> None:
+    """Exchange two folders' names in one step, as two renames would not."""
+    exchange, here = 2, -100  # RENAME_EXCHANGE, AT_FDCWD
+    library = ctypes.CDLL(None, use_errno=True)
+    paths = os.fsencode(one), os.fsencode(other)
+    assert library.renameat2(here, paths[0], here, paths[1], exchange) == 0, ctypes.get_errno()

@@ -67,6 +67,11 @@ def test_a_folder_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "elsewhere").rename(path.parent)
     log.write(methodcaller("write", {"step": 4}))
     assert steps(path) == [1, 2, 3, 4]
+    path.rename(tmp_path / "of before")
+    path.write_text('{"step": 0}\n')  # another file under its name: the lines belong there
+    log.write(methodcaller("write", {"step": 5}))
+    log.write(methodcaller("write", {"step": 6}))
+    assert steps(path) == [0, 5, 6]
 
 
 def test_tensorboard_whose_folder_cannot_be_made(tmp_path: Path) -> None:
