@@ -110,7 +110,7 @@ def make_tasks(
         ValueError: an array's key has no values.
     """
     base = str(folder or Path("runs") / Path(config).stem)
-    axes = []
+    axes: list[list[str]] = []
     for axis in array:
         key, equals, text = axis.partition("=")
         values = at_commas(text)
