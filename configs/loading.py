@@ -184,7 +184,7 @@ def validate(raw: dict[str, Any]) -> tuple[Config, list[Problem]]:
                     continue  # what does not fit the shape that was filled in is no mistake
                 for problem in found:
                     problems.setdefault(problem.key, problem)
-            if "model" in report_sections(report):
+            if any(error["loc"][0] == "model" for error in report.errors()):
                 # Only the model has keys without a default; any shape lets the rest be checked.
                 given = raw.get("model")
                 kept = given if isinstance(given, dict) else {}
@@ -192,11 +192,6 @@ def validate(raw: dict[str, Any]) -> tuple[Config, list[Problem]]:
                 filled = True
             if raw == before:  # our own bug, which would loop
                 raise AssertionError(f"nothing to take out for {report}") from report
-
-
-def report_sections(report: ValidationError) -> set[Any]:
-    """The sections that a schema report complains about."""
-    return {error["loc"][0] for error in report.errors()}
 
 
 def unusable(raw: dict[str, Any]) -> Iterator[Problem]:

@@ -60,10 +60,10 @@ class Samples(ABC):
             file.check_unchanged()
         return tokens
 
-    def order_hash(self, count: int) -> str:
-        """Hash of the tokens of the first `count` samples, as 64 hexadecimal digits."""
+    def order_hash(self, count: int, first: int = 0) -> str:
+        """Hash of the tokens of `count` samples from the `first` on, as 64 hexadecimal digits."""
         digest = hashlib.sha256()
-        for i in range(min(count, len(self))):
+        for i in range(first, min(first + count, len(self))):
             digest.update(self[i].astype("<u4").tobytes())
         return digest.hexdigest()
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,22 @@ def sha256(path: Path) -> str:
 def hash_spans(path: Path, spans: Sequence[tuple[int, int]]) -> tuple[str, list[str]]:
     """Hash of bytes [start, stop) of a file, spans that follow one another, and of each of them."""
     whole, parts = hashlib.sha256(), []
-    with path.open("rb") as stream:
-        stream.seek(spans[0][0])
-        for start, stop in spans:
-            part = hashlib.sha256()
-            while start < stop and (chunk := stream.read(min(2**20, stop - start))):
-                whole.update(chunk)
-                part.update(chunk)
-                start += len(chunk)
-            parts.append(part.hexdigest())
+    for span in spans:
+        part = hashlib.sha256()
+        for chunk in chunks(path, *span):
+            whole.update(chunk)
+            part.update(chunk)
+        parts.append(part.hexdigest())
     return whole.hexdigest(), parts
+
+
+def chunks(path: Path, start: int, stop: int) -> Iterator[bytes]:
+    """Bytes [start, stop) of a file, a MiB at a time."""
+    with path.open("rb") as stream:
+        stream.seek(start)
+        while start < stop and (chunk := stream.read(min(2**20, stop - start))):
+            yield chunk
+            start += len(chunk)
 
 
 def sync(path: Path) -> None:

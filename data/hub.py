@@ -9,7 +9,7 @@ from pathlib import Path
 
 from l2e.files import create, own_folder
 from l2e.hub import parse, refuse_escapes
-from l2e.problems import Problem
+from l2e.problems import Problem, first_line
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def fetching(what: str, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of the hub's client and of the network below it, many kinds
-        reason = f"cannot be fetched from the hub ({str(error).strip().splitlines()[0]})"
+        reason = f"cannot be fetched from the hub ({first_line(error)})"
         fix = (
             "check the name and the connection (a private or gated repository needs HF_TOKEN), "
             "or name files of this machine"

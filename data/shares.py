@@ -5,12 +5,11 @@ groups of Parquet files, lines of plain JSON-lines files.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.corpus import Source, row_groups
-from data.files import hash_spans
+from data.files import chunks, hash_spans
 from data.formats import JSON_LINES, PARQUET
 from l2e.problems import Problem
 
@@ -96,13 +95,5 @@ def _count_lines(source: Source) -> int:
         return sum(metadata.row_group(group).num_rows for group in groups)
     # A line begins at the file's start and after each line's end.
     return (start == 0) + sum(
-        chunk.count(b"\n") for chunk in _chunks(Path(source.name), max(0, start - 1), stop - 1)
+        chunk.count(b"\n") for chunk in chunks(Path(source.name), max(0, start - 1), stop - 1)
     )
-
-
-def _chunks(path: Path, start: int, stop: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(start)
-        while start < stop and (chunk := file.read(min(2**20, stop - start))):
-            yield chunk
-            start += len(chunk)

@@ -1,13 +1,9 @@
 """What a step's batch holds: every sequence as text, and where each part of it comes from."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 
-import numpy as np
-
 from data.dataset import Piece, Samples
-from data.index import TokenFile
 from data.manifest import Subsets
 from data.tokenizer import Tokenizer
 
@@ -29,12 +25,10 @@ def describe_step(
     if not 0 <= step < steps:
         raise ValueError(f"--step {step}: the training set has steps 0 to {steps - 1}")
     first = step * global_batch_size
-    digest = hashlib.sha256()
-    for i in range(first, first + global_batch_size):
-        digest.update(dataset[i].astype("<u4").tobytes())
     yield (
         f"step {step}: samples {first:,} to {first + global_batch_size - 1:,}, "
-        f"{global_batch_size} x {dataset.sequence_length + 1} tokens, sha256 {digest.hexdigest()}"
+        f"{global_batch_size} x {dataset.sequence_length + 1} tokens, sha256 "
+        f"{dataset.order_hash(global_batch_size, first)}"
     )
     subsets: dict[str, Subsets] = {}
     for i in range(first, first + min(rows, global_batch_size)):
@@ -42,7 +36,9 @@ def describe_step(
         for piece in dataset.pieces(i):
             name = piece.file.prefix
             yield f"  {_whence(piece, subsets.setdefault(name, Subsets(name)))}"
-        yield _indented(_text(dataset[i], tokenizer), characters)
+        ids = dataset[i]
+        text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
+        yield _indented(text, characters)
 
 
 def describe_samples(dataset: Samples, samples: range) -> str:
@@ -65,16 +61,8 @@ def _whence(piece: Piece, subsets: Subsets) -> str:
     subset = subsets.name_of(document)
     return (
         f"{f'[{subset}] ' if subset else ''}{file.prefix} document {document:,}, "
-        f"tokens {start:,} to {stop - 1:,} of {_length(file, document):,}"
+        f"tokens {start:,} to {stop - 1:,} of {int(file.lengths[document]):,}"
     )
-
-
-def _length(file: TokenFile, document: int) -> int:
-    return int(file.lengths[document])
-
-
-def _text(tokens: np.ndarray, tokenizer: Tokenizer | None) -> str:
-    return " ".join(map(str, tokens)) if tokenizer is None else tokenizer.decode(tokens)
 
 
 def _indented(text: str, characters: int) -> str:

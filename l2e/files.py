@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from l2e.problems import Problem
+from l2e.problems import Problem, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -178,8 +178,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # an unpickler may fail in any way
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} cannot be read ({reason}): fetch it again") from None
+        raise ValueError(f"{path} cannot be read ({first_line(error)}): fetch it again") from None
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise ValueError(f"{path} holds something else than tensors by name: fetch it again")
     return tensors

@@ -62,6 +62,11 @@ class Settings:
         return super().__new__(cls)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another's code says, without the pages that may follow."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def suggest(name: str, known: Sequence[str]) -> str:
     """The nearest of the known names, or all of them."""
     near = difflib.get_close_matches(name, known, n=1)

@@ -14,6 +14,7 @@ from typing import Any
 from l2e.hub import is_hub
 from l2e.mapped import explain_bus_errors
 from l2e.memory import exhausted
+from l2e.problems import first_line
 
 # Characters of a file's name, with room for endings such as .manifest.json.
 LONGEST_NAME = 230
@@ -90,10 +91,9 @@ def in_words(error: RuntimeError | MemoryError | OSError) -> str | None:
     """What a user can mend: memory that is exhausted, a file that can't be read or written."""
     place = exhausted(error)
     if place is not None:
-        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
         return (
-            f"{place} memory is exhausted ({reason}); smaller batches or fewer workers take less, "
-            "see --help"
+            f"{place} memory is exhausted ({first_line(error)[:300]}); smaller batches or fewer "
+            "workers take less, see --help"
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; make room for it there, or name another place"

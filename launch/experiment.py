@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.cli import path, run_verb, verb_parser
+from launch.cli import path, run_verb, verb_parser, whole
 
 if TYPE_CHECKING:
     from launch.comparison.plan import Experiment, PlannedRun
@@ -160,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--output", type=path, metavar="DIR", help="its folder")
     result.add_argument(
         "--workers",
-        type=positive,
+        type=whole(1),
         default=1,
         metavar="N",
         help="runs at once on this machine, on one core each and dealt out over its GPUs "
@@ -191,12 +191,6 @@ def report_parser() -> argparse.ArgumentParser:
     )
     result.add_argument("folder", type=path, metavar="DIR", help="the experiment's folder")
     return result
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least one")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from l2e.analysis.multifractal import kept_counts
 from l2e.analysis.series import SeriesCheckpoint
 from l2e.analysis.weights import Weights, fetch_model
 from l2e.hub import parse
+from l2e.problems import first_line
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ def open_weights(checkpoint: SeriesCheckpoint) -> ModelWeights:
         try:
             path = str(fetch_model(path, revision))
         except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"{source}: no such folder, nor a model id: {reason}") from error
+            raise ValueError(
+                f"{source}: no such folder, nor a model id: {first_line(error)}"
+            ) from error
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ from torch import nn
 
 from l2e.hub import parse, refuse_stray_links
 from l2e.memory import LARGER_MACHINE, refuse_larger
+from l2e.problems import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,14 +120,13 @@ def open_network(source: str, *, device: str = "cpu", dtype: str = "float32") ->
         )
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"no model with tokenizer could be loaded from {source!r}: {reason}. Give a folder in "
-            "Hugging Face form (config.json, model.safetensors, tokenizer.json) or a model id"
+            f"no model with tokenizer could be loaded from {source!r}: {first_line(error)}. Give a "
+            "folder in Hugging Face form (config.json, model.safetensors, tokenizer.json) or a "
+            "model id"
         ) from error
     try:
         torch.nn.Module.to(model, device)
     except (RuntimeError, AssertionError) as error:  # torch's words for a device that isn't there
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"device {device!r} can't be used: {reason}") from error
+        raise ValueError(f"device {device!r} can't be used: {first_line(error)}") from error
     return Network(model, tokenizer, source)

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from data.files import sha256, write_json
 from data.tokenizer import load_tokenizer
 from l2e.analysis.weights import fetch_model
 from l2e.hub import parse
+from l2e.problems import first_line
 from launch.checkpoint import folders
 from launch.checkpoint.folders import FileRecord
 from launch.checkpoint.model_card import write_model_card
@@ -67,9 +69,8 @@ def to_huggingface(
     Raises:
         ValueError: the folder exists, or the logits differ.
     """
-    temporary = new_folder(output)
     config = source.model_config
-    try:
+    with new_folder(output) as temporary:
         write_hugging_face(temporary, config, source.read, dtype=dtype, shard_bytes=SHARD_BYTES)
         tokenizer = source.tokenizer if with_tokenizer else None
         special = source.state.get("special_tokens", {})
@@ -87,10 +88,7 @@ def to_huggingface(
                 f"the largest one, more than {TOLERANCE[dtype]:.0e}; nothing was written. This "
                 "is a bug: please report it with the checkpoint's config.json"
             )
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    temporary.rename(output)
+        temporary.rename(output)
     return difference
 
 
@@ -126,11 +124,17 @@ def in_hugging_face_form(source: str, folder: str | Path) -> str:
     return str(exported)
 
 
-def new_folder(output: Path) -> Path:
-    """An empty folder beside `output`, which must not exist yet."""
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """An empty folder beside `output`, which must not exist yet; gone where filling it fails."""
     if output.exists():
         raise ValueError(f"--output {output}: exists already; name a new folder")
-    return folders.begin(output)
+    temporary = folders.begin(output)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def sample_tokens(tokenizer: Path | None, config: ModelConfig) -> Tensor:
@@ -162,8 +166,7 @@ def from_huggingface(source: str, output: Path) -> dict[str, Any]:
     folder = local_folder(source)
     config = read_config(folder)
     weights = HuggingFaceWeights(folder, config)
-    temporary = new_folder(output)
-    try:
+    with new_folder(output) as temporary:
         records = dict(write_weights(weights, temporary))
         state = {
             "step": 0,
@@ -181,9 +184,6 @@ def from_huggingface(source: str, output: Path) -> dict[str, Any]:
         names = (*TOKENIZER_FILES, *IDENTITY_FILES)
         records |= copy_files(temporary, [folder / name for name in names])
         folders.commit(temporary, output, records)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return state
 
 
@@ -209,8 +209,9 @@ def local_folder(source: str) -> Path:
     try:
         return fetch_model(*name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--model {source}: cannot be fetched from the hub ({reason})") from None
+        raise ValueError(
+            f"--model {source}: cannot be fetched from the hub ({first_line(error)})"
+        ) from None
 
 
 def write_weights(weights: HuggingFaceWeights, temporary: Path) -> Iterator[tuple[str, FileRecord]]:
@@ -235,8 +236,7 @@ def reshard(source: StoredCheckpoint, output: Path, tensor: int, pipeline: int) 
         ValueError: the model cannot be cut so, or `output` exists.
     """
     check_layout(source.model_config, tensor, pipeline)
-    temporary = new_folder(output)
-    try:
+    with new_folder(output) as temporary:
         config = source.config
         layout = {"tensor": tensor, "pipeline": pipeline}
         config["parallel"] = config.get("parallel", {}) | layout
@@ -244,9 +244,6 @@ def reshard(source: StoredCheckpoint, output: Path, tensor: int, pipeline: int) 
         records = copy_files(temporary, [source.folder / name for name in names])
         records[CONFIG] = folders.write_text(temporary / CONFIG, json.dumps(config, indent=1))
         folders.commit(temporary, output, records)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def check_layout(config: ModelConfig, tensor: int, pipeline: int) -> None:

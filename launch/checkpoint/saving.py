@@ -193,10 +193,7 @@ def write_tensors(
 
 def gather_l2e(engine: Engine) -> dict[str, Tensor]:
     """The inhibited layers' state, of all pipeline stages."""
-    own = {} if engine.controller is None else engine.controller.state_dict()
-    stages: list[dict[str, Tensor]] = [{}] * engine.layout.pipeline_size
-    dist.all_gather_object(stages, own, group=engine.layout.pipeline_group)
-    return {name: tensor for stage in stages for name, tensor in stage.items()}
+    return engine.of_all_stages({} if engine.controller is None else engine.controller.state_dict())
 
 
 def gather_random() -> dict[str, Tensor]:

@@ -155,23 +155,21 @@ def table(report: dict[str, Any]) -> str:
                     f"{shared(change[key]['steps'])})"
                 )
         lines += [
-            f"  {name:<18} {in_words(value, 100)} points; of these two models, on other items "
-            f"than these {value['count']}"
+            f"  {name:<18} {statistics.interval(value, scale=100)} points; of these two models, on "
+            f"other items than these {value['count']}"
             for name, value in change["scores"].items()
         ]
     if report["over_seeds"]:
         lines.append("second arm minus first, 95 % interval over seeds")
-        lines += [f"  {name:<18} {in_words(v)}" for name, v in report["over_seeds"].items()]
+        lines += [
+            f"  {name:<18} {statistics.interval(value)}"
+            for name, value in report["over_seeds"].items()
+        ]
     return "\n".join(lines)
 
 
 def shared(steps: int) -> str:
     return f"mean over the last {steps} shared steps" if steps > 1 else "at the last shared step"
-
-
-def in_words(value: dict[str, float], scale: float = 1) -> str:
-    mean, low, high = (scale * value[key] for key in ("mean", "low", "high"))
-    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 # --- equality ----------------------------------------------------------------------------------

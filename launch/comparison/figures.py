@@ -5,15 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
 from launch.comparison.plan import Plan
+from launch.comparison.plots import save
 from launch.comparison.readouts import WORTH
 
 Curve = dict[int, float]  # a value by step
@@ -39,7 +36,7 @@ def draw_differences(plan: Plan, told: dict[str, Any], against: str, path: Path)
     axes.set_ylim(len(told) - 0.4, -0.6)  # the first arm on top
     told_of = " (nats/token), lower is better" if plan.primary.readout.endswith("loss") else ""
     axes.set_xlabel(f"{plan.primary.readout} minus {against}'s{told_of}")
-    return save(figure, path)
+    return save(figure, path, dpi=110)
 
 
 def draw_curves(plan: Plan, found: dict[str, Any], path: Path) -> Path:
@@ -60,7 +57,7 @@ def draw_curves(plan: Plan, found: dict[str, Any], path: Path) -> Path:
     for axes in grid[1]:
         axes.set_xlabel("step")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper")
-    return save(figure, path)
+    return save(figure, path, dpi=110)
 
 
 def losses_minus(curves: dict[str, dict[int, Any]], against: str) -> dict[str, list[Curve]]:
@@ -113,10 +110,4 @@ def draw_worth(plan: Plan, found: dict[str, Any], path: Path) -> Path:
     axes.set_ylabel(f"gain over {against} (nats/token)")
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside right upper")
-    return save(figure, path)
-
-
-def save(figure: plt.Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save(figure, path, dpi=110)

@@ -14,6 +14,7 @@ from launch.comparison.figures import draw_curves, draw_differences, draw_worth
 from launch.comparison.plan import Plan
 from launch.comparison.readouts import EQUAL_TIME, LAST_MEASURED, WORTH
 from launch.comparison.record import changed
+from launch.comparison.statistics import interval
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto; padding: 0 1rem; }
@@ -119,12 +120,6 @@ def answer(plan: Plan, found: dict[str, Any]) -> list[str]:
             f"{plan.smallest_difference:g}.{power}"
         )
     return lines
-
-
-def interval(told: dict[str, Any]) -> str:
-    if told["low"] is None:
-        return f"{told['mean']:+.4f} (one seed, no interval)"
-    return f"{told['mean']:+.4f} [{told['low']:+.4f}, {told['high']:+.4f}]"
 
 
 def missing(found: dict[str, Any]) -> list[str]:
@@ -247,7 +242,7 @@ def others(plan: Plan, found: dict[str, Any], against: str) -> str:
     told = found["differences"][against]
     names = list(dict.fromkeys(plan.readouts)) or [name for name in READOUTS if name in told]
     rows = [
-        [title_of(name) if place == 0 else "", arm, precisely(one), str(one["seeds"]),
+        [title_of(name) if place == 0 else "", arm, interval(one, "+.3g"), str(one["seeds"]),
          number(one["p_holm"])]
         for name in names
         if name in told and name != plan.primary.readout
@@ -266,13 +261,6 @@ def title_of(name: str) -> str:
     return READOUTS[name][0] if name in READOUTS else name
 
 
-def precisely(told: dict[str, Any]) -> str:
-    """As `interval`, for readouts of any size."""
-    if told["low"] is None:
-        return f"{told['mean']:+.3g} (one seed, no interval)"
-    return f"{told['mean']:+.3g} [{told['low']:+.3g}, {told['high']:+.3g}]"
-
-
 def scores(found: dict[str, Any]) -> list[str]:
     """Downstream scores of each arm, and its differences over seeds and items together."""
     seeds = [one for arm in found["arms"].values() for one in arm.values()]
@@ -287,17 +275,12 @@ def scores(found: dict[str, Any]) -> list[str]:
     parts = ["<h2>Downstream</h2>", table(["accuracy (%)", *tasks], rows)]
     for against, arms in found["scores"].items():
         rows = [
-            [arm, *(points(told[task]) if task in told else "" for task in tasks)]
+            [arm, *(interval(told[task], "+.2f", 100) if task in told else "" for task in tasks)]
             for arm, told in arms.items()
         ]
         parts.append(table([f"minus {against} (points)", *tasks], rows))
     note = "Mean [95 %] of what other seeds and other items would say, both resampled."
     return [*parts, f"<p class='note'>{note}</p>"]
-
-
-def points(told: dict[str, float]) -> str:
-    mean, low, high = (100 * told[key] for key in ("mean", "low", "high"))
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def origin(found: dict[str, Any]) -> list[str]:

@@ -101,7 +101,7 @@ def columns(values: dict[int, float]) -> tuple[list[int], list[float]]:
     return list(values), list(values.values())
 
 
-def save(figure: plt.Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=120)
+def save(figure: plt.Figure, path: Path, dpi: int = 120) -> Path:
+    figure.savefig(path, dpi=dpi)
     plt.close(figure)
     return path

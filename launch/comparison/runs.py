@@ -10,6 +10,7 @@ import numpy as np
 
 from configs.loading import as_read_today
 from data.files import read_json
+from l2e.problems import first_line
 from launch.comparison.likeness import flat, flat_configuration
 
 # Steps at the end whose mean stands for a run's loss.
@@ -92,7 +93,7 @@ def read_configuration(path: Path) -> dict[str, Any] | None:
     try:
         return flat_configuration(as_read_today(written))
     except ValueError as error:
-        print(f"{path} is compared as it stands ({str(error).splitlines()[0]})")
+        print(f"{path} is compared as it stands ({first_line(error)})")
     return dict(flat(written))
 
 

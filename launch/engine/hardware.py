@@ -11,6 +11,7 @@ import torch
 
 from configs import Config, ConfigError, Problem
 from l2e.memory import GIB, exhausted, host_bytes
+from l2e.problems import first_line
 from launch.engine.joining import Joined, is_first_to_tell
 from launch.planning import cost
 from launch.planning.layouts import layout_of
@@ -74,7 +75,7 @@ def in_words(error: BaseException, config: Config, joined: Joined) -> str | None
     whose = exhausted(error)
     if whose is None:
         return None
-    reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+    reason = first_line(error)[:300]
     device = torch.device("cuda") if whose == "GPU" else torch.device("cpu")
     name = describe(device) if whose == "GPU" else f"{host_bytes() / GIB:.1f} GiB, shared by all"
     return f"{whose} memory is exhausted ({name}): {reason}\n{advice_of_host(config, joined)}"

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from l2e.problems import first_line
 from launch.engine.processes import Process
 
 FIRST_NOTICE, NEXT_NOTICES = 20.0, 60.0  # seconds
@@ -153,10 +154,6 @@ def in_thread(work: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=run, name="store", daemon=True).start()
     return result
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def announce(process: Process, store: dist.Store) -> None:

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from l2e.mapped import explain_bus_errors
-from launch.engine.joining import Joined, first_line, ranges
+from l2e.problems import first_line
+from launch.engine.joining import Joined, ranges
 from launch.engine.processes import MPI
 from launch.engine.signals import StopRequest, leave, status_of
 

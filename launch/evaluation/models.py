@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 from data.tokenizer import load_tokenizer
 from l2e.hub import parse, refuse_stray_links
 from l2e.memory import LARGER_MACHINE, refuse_larger
+from l2e.problems import first_line
 from launch.checkpoint.stored import TOKENIZER_FILES, StoredCheckpoint
 from launch.evaluation.harness import Scored
 from model.attention import remembering
@@ -110,7 +111,7 @@ def huggingface_config(source: str | Path) -> transformers.GPTNeoXConfig:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{source}: neither one of our checkpoints (files.json) nor a model in Hugging "
-            f"Face form ({str(error).strip().splitlines()[0]})"
+            f"Face form ({first_line(error)})"
         ) from None
     if config.model_type != "gpt_neox":
         raise ValueError(

@@ -29,6 +29,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.tasks.manager import TaskDict
 
 from l2e.files import once
+from l2e.problems import first_line
 from l2e.streams import GZIP, open_streams
 
 PYTHIA = (
@@ -150,8 +151,8 @@ def _select(names: Iterable[str], data: Path | None = None) -> Selection:
     except OSError as error:  # datasets' failures to reach or find something on the hub
         raise ValueError(
             f"tasks {', '.join(named)}: their items cannot be fetched from the hub "
-            f"({str(error).strip().splitlines()[0]}); give a folder of local "
-            "files (--task-data, or evaluate.task_data in training)"
+            f"({first_line(error)}); give a folder of local files (--task-data, or "
+            "evaluate.task_data in training)"
         ) from None
 
 

@@ -110,6 +110,4 @@ def initial_deviations(engine: Engine) -> dict[str, float]:
             dist.all_reduce(sums, group=engine.layout.tensor_group)
         total, squares, count = sums.tolist()
         table[name] = max(0.0, squares / count - (total / count) ** 2) ** 0.5
-    stages: list[dict[str, float]] = [{} for _ in range(engine.layout.pipeline_size)]
-    dist.all_gather_object(stages, table, group=engine.layout.pipeline_group)
-    return {name: value for stage in stages for name, value in stage.items()}
+    return engine.of_all_stages(table)
