@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-5
 
 
-def main() -> int:
-    options = parser().parse_args()
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
     from launch.comparison import comparison  # slow to import; --help should not wait
     from launch.comparison.runs import read_run
 

@@ -25,14 +25,14 @@ CONFIG = "configs/demo.json"
 PASSAGE_WORDS, LONGEST_DOCUMENT = 30, 600
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the tour."""
     parser = cli.verb_parser(__doc__)
     cli.add_run_folder(parser)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to pretrain.py"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     run = (options.run_dir or ROOT / "runs" / "demo").absolute()  # the steps run in ROOT
     began = time.monotonic()
     overrides = [word for setting in options.set for word in ("--set", setting)]

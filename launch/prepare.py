@@ -63,12 +63,12 @@ FEATURES = """Build a feature set: balanced passages, none twice, split by docum
 """
 
 
-def main() -> None:
-    verb, *rest = sys.argv[1:] or [""]
-    if verb in VERBS:
-        VERBS[verb](rest)
+def main(arguments: list[str] | None = None) -> None:
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and words[0] in VERBS:
+        VERBS[words[0]](words[1:])
     else:
-        build(parser().parse_args())
+        build(parser().parse_args(words))
 
 
 def build(options: argparse.Namespace) -> None:

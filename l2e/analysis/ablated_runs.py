@@ -10,9 +10,9 @@ To first order: one backward pass tells dL/dz of all neurons, and so dL/dz (z' -
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -58,9 +58,7 @@ class Passages:
 
     def sample(self, per_feature: int | None) -> np.ndarray:
         """Random rows of each feature, so many or all, ascending."""
-        random = np.random.default_rng(SEED)
-        of_each = (np.flatnonzero(row) for row in self.member)
-        return np.sort(np.concatenate([random.permutation(rows)[:per_feature] for rows in of_each]))
+        return self.features.drawn(per_feature, SEED)
 
     def batches(self, rows: np.ndarray, tokens_per_batch: int) -> Iterator[Batch]:
         for places in length_batches(self.lengths[rows], tokens_per_batch):
@@ -147,9 +145,7 @@ def first_order(
         for batch in data.batches(everything, TOKENS_PER_BATCH):
             z: dict[int, torch.Tensor] = {}
             with watch(network, lambda layer, _, post, z=z: z.update({layer: post})):
-                hidden = network.model.base_model(
-                    input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False
-                ).last_hidden_state
+                hidden = network.hidden(batch.ids, batch.mask)
             states, labels = batch.predictions(hidden)
             losses, slopes = _losses_with_slopes(network, states.detach(), labels)
             gradients = torch.autograd.grad(states, [z[layer] for layer in layers], slopes)
@@ -199,47 +195,27 @@ class _Pass:
     def __init__(self, network: Network, batch: Batch, layers: set[int]):
         self.network, self.batch = network, batch
         self.calls: dict[int, tuple[tuple, dict]] = {}
-        self.outputs: dict[int, torch.Tensor] = {}
+        self.outputs: dict[int, Any] = {}
         self.hidden: dict[int, torch.Tensor] = {}
         self.gates: dict[int, torch.Tensor] = {}
-        with self._recording(layers):
-            model_output = network.model.base_model(
-                input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False
-            )
-        self.final = model_output.last_hidden_state
-
-    @contextmanager
-    def _recording(self, layers: set[int]) -> Iterator[None]:
-        handles = []
-        for number, layer in enumerate(self.network.layers):
-            handles.append(
-                layer.block.register_forward_pre_hook(
-                    lambda _, args, kwargs, n=number: self.calls.update({n: (args, kwargs)}),
-                    with_kwargs=True,
-                )
-            )
-            if number in layers:
-                handles.append(
-                    layer.block.register_forward_hook(
-                        lambda _, __, out, n=number: self.outputs.update({n: _hidden(out)})
+        with ExitStack() as hooks:
+            for number, layer in enumerate(network.layers):
+                hooks.enter_context(
+                    layer.block.register_forward_pre_hook(
+                        lambda _, args, kwargs, n=number: self.calls.update({n: (args, kwargs)}),
+                        with_kwargs=True,
                     )
                 )
-                handles.append(
-                    layer.activation.register_forward_hook(
-                        lambda _, __, out, n=number: self.hidden.update({n: out})
-                    )
-                )
+                kept = {layer.block: self.outputs, layer.activation: self.hidden}
                 if layer.gate is not None:
-                    handles.append(
-                        layer.gate.register_forward_hook(
-                            lambda _, __, out, n=number: self.gates.update({n: out})
+                    kept[layer.gate] = self.gates
+                for module, found in kept.items() if number in layers else ():
+                    hooks.enter_context(
+                        module.register_forward_hook(
+                            lambda _, __, out, n=number, found=found: found.update({n: out})
                         )
                     )
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            self.final = network.hidden(batch.ids, batch.mask)
 
     def without(self, layer: int, neuron: int, value: torch.Tensor) -> torch.Tensor:
         """The final hidden states [batch, positions, hidden] with the neuron's z set to `value`,
@@ -248,7 +224,7 @@ class _Pass:
         if layer in self.gates:
             change = change * self.gates[layer][..., neuron].float()
         added = self.network.layers[layer].output_weight()[neuron].float()
-        hidden = self.outputs[layer] + change.unsqueeze(-1) * added
+        hidden = _hidden(self.outputs[layer]) + change.unsqueeze(-1) * added
         for number in range(layer + 1, len(self.network.layers)):
             args, kwargs = self.calls[number]
             hidden = _hidden(self.network.layers[number].block(hidden, *args[1:], **kwargs))
@@ -290,9 +266,7 @@ def activations_of(
                     found[layer, neuron].append(post[..., neuron][mask].float())
 
             with watch(network, hook):
-                network.model.base_model(
-                    input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False
-                )
+                network.hidden(batch.ids, batch.mask)
     return [Pool(torch.cat(found[neuron])) for neuron in neurons]
 
 

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -208,17 +208,14 @@ def aggregate(values: torch.Tensor, valid: torch.Tensor, how: str) -> torch.Tens
 @contextmanager
 def watch(network: Network, hook) -> Iterator[None]:
     """Call hook(layer, pre, post) with each block's hidden units, [batch, positions, neurons]."""
-    handles = [
-        layer.activation.register_forward_hook(
-            lambda _, inputs, output, number=number: hook(number, inputs[0], output)
-        )
-        for number, layer in enumerate(network.layers)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for number, layer in enumerate(network.layers):
+            hooks.enter_context(
+                layer.activation.register_forward_hook(
+                    lambda _, inputs, output, number=number: hook(number, inputs[0], output)
+                )
+            )
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def passage_activations(
@@ -236,7 +233,7 @@ def passage_activations(
             found[kind].append(aggregate(pre if site == "pre" else post, valid, how))
 
     with watch(network, hook), torch.no_grad():
-        network.model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+        network.hidden(ids, mask)
     return found
 
 

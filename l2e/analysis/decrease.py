@@ -190,17 +190,16 @@ def _observe(network: Network, modules: dict[str, nn.Module], batch: Tensor) -> 
     """Each module's activations on the batch, [tokens, neurons]."""
     import torch
 
+    from l2e.analysis.activations import watch
+
     found: dict[str, Tensor] = {}
-    hooks = [
-        module.register_forward_hook(
-            lambda _, __, out, name=name: found.update({name: out.flatten(0, 1).double()})
-        )
-        for name, module in modules.items()
-    ]
-    with torch.no_grad():
+
+    def hook(layer: int, _: Tensor, post: Tensor) -> None:
+        if str(layer) in modules:
+            found[str(layer)] = post.flatten(0, 1).double()
+
+    with watch(network, hook), torch.no_grad():
         network.model(batch)
-    for hook in hooks:
-        hook.remove()
     return found
 
 

@@ -37,14 +37,15 @@ class FeatureSet:
     def counts(self) -> dict[str, int]:
         return dict(zip(self.names, np.bincount(self.labels).tolist(), strict=True))
 
-    def sample(self, per_feature: int, seed: int = 0) -> "FeatureSet":
+    def sample(self, per_feature: int) -> "FeatureSet":
         """At most `per_feature` random passages of each feature, in the file's order."""
+        return self.subset(self.drawn(per_feature, seed=0))
+
+    def drawn(self, per_feature: int | None, seed: int) -> np.ndarray:
+        """Random rows of each feature, at most so many or all, ascending."""
         random = np.random.default_rng(seed)
-        kept = []
-        for label in range(len(self.names)):
-            rows = np.flatnonzero(self.labels == label)
-            kept.append(random.permutation(rows)[:per_feature])
-        return self.subset(np.sort(np.concatenate(kept)))
+        of_each = (np.flatnonzero(self.labels == label) for label in range(len(self.names)))
+        return np.sort(np.concatenate([random.permutation(rows)[:per_feature] for rows in of_each]))
 
     def subset(self, rows: np.ndarray) -> "FeatureSet":
         """The passages `rows`; every feature must keep at least one."""

@@ -91,6 +91,12 @@ class Network:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The final hidden states [batch, positions, hidden] of tokens, where `mask` is true."""
+        return self.model.base_model(
+            input_ids=ids, attention_mask=mask.long(), use_cache=False
+        ).last_hidden_state
+
     @property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())

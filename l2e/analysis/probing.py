@@ -196,20 +196,17 @@ def analyze_probe(
         sizes += probe_sizes(z, layer, features, split)
     test = features.labels[split.test]
     share = {name: float((test == label).mean()) for label, name in enumerate(features.names)}
+    known = sorted({row["k"] for row in sizes})
     return {
         "kind": kind,
         "neurons": [asdict(probe) for probe in probes],
-        "sizes": [_best_layer(sizes, name, k) for name in features.names for k in _sizes(sizes)],
+        "sizes": [_best_layer(sizes, name, k) for name in features.names for k in known],
         "always_yes_f1": {name: 2 * s / (1 + s) for name, s in share.items()},
         "neurons_ranked": activations.num_layers * z.shape[1],
         "neurons_probed": len(probes),
         "permutation": {name: _best(name, control) for name in features.names},
         "passages": {"train": len(split.train), "held_out": len(split.test)},
     }
-
-
-def _sizes(rows: list[dict]) -> list[int]:
-    return sorted({row["k"] for row in rows})
 
 
 def _best_layer(rows: list[dict], feature: str, size: int) -> dict:

@@ -131,13 +131,10 @@ def analyze_scale(
             continue
         drawn = random.permutation(alive)[:RANDOM_NEURONS]
         # The K-S test pools scores over layers: a share of the 1,000 random neurons from each.
-        tested = drawn[: max(1, RANDOM_NEURONS // activations.num_layers)]
-        phi = passage_scale(
-            np.asarray(z[:, np.sort(tested)], dtype=np.float64),
-            scale.mean[np.sort(tested)],
-            scale.std[np.sort(tested)],
-        )
-        own = features.labels[:, None] == scale.best[np.sort(tested)]
+        tested = np.sort(drawn[: max(1, RANDOM_NEURONS // activations.num_layers)])
+        values = np.asarray(z[:, tested], dtype=np.float64)
+        phi = passage_scale(values, scale.mean[tested], scale.std[tested])
+        own = features.labels[:, None] == scale.best[tested]
         pooled_own.append(phi[own])
         pooled_all.append(phi.ravel())
         best = scale.of_best()[drawn]
@@ -154,15 +151,11 @@ def analyze_scale(
                 },
             }
         )
-    ks = None
-    if pooled_own:
-        ks = float(
-            ks_2samp(np.concatenate(pooled_own), np.concatenate(pooled_all), method="asymp")[0]
-        )
+    pooled = [np.concatenate(one) for one in (pooled_own, pooled_all) if one]
     return {
         "kind": kind,
         "layers": layers,
-        "ks": ks,
+        "ks": float(ks_2samp(*pooled, method="asymp")[0]) if pooled else None,
         "top": _top(scales, monosemantic, features.names, per_feature),
         "random": _random(scales, features.names, per_feature, random),
         "example": _example(activations, monosemantic),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from l2e.analysis.tables import Table
 from launch.comparison.figures import draw_curves, draw_differences, draw_worth
 from launch.comparison.plan import Plan
 from launch.comparison.readouts import EQUAL_TIME, LAST_MEASURED, WORTH
@@ -165,11 +166,7 @@ def number(value: float | None) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    cells = "".join(f"<th>{text(name)}</th>" for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<div class='wide'><table><tr>{cells}</tr>{body}</table></div>"
+    return f"<div class='wide'>{Table(head, rows)._repr_html_()}</div>"
 
 
 def arms_tables(plan: Plan, found: dict[str, Any]) -> str:

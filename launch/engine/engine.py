@@ -12,7 +12,8 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from functools import partial
 from typing import Any
 
 import torch
@@ -245,34 +246,32 @@ class Engine:
     @contextmanager
     def watching(self, hook: Callable[[str, Tensor], None]) -> Iterator[None]:
         """Show what the blocks compute inside to `hook`."""
-        blocks = [module for module in self.model.modules() if isinstance(module, Block)]
-        handles = [
-            block.mlp.dense_4h_to_h.register_forward_pre_hook(
-                lambda _, inputs, number=str(block.number): hook(number, inputs[0].transpose(0, 1))
-            )
-            for block in blocks
-        ]
-        try:
-            with uncompiled(), torch.no_grad():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, uncompiled(), torch.no_grad():
+            for block in self.blocks():
+                shown = partial(hook, str(block.number))
+                hooks.enter_context(
+                    block.mlp.dense_4h_to_h.register_forward_pre_hook(
+                        lambda _, inputs, shown=shown: shown(inputs[0].transpose(0, 1))
+                    )
+                )
+            yield
 
     @contextmanager
     def without_mlps(self, numbers: set[int]) -> Iterator[None]:
         """The model with the MLPs of some blocks taken out: they add nothing to the residual."""
-        hooks = [
-            module.mlp.register_forward_hook(lambda _, inputs, output: torch.zeros_like(output))
-            for module in self.model.modules()
-            if isinstance(module, Block) and module.number in numbers
-        ]
-        try:
-            with uncompiled():
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as hooks, uncompiled():
+            for block in self.blocks():
+                if block.number in numbers:
+                    hooks.enter_context(
+                        block.mlp.register_forward_hook(
+                            lambda _, inputs, output: torch.zeros_like(output)
+                        )
+                    )
+            yield
+
+    def blocks(self) -> Iterator[Block]:
+        """The model's blocks that this process holds."""
+        return (module for module in self.model.modules() if isinstance(module, Block))
 
     def gather_neurons(self, values: Tensor) -> Tensor:
         """[..., this rank's neurons] -> [..., all neurons of the layer]."""

@@ -23,7 +23,7 @@ def shared_cases() -> Path:
 
 
 @pytest.fixture
-def prepare(tmp_path, monkeypatch, capsys, tokenizer):  # noqa: F811
+def prepare(tmp_path, capsys, tokenizer):  # noqa: F811
     """`prepare.py ARGUMENTS --output tmp_path/out`, in this process.
 
     Gives what it printed, the manifest and the documents' texts; a user's mistake raises.
@@ -33,10 +33,8 @@ def prepare(tmp_path, monkeypatch, capsys, tokenizer):  # noqa: F811
         named = ["--tokenizer", file]
         if "--tokenizer" in arguments or "join" in arguments:
             named = []
-        command = ["prepare.py", *arguments, *named, "--output", tmp_path / output]
-        monkeypatch.setattr("sys.argv", [str(word) for word in command])
         capsys.readouterr()
-        verb.main()
+        verb.main([*map(str, arguments), *map(str, named), "--output", str(tmp_path / output)])
         tokens = TokenFile(tmp_path / output)
         opened = load_tokenizer(file)
         return SimpleNamespace(

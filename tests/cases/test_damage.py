@@ -203,9 +203,8 @@ def test_names_that_an_unset_variable_leaves(tmp_path, monkeypatch, capsys, opti
         if verb and option != "--output":
             continue
         kept = words if not verb else {"--output": value}
-        monkeypatch.setattr("sys.argv", ["prepare.py", *verb, *sum(kept.items(), ())])
         with pytest.raises(SystemExit):
-            prepare_verb.main()
+            prepare_verb.main([*verb, *sum(kept.items(), ())])
         assert f"argument {option}: " in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
 

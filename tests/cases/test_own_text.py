@@ -31,8 +31,7 @@ def arguments(containing: str) -> list[str]:
 
 def test_the_pages_commands(tmp_path, monkeypatch, capsys) -> None:
     def prepare(*words: str) -> None:
-        monkeypatch.setattr("sys.argv", ["prepare.py", *words])
-        verb.main()
+        verb.main([*words])
 
     monkeypatch.chdir(tmp_path)
     byte_level(tmp_path / "20B_tokenizer.json", "<|endoftext|>")

@@ -66,6 +66,28 @@ KNOWN_SAMPLES = [
 ]
 
 
+class Tokenizer:
+    """What megatron-core asks of one."""
+
+    vocab_size, eod, unique_identifiers = 500, 0, {}
+
+
+def megatron_config(gpt, blend: tuple, **settings):
+    """megatron-core's own configuration of a data set."""
+    return gpt.GPTDatasetConfig(
+        random_seed=SEED,
+        sequence_length=32,
+        blend=blend,
+        split="1,0,0",
+        tokenizer=Tokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        **settings,
+    )
+
+
 @pytest.mark.parametrize("samples", [40, 60, 75, 150, 170])
 def test_megatron_is_megatrons(tmp_path, samples):
     """Within one epoch, and with little or much of the last epoch wanted."""
@@ -76,21 +98,7 @@ def test_megatron_is_megatrons(tmp_path, samples):
     documents = [d for d in random_documents(50) if len(d)]
     prefix = write_tokens(tmp_path / "x", documents)
 
-    class Tokenizer:
-        vocab_size, eod, unique_identifiers = 500, 0, {}
-
-    config = gpt.GPTDatasetConfig(
-        random_seed=SEED,
-        sequence_length=32,
-        blend=([prefix], None),
-        split="1,0,0",
-        path_to_cache=str(tmp_path / "cache"),
-        tokenizer=Tokenizer(),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
+    config = megatron_config(gpt, ([prefix], None), path_to_cache=str(tmp_path / "cache"))
     indices = np.arange(len(documents), dtype=np.int32)
     theirs = gpt.GPTDataset(IndexedDataset(prefix), prefix, indices, samples, Split.train, config)
     ours = open_dataset(prefix, 32, SEED, samples, order="megatron")
@@ -129,22 +137,8 @@ def test_a_megatron_blend_is_megatrons(tmp_path, exact):
     prefixes = [write_tokens(tmp_path / str(i), corpus) for i, corpus in enumerate(corpora)]
     weights = [0.5, 0.3, 0.2]
 
-    class Tokenizer:
-        vocab_size, eod, unique_identifiers = 500, 0, {}
-
-    config = gpt.GPTDatasetConfig(
-        random_seed=SEED,
-        sequence_length=32,
-        blend=(prefixes, weights),
-        split="1,0,0",
-        tokenizer=Tokenizer(),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
     [theirs, *_] = builder.BlendedMegatronDatasetBuilder(
-        gpt.GPTDataset, [200, 0, 0], lambda: True, config
+        gpt.GPTDataset, [200, 0, 0], lambda: True, megatron_config(gpt, (prefixes, weights))
     ).build()
     ours = open_dataset(dict(zip(prefixes, weights, strict=True)), 32, SEED, 200, "megatron")
     for i in range(200):

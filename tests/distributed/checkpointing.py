@@ -104,6 +104,11 @@ def everything(engine: Engine) -> dict[str, Tensor]:
     return state
 
 
+def trained_state(engine: Engine) -> dict[str, Tensor]:
+    """`everything` that an update changes; the statistics of activations are not among it."""
+    return {name: t for name, t in everything(engine).items() if not name.startswith("l2e ")}
+
+
 def differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     """Names whose tensors are not bit for bit the same, or that only one side has."""
     names = one.keys() | other.keys()

@@ -4,7 +4,14 @@ from contextlib import contextmanager
 
 import torch
 
-from tests.distributed.checkpointing import differences, everything, make_config, running, train
+from tests.distributed.checkpointing import (
+    differences,
+    everything,
+    make_config,
+    running,
+    train,
+    trained_state,
+)
 from tests.distributed.processes import run_on_processes
 
 SETTINGS = {
@@ -28,7 +35,7 @@ def poison(settings: dict[str, dict]) -> dict[str, dict]:
         value = float("nan") if number % 2 else float("inf")
         with running(make_config(**keys)) as engine:
             train(engine, 0, 2)
-            before = {k: v for k, v in everything(engine).items() if not k.startswith("l2e ")}
+            before = trained_state(engine)
             hook = None
             if dist.get_rank() == 1:
                 parameters = dict(engine.named_parameters())
@@ -38,7 +45,7 @@ def poison(settings: dict[str, dict]) -> dict[str, dict]:
                 hook = victim.register_hook(lambda g, value=value: g.index_fill(0, FIRST, value))
             train(engine, 2, 1)
             noticed = engine.dropped_update
-            after = {k: v for k, v in everything(engine).items() if not k.startswith("l2e ")}
+            after = trained_state(engine)
             if hook is not None:
                 hook.remove()
             losses = train(engine, 3, 1)
@@ -100,10 +107,10 @@ def spoil_copies(settings: dict[str, dict]) -> dict[str, list]:
             for victim in HELD_ALIKE:
                 train(engine, 0, 1)
                 clean = not engine.dropped_update
-                before = {k: v for k, v in everything(engine).items() if not k.startswith("l2e ")}
+                before = trained_state(engine)
                 with broken_gradient(engine.model, victim, dist.get_rank() == 1):
                     train(engine, 1, 1)
-                after = {k: v for k, v in everything(engine).items() if not k.startswith("l2e ")}
+                after = trained_state(engine)
                 noticed = clean and engine.dropped_update
                 found[f"{name}, {victim}"] = [noticed, differences(before, after)]
     return found

@@ -3,7 +3,6 @@
 import copy
 from fnmatch import fnmatchcase
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,9 +18,7 @@ from transformers import (
 import l2e
 from l2e import L2EConfig
 from tests import tiny_models
-from tests.l2e.reference import Reference
-
-CONFIG = L2EConfig(late_start_step=2, weight=0.5, layers="all")
+from tests.l2e.loops.twin import CONFIG, Twin, train_both
 
 
 def gpt2():
@@ -142,62 +139,17 @@ def observed(model, handle, inputs, steps=3):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_statistics_and_gradients_equal_the_reference(name):
+def test_training_equals_the_reference(name):
     model, pattern, inputs, neuron_dim = make(name)
-    seen = {}
-    plain = [  # sees what the module gives, before the method's hook
-        module.register_forward_hook(
-            lambda m, a, out, n=n: seen.setdefault(n, []).append(
-                out[0] if isinstance(out, tuple) else out
-            )
-        )
-        for n, module in model.named_modules()
-        if fnmatchcase(n, pattern)
-    ]
+    names = [name for name, _ in model.named_modules() if fnmatchcase(name, pattern)]
+
+    def output(out):
+        return out[0] if isinstance(out, tuple) else out
+
+    twin = Twin(model, names, neuron_dim, output)
     handle = l2e.attach(model, pattern, CONFIG, neuron_dim=neuron_dim)
-    assert len(handle.names) == len(plain)
-    references = {
-        n: Reference(late_start=2, forget=100, weight=0.5, inhibited_layers=len(plain))
-        for n in handle.names
-    }
-    for _ in range(4):
-        seen.clear()
-        model.zero_grad()
-        loss = model(**inputs)["loss"]
-        extra = handle.loss()
-        (loss + extra).backward()
-        with_loss = gradients(model)
-        z = {
-            n: torch.cat([o.movedim(neuron_dim, -1).flatten(0, -2) for o in seen[n]]) for n in seen
-        }
-        values = {n: v.detach().double().numpy() for n, v in z.items()}
-        expected = sum(references[n].loss(values[n]) for n in seen)
-        assert extra.item() == pytest.approx(expected, rel=1e-4, abs=1e-7)
-        # The same loss by autograd from the plain outputs, through the formulas' slope.
-        model.zero_grad()
-        seen.clear()
-        loss = model(**inputs)["loss"]
-        handle.loss()
-        z = {
-            n: torch.cat([o.movedim(neuron_dim, -1).flatten(0, -2) for o in seen[n]]) for n in seen
-        }
-        pull = sum(
-            (torch.from_numpy(references[n].loss_slope(values[n])).float() * z[n]).sum()
-            for n in seen
-        )
-        (loss + pull).backward()
-        for parameter, grad in gradients(model).items():
-            error = (grad - with_loss[parameter]).norm()
-            assert error <= 1e-4 * grad.norm() + 1e-7, parameter
-        for n, reference in references.items():
-            # The batch ran twice: twice the samples, the same mean and biased variance.
-            reference.step(np.concatenate([values[n]] * 2))
-        handle.step()
-    state = handle.state_dict()
-    for n, reference in references.items():
-        np.testing.assert_allclose(state[f"{n}.mean"], reference.mean, rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(state[f"{n}.var"], reference.var, rtol=1e-4)
-        assert handle.metrics()[n]["selected_fraction"] > 0
+    assert handle.names == names
+    assert train_both(model, twin, handle, [inputs] * 4, lambda m, x: m(**x)["loss"])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -246,40 +198,26 @@ def test_state_is_restored_into_a_fresh_handle():
     assert losses[0] != 0
 
 
-def test_gradient_checkpointing_changes_nothing():
+@pytest.mark.parametrize(("how", "tolerance"), [("checkpointed", 0.0), ("compiled", 1e-4)])
+def test_recomputed_and_compiled_models_have_the_same_numbers(how, tolerance):
+    """Compiled, the model is one graph."""
     found = []
-    for checkpointing in (False, True):
+    for kind in ("plain", how):
         model, pattern, inputs, _ = make("gpt2")
-        if checkpointing:
+        if kind == "checkpointed":
             model.gradient_checkpointing_enable({"use_reentrant": False})
         handle = l2e.attach(model, pattern, CONFIG)
-        for _ in range(4):
-            model.zero_grad()
-            (model(**inputs)["loss"] + handle.loss()).backward()
-            handle.step()
-        found.append((gradients(model), handle.state_dict()))
-    (plain, state), (recomputed, other_state) = found
-    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
-    assert all(torch.equal(state[name], other_state[name]) for name in state)
-
-
-def test_torch_compile_keeps_one_graph_and_the_numbers():
-    found = []
-    for compiled in (False, True):
-        model, pattern, inputs, _ = make("gpt2")
-        handle = l2e.attach(model, pattern, CONFIG)
-        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        run = compiled if kind == "compiled" else model
         for _ in range(4):
             model.zero_grad()
             logits = run(inputs["input_ids"])["logits"]
             (logits.square().mean() + handle.loss()).backward()
             handle.step()
-        found.append((gradients(model), handle.state_dict()))
-    (plain, state), (other, other_state) = found
-    for name, grad in plain.items():
-        torch.testing.assert_close(other[name], grad, rtol=1e-4, atol=1e-6)
-    for name, value in state.items():
-        torch.testing.assert_close(other_state[name], value, rtol=1e-4, atol=1e-6)
+        found.append(gradients(model) | handle.state_dict())
+    plain, other = found
+    for name, value in plain.items():
+        torch.testing.assert_close(other[name], value, rtol=tolerance, atol=tolerance / 100)
 
 
 def test_trainer_callback_equals_adding_the_loss(tmp_path):

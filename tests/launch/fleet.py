@@ -34,7 +34,7 @@ def write_config(folder: Path, **sections: dict) -> Path:
         "checkpoint": {"interval": 5, "keep_last": 3},
     }
     for name, keys in sections.items():
-        settings[name] |= keys
+        settings[name] = settings.get(name, {}) | keys
     path = folder / "tiny.json"
     path.write_text(json.dumps(settings))
     return path
@@ -165,6 +165,11 @@ def newest(run: Path) -> int:
     return int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
 
 
+def metrics(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(run: Path) -> dict[int, float]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["lm_loss"] for row in rows}
+    """The training loss after each step."""
+    return {row["step"]: row["lm_loss"] for row in metrics(run)}

@@ -11,11 +11,11 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def python(*command: str | Path, timeout: int = 300, **environment: str):
+def python(*command: str | Path, timeout: int = 300, cwd: Path = ROOT, **environment: str):
     """The finished `python COMMAND` of the repository's root; its output is captured as text."""
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        cwd=ROOT,
+        cwd=cwd,
         env=ENVIRONMENT | environment,
         capture_output=True,
         text=True,

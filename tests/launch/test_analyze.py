@@ -1,14 +1,13 @@
 """launch/analyze.py end to end on a small model in Hugging Face form."""
 
 import dataclasses
-import gzip
 import json
 
 import pytest
 
 from l2e.analysis import analyses
 from launch import analyze
-from tests.l2e.analysis.conftest import byte_tokenizer, letters, make_model
+from tests.l2e.analysis.conftest import save_model, write_letters
 from tests.launch.running import python
 
 
@@ -16,15 +15,9 @@ from tests.launch.running import python
 def place(tmp_path_factory):
     """A folder with a model, three checkpoints and a feature file."""
     folder = tmp_path_factory.mktemp("analyze")
-    for number, step in enumerate(["step0", "step5"]):
-        model = make_model("gpt_neox", layers=2, hidden=128)
-        for parameter in model.parameters():
-            parameter.data.mul_(1 + number / 2)
-        model.save_pretrained(folder / step)
-        byte_tokenizer().save_pretrained(folder / step)
-    rows = [{"text": letters(f, i), "feature": f"f{f}"} for i in range(12) for f in range(2)]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "letters.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    save_model(folder / "step0")
+    save_model(folder / "step5", factor=1.5)
+    write_letters(folder / "letters.jsonl.gz")
     return folder
 
 
@@ -89,8 +82,7 @@ def test_report_is_all_of_it_in_one_page(place):
     out = place / "report"
     other = place / "other" / "letters.jsonl"
     other.parent.mkdir()
-    rows = [{"text": letters(f, i), "feature": f"g{f}"} for i in range(12) for f in range(2, 4)]
-    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_letters(other, features=(2, 3))
     features = [str(place / "letters.jsonl.gz"), str(other)]
     command = ["report", "--model", str(place / "step5"), "--features", *features]
     command += ["--checkpoints", str(place / "step0"), str(place / "step5"), "--networks", "1"]
@@ -111,7 +103,7 @@ def test_report_is_all_of_it_in_one_page(place):
         for name in ("letters", "letters-2")
     )
     assert set(first) == {"f0", "f1"}
-    assert set(second) == {"g2", "g3"}
+    assert set(second) == {"f2", "f3"}
     with pytest.raises(ValueError, match="named twice"):
         analyze.main(
             ["report", "--model", "x", "--features", *features, features[0], "--output", "x"]
@@ -157,9 +149,7 @@ def test_a_checkpoint_of_the_trainer_gives_what_its_hugging_face_form_gives(plac
 
 
 def test_too_few_passages_are_named(place, tmp_path):
-    path = tmp_path / "few.jsonl"
-    rows = [{"text": letters(f, i), "feature": f"f{f}"} for i in range(4) for f in range(2)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_letters(tmp_path / "few.jsonl", passages=4)
     command = ["probe", "--model", str(place / "step5"), "--features", str(path)]
     with pytest.raises(ValueError, match="at least 10 passages"):
         analyze.main([*command, "--output", str(tmp_path)])

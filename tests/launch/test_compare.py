@@ -1,7 +1,6 @@
 """Comparing runs whose differences are known."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from launch.checkpoint.tensorfile import TensorFile, TensorSpec
 from launch.compare import main
 from launch.comparison import comparison
 from launch.comparison.runs import read_run
+from tests.launch.fleet import metrics
 
 
 def make_run(
@@ -44,11 +44,7 @@ def make_run(
 
 
 def compare(*arguments: object) -> int:
-    old, sys.argv = sys.argv, ["compare.py", *map(str, arguments)]
-    try:
-        return main()
-    finally:
-        sys.argv = old
+    return main([*map(str, arguments)])
 
 
 def test_two_seeds_of_one_arm_are_never_said_to_differ(tmp_path, capsys):
@@ -83,8 +79,7 @@ def test_a_run_that_diverged_has_no_earlier_loss_for_its_last(tmp_path, capsys):
     """What is not finite is written as null; a loss of an earlier step is told as such."""
     whole, lost, short = (make_run(tmp_path / name, noise=1) for name in ("a", "b", "c"))
     for run, keys in ((lost, ("lm_loss", "validation_loss")), (short, ())):
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        rows = rows if keys else rows[:45]
+        rows = metrics(run) if keys else metrics(run)[:45]
         rows[-1] |= dict.fromkeys(keys)
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert compare(whole, lost, short, "--output", tmp_path / "out") == 0

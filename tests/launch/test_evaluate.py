@@ -4,9 +4,6 @@ import dataclasses
 import gzip
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +14,8 @@ from transformers import GPTNeoXForCausalLM
 from launch.evaluation import models, scores, tasks
 from launch.evaluation.harness import HarnessModel
 from tests.launch.models import huggingface_model, write_sciq
+from tests.launch.running import python, torchrun
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
@@ -37,16 +34,6 @@ def model(model_folder) -> models.Scored:
 @pytest.fixture(scope="module")
 def task_data(tmp_path_factory) -> Path:
     return write_sciq(tmp_path_factory.mktemp("tasks")).parent
-
-
-def evaluate(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        launcher += [str(processes)]
-    command = [*launcher, str(ROOT / "launch" / "evaluate.py"), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 def plain_score(model_folder: Path, context: list[int], answer: list[int]) -> tuple[float, bool]:
@@ -454,12 +441,12 @@ def test_table_shows_official_scores_errors_and_chance():
 def test_verb_writes_json_and_prints_the_table(model_folder, task_data, tmp_path):
     """Alone and on two processes: the same scores, few-shot prompts included."""
     common = ["--checkpoint", model_folder, "--tasks", "sciq", "--task-data", task_data]
-    common += ["--shots", 2]
-    one = evaluate(*common, "--output", tmp_path / "one.json")
+    common += ["--shots", "2"]
+    one = python("launch/evaluate.py", *common, "--output", tmp_path / "one.json")
     assert one.returncode == 0, one.stderr
     assert "sciq" in one.stdout
     assert "±" in one.stdout
-    two = evaluate(*common, "--output", tmp_path / "two.json", processes=2)
+    two = torchrun(2, "launch/evaluate.py", *common, "--output", tmp_path / "two.json")
     assert two.returncode == 0, two.stderr
     first, second = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
     assert first["results"]["sciq"].keys() == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
@@ -471,12 +458,8 @@ def test_mistakes_are_messages(model_folder, task_data, tmp_path):
     from launch.evaluate import main
 
     def message(*arguments: object) -> str:
-        old, sys.argv = sys.argv, ["evaluate.py", *map(str, arguments)]
-        try:
-            with pytest.raises(ValueError) as caught:
-                main()
-        finally:
-            sys.argv = old
+        with pytest.raises(ValueError) as caught:
+            main([*map(str, arguments)])
         return str(caught.value)
 
     common = ["--checkpoint", model_folder, "--task-data", task_data]

@@ -134,7 +134,6 @@ def test_arms_whose_losses_are_not_alike(raw, tmp_path, keys, told):
     assert re.search(told, line)
     out = trained(raw, tmp_path)
     for run in one.runs:
-        (run.folder / "config.json").write_text(run.config.model_dump_json())
         path = run.folder / "metrics.jsonl"
         last = f'"step": {run.config.train.steps}'
         path.write_text(path.read_text().replace('"step": 60', last))
@@ -199,8 +198,6 @@ def test_runs_that_are_damaged_are_left_out_and_told(raw, tmp_path):
     """A finished run whose metrics end early would give an earlier step's loss as its last."""
     out = trained(raw, tmp_path)
     runs = out / "runs" / "none"
-    for run in build(raw, tmp_path).runs:
-        (run.folder / "config.json").write_text(run.config.model_dump_json())
     lines = (runs / "seed_1" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (runs / "seed_1" / "metrics.jsonl").write_text("".join(lines[:2]))
     (runs / "seed_2" / "metrics.jsonl").write_text("no record\n")
@@ -242,10 +239,7 @@ def test_a_plan_that_an_earlier_version_wrote_is_told_by_its_keys(raw, tmp_path)
 
 def test_a_folder_that_was_moved_goes_on(raw, tmp_path):
     """Its cache lies elsewhere then; nothing that is trained depends on it."""
-    for run in build(raw, tmp_path).runs:
-        stand_in(run.arguments())
-        (run.folder / "config.json").write_text(run.config.model_dump_json())
-    (tmp_path / "out").rename(tmp_path / "moved")
+    trained(raw, tmp_path).rename(tmp_path / "moved")
     moved = plan.build(raw, tmp_path / "plan.json", tmp_path / "moved")
     assert record.check_folder(moved, tmp_path / "moved", "c") == []
 
@@ -329,18 +323,16 @@ def test_a_signal_lets_runs_leave_and_starts_no_more(raw, tmp_path):
 
 def test_differences_pair_over_seeds(raw, tmp_path, capsys):
     """silence - none is -0.05 + 0.001 seed^2: -0.049, -0.046, -0.041."""
-    experiment_ = build(raw, tmp_path)
-    for run in experiment_.runs:
-        stand_in(run.arguments())
-    record.write(experiment_, tmp_path / "out", "c")
-    assert experiment.main(["report", str(tmp_path / "out")]) == 0
-    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    out = trained(raw, tmp_path)
+    assert experiment.main(["report", str(out)]) == 0
+    found = json.loads((out / "report.json").read_text())
     told = found["differences"]["none"]["validation_loss"]["silence"]
     assert told["values"] == pytest.approx([-0.049, -0.046, -0.041])
     assert told["mean"] == pytest.approx(-0.136 / 3)
     assert told["verdict"] == "lower"
-    page = (tmp_path / "out" / "report.html").read_text()
-    for said in (f"{told['mean']:+.4f} [{told['low']:+.4f}", experiment_.hash, "lower", "torch 2"):
+    page = (out / "report.html").read_text()
+    plan_hash = build(raw, tmp_path).hash
+    for said in (f"{told['mean']:+.4f} [{told['low']:+.4f}", plan_hash, "lower", "torch 2"):
         assert said in page
     assert "Not finished" not in page
     assert page.count("<img") == 4
@@ -352,6 +344,7 @@ def trained(raw: dict, folder: Path) -> Path:
     one = build(raw, folder)
     for run in one.runs:
         stand_in(run.arguments())
+        (run.folder / "config.json").write_text(run.config.model_dump_json())
     record.write(one, folder / "out", "c")
     return folder / "out"
 
@@ -457,13 +450,8 @@ def test_without_scipy_nothing_is_lost(raw, tmp_path, monkeypatch, capsys):
 
 def test_what_the_folder_holds_already(raw, tmp_path):
     """Another configuration, another corpus, another commit, a changed plan."""
-    one = build(raw, tmp_path)
-    out = tmp_path / "out"
-    for run in one.runs:
-        stand_in(run.arguments())
-        (run.folder / "config.json").write_text(run.config.model_dump_json())
+    one, out = build(raw, tmp_path), trained(raw, tmp_path)
     assert record.check_folder(one, out, "c") == []
-    record.write(one, out, "c")
     assert "commit c" in record.check_folder(one, out, "d")[0]
     raw["question"] = "Another one?"
     (warning,) = record.check_folder(build(raw, tmp_path), out, "c")

@@ -4,8 +4,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,15 +19,9 @@ from launch.export import main
 from tests.launch.models import huggingface_model
 from tests.launch.running import python
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def export(*arguments: object) -> None:
-    old, sys.argv = sys.argv, ["export.py", *map(str, arguments)]
-    try:
-        main()
-    finally:
-        sys.argv = old
+    main([*map(str, arguments)])
 
 
 def refusal(*arguments: object) -> str:
@@ -267,9 +259,8 @@ def test_a_damaged_checkpoint_is_not_exported(folders, tmp_path):
 
 
 def test_verb_ends_with_status_2_and_the_message_alone(tmp_path):
-    command = [sys.executable, str(ROOT / "launch" / "export.py"), "to-hf"]
-    command += ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["to-hf", "--checkpoint", tmp_path, "--output", tmp_path / "out"]
+    done = python("launch/export.py", *command)
     assert done.returncode == 2
     assert "neither a checkpoint" in done.stderr
     assert "Traceback" not in done.stderr

@@ -2,19 +2,16 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
 import configs
 from launch.plan import main
 from launch.planning.layouts import layout_of
+from tests.launch.running import ROOT, python
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-CONFIGS = REPOSITORY / "configs"
+CONFIGS = ROOT / "configs"
 
 
 def test_the_plan_names_the_model_the_run_and_the_machine(capsys):
@@ -93,8 +90,7 @@ def test_gpus_that_the_batch_cannot_be_dealt_to_are_refused():
 
 
 def test_a_mistake_ends_with_its_message_and_status_2():
-    command = [sys.executable, "launch/plan.py", "--config", "nowhere.json"]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    result = python("launch/plan.py", "--config", "nowhere.json")
     assert result.returncode == 2
     assert "nowhere.json" in result.stderr
     assert "Traceback" not in result.stderr

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,11 @@ from data.dataset import open_dataset
 from data.index import TokenFile
 from data.tokenizer import load_tokenizer
 from tests.data.conftest import make_texts, write_jsonl, write_tokens
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.launch.running import python
 
 
 def prepare(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "launch" / "prepare.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return python("launch/prepare.py", *map(str, arguments))
 
 
 @pytest.fixture(scope="module")
@@ -118,16 +115,8 @@ def test_show_prints_a_steps_sequences(corpus, tokenizer, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(CONFIG))
     done = prepare(
         *("show", "--config", tmp_path / "c.json", "--set", f"data.path={corpus}"),
-        *(
-            "--set",
-            "data.validation_fraction=0.2",
-            "--step",
-            3,
-            "--rows",
-            4,
-            "--run-dir",
-            tmp_path / "r",
-        ),
+        *("--set", "data.validation_fraction=0.2", "--step", 3, "--rows", 4),
+        *("--run-dir", tmp_path / "r"),
     )
     assert done.returncode == 0, done.stderr
     expected = open_dataset(str(corpus), 32, 7, 20, split=0.2)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.launch import fleet
+from tests.launch.fleet import metrics
 from tests.launch.running import ENVIRONMENT, ROOT, deepspeed, free_port, python, torchrun
 
 VERB = "launch/pretrain.py"
@@ -25,42 +27,17 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--vocab-size", "512", "--sample-mb", "1", "--output", prefix, "--workers", "2",
     )  # fmt: skip
     assert prepared.returncode == 0, prepared.stderr
-    path = folder / "tiny.json"
-    path.write_text(
-        json.dumps(
-            {
-                "model": {
-                    "num_layers": 2,
-                    "hidden_size": 64,
-                    "num_attention_heads": 4,
-                    "vocab_size": 512,
-                },
-                "l2e": {"late_start_step": 4, "forget_step": 4},
-                "data": {
-                    "path": str(prefix),
-                    "validation_path": f"{prefix}_validation",
-                    "sequence_length": 64,
-                },
-                "tokenizer": {"path": f"{prefix}.tokenizer.model"},
-                "optimizer": {"learning_rate": 1e-2},
-                "schedule": {"warmup_steps": 2},
-                "train": {
-                    "steps": STEPS,
-                    "global_batch_size": 16,
-                    "micro_batch_size": 4,
-                    "dtype": "fp32",
-                },
-                "evaluate": {"interval": 8, "batches": 2},
-                "logging": {"interval": 4},
-                "checkpoint": {"interval": 0},
-            }
-        )
+    return fleet.write_config(
+        folder,
+        model={"hidden_size": 64, "vocab_size": 512},
+        data={"path": str(prefix), "validation_path": f"{prefix}_validation"}
+        | {"sequence_length": 64},
+        tokenizer={"path": f"{prefix}.tokenizer.model"},
+        train={"steps": STEPS, "global_batch_size": 16, "micro_batch_size": 4},
+        evaluate={"interval": 8, "batches": 2},
+        logging={"interval": 4, "tensorboard": True},
+        checkpoint={"interval": 0},
     )
-    return path
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

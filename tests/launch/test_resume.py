@@ -7,101 +7,46 @@ import json
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.random_tokens import write_random_tokens
 from data import batches, open_dataset
 from data.lock import Lock
 from launch import pretrain
 from launch.checkpoint.stored import open_checkpoint
 from launch.evaluation.run import find_models
+from tests.launch import fleet
+from tests.launch.fleet import losses, metrics
 from tests.launch.models import byte_tokenizer, huggingface_model, write_sciq
-from tests.launch.running import ENVIRONMENT, ROOT, python, torchrun
+from tests.launch.running import ROOT, python, torchrun
 
 VERB = "launch/pretrain.py"
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
-    prefix = write_random_tokens(folder / "tokens", 2**16, vocab_size=256)
-    path = folder / "tiny.json"
-    path.write_text(
-        json.dumps(
-            {
-                "model": {
-                    "num_layers": 2,
-                    "hidden_size": 32,
-                    "num_attention_heads": 4,
-                    "vocab_size": 256,
-                },
-                "l2e": {"late_start_step": 4, "forget_step": 4},
-                "data": {"path": str(prefix), "sequence_length": 32},
-                "optimizer": {"learning_rate": 1e-2},
-                "schedule": {"warmup_steps": 2},
-                "train": {
-                    "steps": 2000,
-                    "global_batch_size": 4,
-                    "micro_batch_size": 4,
-                    "dtype": "fp32",
-                },
-                "evaluate": {"interval": 0, "batches": 1},
-                "logging": {"interval": 1},
-                "checkpoint": {"interval": 5, "keep_last": 4},
-            }
-        )
+    return fleet.write_config(
+        tmp_path_factory.mktemp("resume"),
+        train={"steps": 2000, "micro_batch_size": 4},
+        logging={"tensorboard": True},
+        checkpoint={"keep_last": 4},
     )
-    return path
-
-
-def losses(run: Path) -> dict[int, float]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["lm_loss"] for row in rows}
-
-
-def start(config: Path, run: Path, *words: str) -> subprocess.Popen:
-    command = [sys.executable, VERB, "--config", str(config), "--run-dir", str(run), *words]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
-    """Until the run has written `step`; fails if it ends before."""
-    path = run / "metrics.jsonl"
-    while process.poll() is None:
-        if path.exists() and len(path.read_text().splitlines()) >= step:
-            return
-        time.sleep(0.05)  # polling a file that another process writes
-    pytest.fail(f"the run ended: {process.communicate()[0]}")
 
 
 def test_stopped_by_signals_damaged_and_resumed(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for number, first in ((signal.SIGTERM, 7), (signal.SIGUSR1, 60)):
         words = ["--resume", "auto"] if (run / "metrics.jsonl").exists() else []
-        process = start(config, run, *words)
-        try:
-            wait_for_step(process, run, first)
-            process.send_signal(number)
-            begin = time.monotonic()
-            said, _ = process.communicate(timeout=30)
-        finally:
-            process.kill()
-        assert process.returncode == 0, said
-        assert time.monotonic() - begin < 30
-        assert "--resume auto" in said
+        command = (sys.executable, VERB, "--config", config, "--run-dir", run, *words)
+        with fleet.started(tmp_path / f"{number}.log", *command) as member:
+            fleet.wait_for_step(run, first, member)
+            member.process.send_signal(number)
+            fleet.wait_for_end([member], 30)
+        assert member.process.returncode == 0, member.output()
+        assert "--resume auto" in member.output()
         stopped = max(losses(run))
         newest = (run / "checkpoints" / "latest").read_text().strip()
         assert newest == f"step_{stopped:07d}"  # nothing that was trained is lost
@@ -144,7 +89,7 @@ def test_scores_in_training_are_those_of_the_checkpoint(config: Path, tmp_path: 
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     trained = torchrun(2, VERB, "--config", config, "--run-dir", run, *words)
     assert trained.returncode == 0, trained.stdout + trained.stderr
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(run)
     scores = {row["step"]: row["scores"]["sciq"] for row in rows if row.get("scores")}
     assert sorted(scores) == [3, 6]
     output = tmp_path / "scores.json"
@@ -176,24 +121,8 @@ def test_training_goes_on_from_a_hugging_face_model(config: Path, tmp_path: Path
     words = [word for setting in settings for word in ("--set", setting)]
     run = tmp_path / "run"
     # A relative name of one part, as in the README
-    trained = subprocess.run(
-        [
-            sys.executable,
-            ROOT / VERB,
-            "--config",
-            config,
-            "--run-dir",
-            run,
-            "--resume",
-            "imported",
-            *words,
-        ],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words += ["--run-dir", run, "--resume", "imported"]
+    trained = python(ROOT / VERB, "--config", config, *words, cwd=tmp_path)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     batch = first_batch(config)
     with torch.no_grad():
@@ -272,9 +201,8 @@ def test_branches_another_batch_size_and_broken_companions(config: Path, tmp_pat
     assert [step for step, _ in find_models(str(run), "latest")] == [4]
     assert [step for step, _ in find_models(str(run), "all")] == [2, 4]
 
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     read = [4, 8, 12, 16, 22, 28, 34, 40]  # samples after each step
-    assert [row["tokens"] for row in rows] == [32 * samples for samples in read]
+    assert [row["tokens"] for row in metrics(run)] == [32 * samples for samples in read]
     single = tmp_path / "single"
     sizes = ["train.global_batch_size=1", "train.micro_batch_size=1", "train.steps=8000"]
     train(single, *sizes, f"train.stop_after={read[-1]}", "checkpoint.interval=0")

@@ -1,5 +1,10 @@
 """Small random models of the three families, and a byte-level tokenizer for them."""
 
+import gzip
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -53,6 +58,23 @@ def letters(feature: int, index: int) -> str:
     """A passage over the letters of one feature: abcd, efgh, ..., of differing length."""
     alphabet = "abcdefghijklmnopqrstuvwxyz"[4 * feature : 4 * feature + 4]
     return "".join(alphabet[(index * 7 + i * i + i) % 4] for i in range(5 + (index * 3) % 20))
+
+
+def write_letters(path: Path, features: Iterable[int] = range(2), passages: int = 12) -> Path:
+    """A feature file of so many passages of each of the features f0, f1, ..."""
+    rows = [{"text": letters(f, i), "feature": f"f{f}"} for i in range(passages) for f in features]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    return path
+
+
+def save_model(folder: Path, factor: float = 1.0) -> None:
+    """A GPT-NeoX of two layers, its weights times `factor`, with a tokenizer."""
+    model = make_model("gpt_neox", layers=2, hidden=128)
+    for parameter in model.parameters():
+        parameter.data.mul_(factor)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """docs/notebook.md and the how-tos of the analyses: their code and commands run as they stand."""
 
-import gzip
 import json
 import re
 import shlex
@@ -13,7 +12,7 @@ import torch
 
 from l2e.analysis import analyses, analysis
 from launch import analyze
-from tests.l2e.analysis.conftest import byte_tokenizer, letters, make_model
+from tests.l2e.analysis.conftest import byte_tokenizer, make_model, save_model, write_letters
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 
@@ -22,13 +21,9 @@ DOCS = Path(__file__).resolve().parents[3] / "docs"
 def files(tmp_path_factory):
     """A folder where the pages' names exist: a model, checkpoints, passages."""
     folder = tmp_path_factory.mktemp("pages")
-    model = make_model("gpt_neox", layers=2, hidden=128)
     for name in ("EleutherAI/pythia-70m", "checkpoints/step0", "checkpoints/step512"):
-        model.save_pretrained(folder / name)
-        byte_tokenizer().save_pretrained(folder / name)
-    rows = [{"text": letters(f, i), "feature": f"f{f}"} for i in range(12) for f in range(2)]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "languages.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+        save_model(folder / name)
+    write_letters(folder / "languages.jsonl.gz")
     return folder
 
 

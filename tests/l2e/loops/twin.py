@@ -70,10 +70,13 @@ class Twin:
     def pull(self, counts=None):
         """L_MS's gradient, as a loss linear in the activations of the calls since the last.
 
+        Its value is kept as `loss`.
+
         Args:
             counts: [..., ] true where a sample counts; None: everywhere.
         """
         total = torch.zeros(())
+        self.loss = 0.0
         for name, calls in self.calls.items():
             kept = [call.flatten(0, -2) if counts is None else call[counts] for call in calls]
             calls.clear()
@@ -82,6 +85,7 @@ class Twin:
             z = torch.cat(kept)
             values = z.detach().double().numpy()
             self.seen[name].append(values)
+            self.loss += self.references[name].loss(values)
             slope = self.references[name].loss_slope(values)
             total = total + (torch.from_numpy(slope).float() * z).sum()
         return total
@@ -134,6 +138,7 @@ def train_both(model, twin, handle, inputs, loss_of, lr=0.05):
             optimizer.zero_grad()
         (loss_of(model, x) + handle.loss()).backward()
         (loss_of(twin.model, x) + twin.pull()).backward()
+        assert float(handle.loss()) == pytest.approx(twin.loss, rel=1e-4, abs=1e-6)
         assert_same_gradients(model, twin.model)
         for optimizer in optimizers:
             optimizer.step()

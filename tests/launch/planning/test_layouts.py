@@ -1,10 +1,10 @@
 """The planner against costs worked out elsewhere, and against the rules its layouts must keep."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
+from configs import Config
 from launch.planning.cost import LayoutPlan
 from launch.planning.layouts import (
     SIMPLER_WITHIN,
@@ -80,24 +80,14 @@ def test_where_nothing_fits_the_smallest_comes_first():
     assert ranked[0].total_memory == min(candidate.total_memory for candidate in ranked)
 
 
-def configuration(**changes) -> SimpleNamespace:
-    keys = {"tensor": 1, "pipeline": 1, "global_batch_size": 64, "micro_batch_size": 4} | changes
-    return SimpleNamespace(
-        model=PYTHIA["70m"],
-        data=SimpleNamespace(sequence_length=128),
-        l2e=SimpleNamespace(layers="mid2"),
-        parallel=SimpleNamespace(
-            tensor=keys["tensor"],
-            pipeline=keys["pipeline"],
-            sequence=False,
-            activation_checkpointing=False,
-        ),
-        train=SimpleNamespace(
-            global_batch_size=keys["global_batch_size"],
-            micro_batch_size=keys["micro_batch_size"],
-            dtype="bf16",
-        ),
-        zero_stage=1,
+def configuration(tensor: int = 1, pipeline: int = 1, **train) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"preset": "70m"},
+            "data": {"sequence_length": 128},
+            "parallel": {"tensor": tensor, "pipeline": pipeline},
+            "train": {"global_batch_size": 64, "micro_batch_size": 4} | train,
+        }
     )
 
 
