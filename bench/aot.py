@@ -76,6 +76,21 @@ class Compiled:
     spills: int
     loops: list[Loop]
 
+    @property
+    def longest_loop(self) -> Loop:
+        return max(self.loops, key=lambda loop: len(loop.instructions))
+
+    def costs(self, unit: str, units: int) -> dict[str, Any]:
+        """The columns of a line of the table; of the longest loop, which does so many units."""
+        loop = self.longest_loop
+        return {
+            "registers": self.registers,
+            "spills": self.spills,
+            "stack": self.stack,
+            f"instructions_per_{unit}": round(len(loop.instructions) / units, 1),
+            f"bytes_per_{unit}": (loop.moved("LDG") + loop.moved("STG")) / units,
+        }
+
 
 def compile_for(
     target: str, kernel: Any, dtype: str, num_warps: int, **constants: object
@@ -167,17 +182,13 @@ def layer_variants(dtype: str) -> Iterator[tuple[str, Any, dict[str, object]]]:
 def layer_row(target: str, dtype: str, name: str, kernel: Any, constants: dict) -> dict:
     """One line of the table."""
     compiled = compile_for(target, kernel, dtype, triton_kernels.WARPS, **constants)
-    loop = max(compiled.loops, key=lambda loop: len(loop.instructions))
+    loop = compiled.longest_loop
     activations = (loop.moved("STG") or loop.moved("LDG")) // BYTES[dtype]
     return {
         "name": name,
         "target": target,
         "dtype": dtype,
-        "registers": compiled.registers,
-        "spills": compiled.spills,
-        "stack": compiled.stack,
-        "instructions_per_activation": round(len(loop.instructions) / activations, 1),
-        "bytes_per_activation": (loop.moved("LDG") + loop.moved("STG")) / activations,
+        **compiled.costs("activation", activations),
         "widest": "128" if any(".128" in text for text in loop.instructions) else "less",
     }
 
@@ -191,20 +202,9 @@ def loss_rows(target: str, dtype: str) -> list[dict]:
     ):
         constants = {"BLOCK": triton_loss.BLOCK}
         compiled = compile_for(target, kernel, dtype, triton_loss.WARPS, **constants)
-        loop = max(compiled.loops, key=lambda loop: len(loop.instructions))
-        logits = loop.moved("LDG") // BYTES[dtype]
-        rows.append(
-            {
-                "name": name,
-                "target": target,
-                "dtype": dtype,
-                "registers": compiled.registers,
-                "spills": compiled.spills,
-                "stack": compiled.stack,
-                "instructions_per_logit": round(len(loop.instructions) / logits, 1),
-                "bytes_per_logit": (loop.moved("LDG") + loop.moved("STG")) / logits,
-            }
-        )
+        logits = compiled.longest_loop.moved("LDG") // BYTES[dtype]
+        place = {"name": name, "target": target, "dtype": dtype}
+        rows.append(place | compiled.costs("logit", logits))
     return rows
 
 

@@ -43,7 +43,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class Trial:
     """The model's and the run's size, and the weight of L_MS in the arms that have one."""
 
     weight: float = 0.01
@@ -69,20 +69,20 @@ def read_bytes(corpus: Path, limit: int = 4_000_000) -> Tensor:
     return torch.frombuffer(text[:limit], dtype=torch.uint8).long()
 
 
-def build(settings: Settings, arm: str) -> GPTNeoXForCausalLM:
+def build(trial: Trial, arm: str) -> GPTNeoXForCausalLM:
     """The same initial weights for every arm; a silenced MLP's output weights are 0."""
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(trial.seed)
     model = GPTNeoXForCausalLM(
         GPTNeoXConfig(
-            hidden_size=settings.hidden,
-            num_hidden_layers=settings.layers,
+            hidden_size=trial.hidden,
+            num_hidden_layers=trial.layers,
             num_attention_heads=4,
-            intermediate_size=4 * settings.hidden,
-            max_position_embeddings=settings.length,
+            intermediate_size=4 * trial.hidden,
+            max_position_embeddings=trial.length,
             vocab_size=256,
         )
     )
-    for number in l2e.select_layers("mid2", settings.layers):
+    for number in l2e.select_layers("mid2", trial.layers):
         mlp: Any = model.gpt_neox.layers[number].mlp
         if arm == "silence":
             nn.init.zeros_(mlp.dense_4h_to_h.weight)
@@ -92,7 +92,7 @@ def build(settings: Settings, arm: str) -> GPTNeoXForCausalLM:
 
 
 @dataclass
-class Watch:
+class BlockReadings:
     """What one inhibited block's MLP shows in the newest forward pass."""
 
     z: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -126,49 +126,49 @@ def live_variance_loss(z: Tensor, fraction: float = 0.02) -> Tensor:
     return largest.log().mean()
 
 
-def run(arm: str, data: Tensor, settings: Settings, progress: bool = True) -> dict[str, float]:
+def run(arm: str, data: Tensor, trial: Trial, progress: bool = True) -> dict[str, float]:
     """Train one arm and return its metrics."""
-    model = build(settings, arm).train()
-    blocks = [model.gpt_neox.layers[n] for n in l2e.select_layers("mid2", settings.layers)]
-    watches = [Watch() for _ in blocks]
-    for watch, block in zip(watches, blocks, strict=True):
-        watch.observe(block)
-    keys = {"weight": settings.weight, "late_start_step": settings.late_start, **ARMS[arm]}
+    model = build(trial, arm).train()
+    blocks = [model.gpt_neox.layers[n] for n in l2e.select_layers("mid2", trial.layers)]
+    readings = [BlockReadings() for _ in blocks]
+    for reading, block in zip(readings, blocks, strict=True):
+        reading.observe(block)
+    keys = {"weight": trial.weight, "late_start_step": trial.late_start, **ARMS[arm]}
     handle = l2e.attach(model, "gpt_neox.layers.*.mlp.act", l2e.L2EConfig(**keys))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=trial.learning_rate, betas=(0.9, 0.95))
     held_out = len(data) * 9 // 10
-    generator = torch.Generator().manual_seed(settings.seed)
-    for step in tqdm(range(settings.steps), desc=arm, disable=not progress):
-        handle.controller.measure = step == settings.steps - 1
-        batch = sample(data[:held_out], settings, generator)
+    generator = torch.Generator().manual_seed(trial.seed)
+    for step in tqdm(range(trial.steps), desc=arm, disable=not progress):
+        handle.controller.measure = step == trial.steps - 1
+        batch = sample(data[:held_out], trial, generator)
         loss = model(batch, labels=batch).loss + handle.loss()
-        if "live" in arm and step >= settings.late_start:
-            loss = loss + settings.weight * sum(live_variance_loss(w.z) for w in watches) / 2
+        if "live" in arm and step >= trial.late_start:
+            loss = loss + trial.weight * sum(live_variance_loss(w.z) for w in readings) / 2
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         handle.step()
     metrics = list(handle.metrics().values())
     return {
-        "validation_loss": validate(model, data[held_out:], settings),
+        "validation_loss": validate(model, data[held_out:], trial),
         "std": mean(layer["std"] for layer in metrics),
         "kurtosis": mean(layer["kurtosis"] for layer in metrics),
-        "mlp_to_residual": mean(watch.ratio for watch in watches),
-        "std_before_activation": mean(float(w.before.std(0).mean()) for w in watches),
+        "mlp_to_residual": mean(reading.ratio for reading in readings),
+        "std_before_activation": mean(float(w.before.std(0).mean()) for w in readings),
     }
 
 
-def sample(data: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
-    starts = torch.randint(len(data) - settings.length, (settings.batch,), generator=generator)
-    return torch.stack([data[start : start + settings.length] for start in starts])
+def sample(data: Tensor, trial: Trial, generator: torch.Generator) -> Tensor:
+    starts = torch.randint(len(data) - trial.length, (trial.batch,), generator=generator)
+    return torch.stack([data[start : start + trial.length] for start in starts])
 
 
 @torch.no_grad()
-def validate(model: nn.Module, data: Tensor, settings: Settings) -> float:
+def validate(model: nn.Module, data: Tensor, trial: Trial) -> float:
     """Nats a byte on the same held-out windows for every arm."""
     model.eval()
     generator = torch.Generator().manual_seed(1)
-    batches = [sample(data, settings, generator) for _ in range(16)]
+    batches = [sample(data, trial, generator) for _ in range(16)]
     return mean(float(model(batch, labels=batch).loss) for batch in batches)
 
 
@@ -189,8 +189,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--corpus", type=Path, required=True, help="JSON lines, zstandard")
-    parser.add_argument("--steps", type=int, default=Settings.steps)
-    parser.add_argument("--weight", type=float, default=Settings.weight, help="of L_MS")
+    parser.add_argument("--steps", type=int, default=Trial.steps)
+    parser.add_argument("--weight", type=float, default=Trial.weight, help="of L_MS")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--output", type=Path, help="write the metrics as JSON")
@@ -200,9 +200,9 @@ def main() -> None:
     rows = []
     print(f"{'arm':26} seed  valid. loss      std  kurtosis  MLP/residual  std before activation")
     for seed in options.seeds:
-        settings = Settings(weight=options.weight, steps=options.steps, seed=seed)
+        trial = Trial(weight=options.weight, steps=options.steps, seed=seed)
         for arm in options.arms:
-            row = run(arm, data, settings, progress=sys.stderr.isatty())
+            row = run(arm, data, trial, progress=sys.stderr.isatty())
             rows.append({"arm": arm, "seed": seed} | row)
             print(
                 f"{arm:26} {seed:4} {row['validation_loss']:12.4f} {row['std']:8.4f} "

@@ -41,12 +41,11 @@ def write_report(results: Path, path: Path) -> None:
 def machine_sections(results: dict) -> list[str]:
     """One machine's tables."""
     machine = results["machine"]
-    versions = ", ".join(f"{n} {v}" for n, v in machine["versions"].items() if v)
     commands = "; ".join(f"bench/run.py {options}" for options in results["commands"].values())
     parts = [
         f"## {machine['name']}\n\n{machine['date']}, `{commands}`, {machine['cores']} "
-        f"cores, {machine['threads']} thread(s) a process, Python {machine['python']}, {versions}."
-        f"\n{machine.get('note', '')}\n"
+        f"cores, {machine['threads']} thread(s) a process, Python {machine['python']}, "
+        f"{versions(machine)}.\n{machine.get('note', '')}\n"
     ]
     parts += [training(result) for result in results.get("train", [])]
     if "layer" in results:
@@ -153,7 +152,6 @@ def scaling(rows: list[dict], cores: int) -> str:
 def attached(result: dict) -> str:
     """`l2e.attach` in somebody else's model."""
     machine, added = result["machine"], result["added"]
-    versions = ", ".join(f"{n} {v}" for n, v in machine["versions"].items() if v)
     body = [
         [name, interval(milliseconds, 1), interval(added[name], 1) if name in added else ""]
         for name, milliseconds in result["milliseconds"].items()
@@ -161,9 +159,15 @@ def attached(result: dict) -> str:
     return (
         f"## l2e.attach in somebody else's model: {machine['name']}\n\n{machine['date']}, "
         f"`bench/attach_speed.py --rounds {result['rounds']}`, {machine['cores']} cores, one "
-        f"thread, {versions}. Linear 256 -> 4096, GELU, Linear 4096 -> 256, fp32, 2,048 rows "
-        f"a step, attached behind the GELU and past the late start. {machine['note']}\n\n"
-        + table(["method", "milliseconds a step", "added, %"], body)
+        f"thread, {versions(machine)}. Linear 256 -> 4096, GELU, Linear 4096 -> 256, fp32, "
+        f"2,048 rows a step, attached behind the GELU and past the late start. "
+        f"{machine['note']}\n\n" + table(["method", "milliseconds a step", "added, %"], body)
+    )
+
+
+def versions(machine: dict) -> str:
+    return ", ".join(
+        f"{name} {version}" for name, version in machine["versions"].items() if version
     )
 
 

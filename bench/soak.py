@@ -82,7 +82,7 @@ def soak(
     dice, lost, slowest, life = random.Random(seed), 0, 0.0, 0
     while not (disturbed / "finished").exists():
         life += 1
-        before = newest(disturbed)
+        before = fleet.newest(disturbed)
         timeout = fleet.words({"parallel.step_timeout": STEP_TIMEOUT})
         logs = folder / f"life_{life:04d}"
         with fleet.ranks(
@@ -101,7 +101,7 @@ def soak(
             slowest = max(slowest, seconds if kind != "none" else 0.0)
             if hosts is not None:
                 hosts.link(up=True)
-        lost += newest(disturbed) < before
+        lost += fleet.newest(disturbed) < before
         print(f"life {life}: {kind}, at step {fleet.steps(disturbed)}", flush=True)
     return {
         "faults": dict(counts),
@@ -110,11 +110,6 @@ def soak(
         "lost_checkpoints": lost,
         "differing_steps": differing(quiet, disturbed),
     }
-
-
-def newest(run: Path) -> int:
-    """The step of the newest checkpoint; 0 where there is none yet."""
-    return fleet.newest(run) if (run / "checkpoints" / "latest").exists() else 0
 
 
 def disturb(
@@ -157,8 +152,7 @@ def differing(one: Path, other: Path) -> list[int]:
     """Steps whose loss or Monosemantic Scale statistics are not the same to the bit."""
 
     def told(run: Path) -> dict[int, Any]:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
+        rows = fleet.metrics(run)
         return {row["step"]: [row["lm_loss"], row["ms_loss"], row["l2e"]] for row in rows}
 
     first, second = told(one), told(other)

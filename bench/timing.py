@@ -11,7 +11,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MedianInterval:
     """A median with its 95 % bootstrap interval, in the unit of the values it came from."""
 
     median: float
@@ -22,12 +22,12 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> Estimate:
+def estimate(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> MedianInterval:
     """The median of `values` and the 2.5 % and 97.5 % quantiles of its bootstrap distribution."""
     sample = np.asarray(values, dtype=np.float64)
     drawn = np.random.default_rng(seed).integers(len(sample), size=(resamples, len(sample)))
     low, high = np.quantile(np.median(sample[drawn], axis=1), [0.025, 0.975])
-    return Estimate(float(np.median(sample)), float(low), float(high))
+    return MedianInterval(float(np.median(sample)), float(low), float(high))
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -66,7 +66,7 @@ def interleave(
     return taken
 
 
-def added(taken: Mapping[str, Sequence[float]], name: str, baseline: str) -> Estimate:
+def added(taken: Mapping[str, Sequence[float]], name: str, baseline: str) -> MedianInterval:
     """The share of time `name` takes over `baseline`, in percent, from round-by-round ratios."""
     ratios = np.asarray(taken[name]) / np.asarray(taken[baseline])
     return estimate(100 * (ratios - 1))

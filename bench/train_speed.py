@@ -34,6 +34,7 @@ from bench.contenders import (
 )
 from bench.machine import default_device, describe_machine
 from bench.timing import added, estimate, interleave
+from l2e.problems import first_line
 from launch.engine.hardware import keep_freed_memory, measured_peak
 from launch.planning.cost import flops_per_token
 from model.config import ModelConfig
@@ -114,7 +115,7 @@ def contenders(work: Workload, eager: bool = False) -> tuple[dict[str, Step], di
             for step in built.values():
                 step()
         except Exception as error:  # a peer that fails must not end the bench
-            absent[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            absent[name] = f"{type(error).__name__}: {first_line(error)}"
         else:
             steps.update(built)
 

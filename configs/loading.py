@@ -70,18 +70,20 @@ def load(
 
 def read(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; a ConfigError where there is none."""
+
+    def mistaken(value: Any, reason: str, fix: str) -> ConfigError:
+        return ConfigError(str(path), [Problem("--config", value, reason, fix)])
+
     try:
         raw = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=once)
     except FileNotFoundError:
-        known = sorted(str(p) for p in Path(__file__).parent.glob("*.json"))
-        fix = f"give an existing file, for example one of {', '.join(known)}"
-        raise ConfigError(str(path), [Problem("--config", path, "no such file", fix)]) from None
+        known = ", ".join(sorted(str(p) for p in Path(__file__).parent.glob("*.json")))
+        fix = f"give an existing file, for example one of {known}"
+        raise mistaken(path, "no such file", fix) from None
     except (ValueError, RecursionError, OSError) as error:
-        problem = Problem("--config", path, f"not readable as JSON ({error})", "mend the file")
-        raise ConfigError(str(path), [problem]) from None
+        raise mistaken(path, f"not readable as JSON ({error})", "mend the file") from None
     if not isinstance(raw, dict):
-        problem = Problem("--config", raw, "not a JSON object", "write sections in { }")
-        raise ConfigError(str(path), [problem])
+        raise mistaken(raw, "not a JSON object", "write sections in { }")
     return raw
 
 
@@ -89,29 +91,31 @@ def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`raw` with each `a.b=c` put in place; a section's other keys stay as they are."""
     raw = copy.deepcopy(raw)
     for assignment in overrides:
-        name, equals, text = assignment.partition("=")
-        if not equals or not name:
-            problem = Problem("--set", assignment, "no 'key=value'", "write --set train.steps=100")
-            raise ConfigError("command line", [problem])
-        try:
-            value = json.loads(text, object_pairs_hook=once)
-        except (json.JSONDecodeError, RecursionError):
-            value = text
-        except ValueError as error:
-            problem = Problem("--set", assignment, str(error), "write a value that JSON can hold")
-            raise ConfigError("command line", [problem]) from None
-        for path, inner in single_keys(name.split("."), value):
-            *sections, leaf = path
-            place = raw
-            for section in sections:
-                place = place.setdefault(section, {})
-                if not isinstance(place, dict):
-                    problem = Problem(
-                        "--set", assignment, f"{section} is no section", "see --help-config"
-                    )
-                    raise ConfigError("command line", [problem])
-            place[leaf] = inner
+        if mistake := assign(raw, assignment):
+            raise ConfigError("command line", [Problem("--set", assignment, *mistake)])
     return raw
+
+
+def assign(raw: dict[str, Any], assignment: str) -> tuple[str, str] | None:
+    """Put one `a.b=c` in place; why that cannot be done, and what to do."""
+    name, equals, text = assignment.partition("=")
+    if not equals or not name:
+        return "no 'key=value'", "write --set train.steps=100"
+    try:
+        value = json.loads(text, object_pairs_hook=once)
+    except (json.JSONDecodeError, RecursionError):
+        value = text
+    except ValueError as error:
+        return str(error), "write a value that JSON can hold"
+    for path, inner in single_keys(name.split("."), value):
+        *sections, leaf = path
+        place: Any = raw
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                return f"{section} is no section", "see --help-config"
+        place[leaf] = inner
+    return None
 
 
 def single_keys(path: list[str], value: Any) -> Iterator[tuple[list[str], Any]]:
@@ -284,11 +288,7 @@ def mistakes(error: ErrorDetails, given: dict[str, Any], raw: dict[str, Any]) ->
         return
     missing = error["type"] == "missing" and len(path) == len(location) - 1
     if missing and location[0] == "model":
-        if (
-            path == ["model"]
-            and "preset" in given["model"]
-            and given["model"]["preset"] is not None
-        ):
+        if path == ["model"] and given["model"].get("preset") is not None:
             return  # a wrong preset is told, not what it would have filled in
         fix = "give it, or start from a size with model.preset, for example 70m"
         yield Problem(".".join(map(str, location)), None, "missing", fix)

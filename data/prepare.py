@@ -38,11 +38,10 @@ COMMIT_TOKENS = 2**24  # a killed preparation loses less than this
 class Preparation:
     """What to prepare, and how.
 
-    `max_rejects` and `max_unknown` are the shares of `data.limits.Limits`; `workers` the processes
-    that tokenize, beside the one that reads and writes. The result doesn't depend on them.
-    `end_of_text` names the token that ends documents, where the tokenizer leaves that open;
-    `passed_over` is what lies beside the sources, for the manifest; of a `share`, `sources` are
-    its own.
+    `workers` are the processes that tokenize, beside the one that reads and writes; the result
+    doesn't depend on them. `end_of_text` names the token that ends documents, where the tokenizer
+    leaves that open; `passed_over` is what lies beside the sources, for the manifest; of a `share`,
+    `sources` are its own.
     """
 
     sources: list[Source]
@@ -50,15 +49,10 @@ class Preparation:
     output: str
     fields: Fields = field(default_factory=Fields)
     workers: int = 1
-    max_rejects: float = 0.01
-    max_unknown: float = 0.01
+    limits: Limits = field(default_factory=Limits)
     end_of_text: str | None = None
     passed_over: PassedOver = field(default_factory=dict)
     share: Share | None = None
-
-    @property
-    def limits(self) -> Limits:
-        return Limits(self.max_rejects, self.max_unknown)
 
 
 class Interrupted(ValueError):

@@ -294,9 +294,7 @@ class Handle(Joinable):
         self._live()
         found = self.controller.metrics()
         nothing = self.controller.nothing()
-        measured = {
-            n for figures in found.values() for n, value in figures.items() if value == value
-        }
+        measured = {n for one in found.values() for n, value in one.items() if value == value}
         told = [name for name in nothing if name in measured or name not in MEASURED]
         return {
             state.name: {name: found.get(state.name, nothing)[name] for name in told}

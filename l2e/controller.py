@@ -25,7 +25,7 @@ from l2e.statistics import Statistics
 COLLAPSED = 0.1  # of the standard deviation at the first inhibited step
 OF_MS_LOSS = ("weight", "gradient_ratio")
 MEASURED = ("mean_ms", "max_ms", "kurtosis", "mlp_to_residual", "gradient_ratio")
-FIGURES = (*MEASURED, "weight", "tau", "selected_fraction", "std")
+METRICS = (*MEASURED, "weight", "tau", "selected_fraction", "std")
 PATIENCE = 10  # steps that a layer may be without its start before a warning
 
 
@@ -217,11 +217,11 @@ class Controller:
         stack = states[0].stack
         if any(state.observing for state in states):
             stack.start = threshold.quantile(stack.counts, self.config.inhibit_fraction)
-        old = stack.running, stack.figures, stack.derived.weight, stack.start
+        old = stack.running, stack.metrics, stack.derived.weight, stack.start
         flags = stack.flags([state.flags for state in states])
         arguments = new, stack.sums.parts, totals, squares, flags, self.config, shape
         after = self._run(merging.advance, stack, *old, *arguments)
-        stack.running, stack.derived, stack.figures = after.running, after.derived, after.figures
+        stack.running, stack.derived, stack.metrics = after.running, after.derived, after.metrics
         self._histograms |= {s.name: s.counts for s in states if s.measuring}
         self._stepped |= {state.name for state in states}
         if any(state.empty or state.starting for state in states):
@@ -268,18 +268,18 @@ class Controller:
         metrics = {}
         for state in stepped:
             tau, std = state.running.tau, state.running.mean_var.sqrt()
-            figures = state.figures._asdict() | {"tau": tau, "std": std}
+            known = state.metrics._asdict() | {"tau": tau, "std": std}
             if self.config.weight is not None:
-                figures["weight"] = self.config.weight
-            metrics[state.name] = {name: float(figures[name]) for name in self.nothing()}
+                known["weight"] = self.config.weight
+            metrics[state.name] = {name: float(known[name]) for name in self.nothing()}
             self._warn_of_collapse(state, metrics[state.name]["std"])
             self._warn_of_unknown_ratio(state)
         return metrics
 
     def nothing(self) -> dict[str, float]:
-        """The figures of a layer before anything was observed: NaN."""
+        """The metrics of a layer before anything was observed: NaN."""
         left_out = () if self.config.method == "regularize" else OF_MS_LOSS
-        return {name: float("nan") for name in FIGURES if name not in left_out}
+        return {name: float("nan") for name in METRICS if name not in left_out}
 
     def _raise_of_bad_steps(self, states: list[LayerState]) -> None:
         ages = {state: age for state in states if (age := int(state.running.bad_age)) >= 0}

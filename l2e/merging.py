@@ -15,13 +15,14 @@ from torch.utils._pytree import tree_flatten
 
 from l2e import statistics, threshold
 from l2e.config import L2EConfig
-from l2e.stack import Derived, Figures, Flags, Running
+from l2e.problems import first_line
+from l2e.stack import Derived, Flags, Metrics, Running
 from l2e.statistics import Statistics
 
 Sums = dict[str, Tensor]
 Variant = tuple[Callable, bool]  # a function, and whether its step is measured: a graph each
 Result = TypeVar("Result")
-Fields = TypeVar("Fields", Running, Figures, Statistics)
+Fields = TypeVar("Fields", Running, Metrics, Statistics)
 agreed: set[Variant] = set()  # with their plain form, when first used
 not_compiled: set[Callable] = set()
 
@@ -52,7 +53,7 @@ class Merged(NamedTuple):
 
     running: Running
     derived: Derived
-    figures: Figures
+    metrics: Metrics
     usable: Tensor
     starts: Tensor
     ms_loss: Tensor
@@ -105,7 +106,7 @@ def _in_own_slot(values: Tensor, shape: Shape) -> Tensor:
 
 def advance(
     old: Running,
-    figures: Figures,
+    metrics: Metrics,
     weight: Tensor,
     start: Tensor,
     new: Statistics,
@@ -138,20 +139,20 @@ def advance(
 
     running = _follow(old, sums, selected_fraction, mean_ms, usable & flags.selecting, config)
     tau = torch.where(starts & flags.observing, start, running.tau)
-    figures = replaced(figures, selected_fraction=selected_fraction, weight=weight)
+    metrics = replaced(metrics, selected_fraction=selected_fraction, weight=weight)
     ms_loss = samples.new_zeros(())
     if config.method == "regularize":
         factor = (weight if config.weight is None else config.weight) / shape.expected_selected
         ms_loss = (factor * totals["log_square"] / samples.clamp(min=1)).sum()
         gradients = (totals["gradient_squares"] / entries[:, None]).sqrt()
         arrived, added, _ = gradients.unbind(1)
-        ratio = torch.where(flags.comparing, added / arrived, figures.gradient_ratio)
-        figures = replaced(figures, gradient_ratio=ratio)
+        ratio = torch.where(flags.comparing, added / arrived, metrics.gradient_ratio)
+        metrics = replaced(metrics, gradient_ratio=ratio)
         if config.gradient_ratio is not None:
             comparing = usable & flags.comparing
             running = _compare(running, gradients, weight, comparing, config, shape)
     if squares is not None:
-        figures = _measured(figures, totals, mean_ms, squares, flags.measuring)
+        metrics = _measured(metrics, totals, mean_ms, squares, flags.measuring)
     mean_ms = torch.where(usable, mean_ms, old.mean_ms)
     first_centre_only = old.samples == 0  # is no statistic
     centre = torch.where(first_centre_only[:, None], 0, old.mean)
@@ -165,7 +166,7 @@ def advance(
         std_at_start=torch.where(starts, mean_var.sqrt(), old.std_at_start),
         bad_age=torch.where(old.bad_age >= 0, old.bad_age + 1, torch.where(finite, -1, 0)),
     )
-    return Merged(running, Derived.of(running, config), figures, usable, starts, ms_loss)
+    return Merged(running, Derived.of(running, config), metrics, usable, starts, ms_loss)
 
 
 def _follow(
@@ -226,8 +227,8 @@ def _compare(
 
 
 def _measured(
-    old: Figures, totals: Sums, mean_ms: Tensor, squares: Tensor, measuring: Tensor
-) -> Figures:
+    old: Metrics, totals: Sums, mean_ms: Tensor, squares: Tensor, measuring: Tensor
+) -> Metrics:
     output, residual = squares.unbind(1)
     new = {
         "mean_ms": mean_ms,
@@ -258,7 +259,7 @@ def run(
         result = compiled(function)(*arguments)
         problem = None if variant in agreed else difference(result, function(*arguments))
     except Exception as error:  # a compiler may fail in any way; training goes on without it
-        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        problem = f"{type(error).__name__}: {first_line(error)}"
     if problem is None:
         agreed.add(variant)
         return result

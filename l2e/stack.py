@@ -111,7 +111,7 @@ class Derived(NamedTuple):
         )
 
 
-class Figures(NamedTuple):
+class Metrics(NamedTuple):
     """What is only logged, [layers]: share and weight of the last step, the others of the last one
     that measured them."""
 
@@ -124,7 +124,7 @@ class Figures(NamedTuple):
     selected_fraction: Tensor
 
     @classmethod
-    def empty(cls, device: torch.device) -> "Figures":
+    def empty(cls, device: torch.device) -> "Metrics":
         """Of one layer that was never measured."""
         shape = len(cls._fields), 1
         return cls(*torch.full(shape, float("nan"), dtype=torch.float32, device=device))
@@ -164,7 +164,7 @@ class Stack:
     """All tensors of the layers of one width; its rows are the layers.
 
     Attributes:
-        running, derived, figures: as the last step left them.
+        running, derived, metrics: as the last step left them.
         start: [layers], the tau that the last step gave which observed for one.
         sums: of this step so far: of z - mean, (z - mean)^2 and selected entries for each neuron;
             of log (z - mean)^2 over selected entries, of samples, and of squares of gradients
@@ -176,10 +176,10 @@ class Stack:
     """
 
     def __init__(
-        self, running: Running, figures: Figures, config: L2EConfig, data_size: int
+        self, running: Running, metrics: Metrics, config: L2EConfig, data_size: int
     ) -> None:
         """With nothing summed up. `data_size`: data-parallel ranks, each with its own maximum."""
-        self.running, self.figures, self.config = running, figures, config
+        self.running, self.metrics, self.config = running, metrics, config
         self.derived = Derived.of(running, config)
         self.start = torch.full_like(running.tau, float("inf"))
         layers, neurons = running.mean.shape
@@ -209,11 +209,11 @@ class Stack:
             return torch.stack([tensor.to(device) for tensor in tensors])
 
         running = zip(*([t[row] for t in stack.running] for stack, row in rows), strict=True)
-        figures = zip(*([t[row] for t in stack.figures] for stack, row in rows), strict=True)
+        metrics = zip(*([t[row] for t in stack.metrics] for stack, row in rows), strict=True)
         first, _ = rows[0]
         joined = cls(
             Running(*map(column, running)),
-            Figures(*map(column, figures)),
+            Metrics(*map(column, metrics)),
             first.config,
             first.measured.sizes["largest"],
         )
@@ -226,8 +226,8 @@ class Stack:
     def row_in(self, number: int, sharding: Sharding) -> "Stack":
         """A stack of one row alone, with a slot for its largest MS on each data-parallel rank."""
         running = Running(*(tensor[number : number + 1] for tensor in self.running))
-        figures = Figures(*(tensor[number : number + 1] for tensor in self.figures))
-        alone = Stack(running, figures, self.config, sharding.data_size)
+        metrics = Metrics(*(tensor[number : number + 1] for tensor in self.metrics))
+        alone = Stack(running, metrics, self.config, sharding.data_size)
         alone.sums.flat.copy_(self.sums.flat[number])
         alone.counts.copy_(self.counts[number])
         alone.squares = [self.squares[number]]

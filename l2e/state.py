@@ -16,7 +16,7 @@ from l2e import backends, kernels
 from l2e.backends import Backend
 from l2e.config import L2EConfig
 from l2e.sharding import Sharding
-from l2e.stack import Figures, Flags, Running, Stack, Sums
+from l2e.stack import Flags, Metrics, Running, Stack, Sums
 from l2e.statistics import Statistics
 
 
@@ -107,8 +107,8 @@ class LayerState:
 
     def _start_from(self, running: Running) -> None:
         """Be the one row of `running`, with nothing summed up."""
-        figures = Figures.empty(running.tau.device)
-        self.be(Stack(running, figures, self.config, self.sharding.data_size), 0)
+        metrics = Metrics.empty(running.tau.device)
+        self.be(Stack(running, metrics, self.config, self.sharding.data_size), 0)
 
     def be(self, stack: Stack, row: int) -> None:
         """Have this row of `stack` from now on."""
@@ -132,8 +132,8 @@ class LayerState:
         return Running(*(tensor[self.row] for tensor in self.stack.running))
 
     @property
-    def figures(self) -> Figures:
-        return Figures(*(tensor[self.row] for tensor in self.stack.figures))
+    def metrics(self) -> Metrics:
+        return Metrics(*(tensor[self.row] for tensor in self.stack.metrics))
 
     @property
     def statistics(self) -> Statistics:

@@ -180,27 +180,27 @@ def _subject(options: argparse.Namespace, model: Any, features: Any) -> Subject:
 def _report(options: argparse.Namespace) -> None:
     """Every analysis on every feature file, then those of weights alone, then the page."""
     from l2e.analysis.features import read_feature_files
-    from l2e.analysis.report import Section, write_report
+    from l2e.analysis.report import ReportSection, write_report
 
     sets = read_feature_files(options.features)
     network = _subject(options, options.model, None).network
     subjects = [_subject(options, network, features) for features in sets]
-    sections: list[Section] = []
+    sections: list[ReportSection] = []
 
     def add(analysis: Analysis, subject: Subject, folder: Path) -> None:
         if "checkpoints" in analysis.on and not options.checkpoints:
             reason = "no --checkpoints were named"
-            sections.append(Section(analysis, folder.name, reason))
+            sections.append(ReportSection(analysis, folder.name, reason))
             return
         try:
             result = analysis.run(subject, _chosen(analysis.options, options))
         except ValueError as error:  # told in its place; the others go on
             print(f"{analysis.name} on {folder.name}: not measured: {error}", file=sys.stderr)
-            sections.append(Section(analysis, folder.name, str(error)))
+            sections.append(ReportSection(analysis, folder.name, str(error)))
             return
         result.to_json(folder)  # at once, so that what was measured outlives an interruption
         result.plot(folder)
-        sections.append(Section(analysis, folder.name, result))
+        sections.append(ReportSection(analysis, folder.name, result))
 
     of_passages = [a for a in analyses().values() if "features" in {*a.on, *a.optional}]
     for subject in subjects:

@@ -101,8 +101,7 @@ def build(options: argparse.Namespace) -> None:
             output=output,
             fields=fields,
             workers=options.workers,
-            max_rejects=options.max_rejects,
-            max_unknown=options.max_unknown,
+            limits=limits_of(options),
             end_of_text=options.end_of_text,
             passed_over=passed_over,
             share=share,
@@ -208,8 +207,11 @@ def join_shares(arguments: list[str]) -> None:
     )
     add_limits(parser)
     options = parser.parse_args(arguments)
-    limits = Limits(options.max_rejects, options.max_unknown)
-    report(options.output, join(options.prefix, options.output, limits))
+    report(options.output, join(options.prefix, options.output, limits_of(options)))
+
+
+def limits_of(options: argparse.Namespace) -> Limits:
+    return Limits(options.max_rejects, options.max_unknown)
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from l2e.problems import first_line
+
 # Logits held at a time, in bytes: so many that adding up the chunks' gradients of the weight is
 # little beside reading the logits.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
@@ -159,7 +161,7 @@ def fused_softmax(
         softmax = triton_loss.softmax
         problem = disagreement(softmax, device, dtype)
     except Exception as error:  # a compiler may fail in any way; training goes on without it
-        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        problem = f"{type(error).__name__}: {first_line(error)}"
     fails = torch.tensor(float(problem is not None), device=device)
     if dist.get_world_size(group) > 1:  # the shards of a row must be handled alike
         dist.all_reduce(fails, group=group)

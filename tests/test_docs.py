@@ -1,19 +1,17 @@
 """The pages that are written from the code are those that the code would write now."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.launch.running import ROOT, succeeds
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     """What `make docs` writes, elsewhere."""
     folder = tmp_path_factory.mktemp("docs")
-    subprocess.run([sys.executable, "docs/build.py", str(folder)], cwd=ROOT, check=True)
+    succeeds("docs/build.py", folder)
     return folder
 
 

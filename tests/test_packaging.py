@@ -2,15 +2,14 @@
 
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
 import zipfile
 from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.launch.running import ROOT, succeeds
+
 PINS = dict(
     line.split("==")
     for line in (ROOT / "constraints.txt").read_text().splitlines()
@@ -68,9 +67,7 @@ def test_what_is_installed_has_every_source_of_the_method(tmp_path) -> None:
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "l2e", tmp_path / "l2e")
     build = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
-    done = subprocess.run(
-        [sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = succeeds("-c", build, cwd=tmp_path)
     installed = set(zipfile.ZipFile(tmp_path / done.stdout.split()[-1]).namelist())
     sources = [path for path in (ROOT / "l2e").rglob("*") if path.suffix in (".py", ".c")]
     assert {str(path.relative_to(ROOT)) for path in sources} <= installed
@@ -84,36 +81,14 @@ def test_the_citation_file_names_the_papers() -> None:
     }
 
 
-def test_slurm_script_parses_and_resumes_by_itself() -> None:
-    script = ROOT / "launch/cluster/pretrain.slurm"
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    text = script.read_text()
-    assert "--resume auto" in text
-    assert "scontrol requeue" in text
-    assert "#SBATCH --signal=USR1@" in text
-
-
-def test_kubernetes_job_parses() -> None:
-    kinds = [
-        part["kind"]
-        for part in yaml.safe_load_all((ROOT / "launch/cluster/pretrain.yaml").read_text())
-    ]
-    assert kinds == ["Service", "Job"]
-
-
 def test_pip_install_gives_l2e_with_torch_alone(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    command += ["--no-build-isolation", "--target", str(tmp_path), str(ROOT)]
-    installed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert installed.returncode == 0, installed.stderr
+    pip = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
+    succeeds(*pip, "--target", tmp_path, ROOT)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} >= {"l2e"}
     assert not (tmp_path / "launch").exists()
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import l2e; print(l2e.__file__);"
         "print(sorted({'pydantic', 'megatron', 'deepspeed', 'transformers'} & set(sys.modules)))"
     )
-    imported = subprocess.run(
-        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False
-    )
-    assert imported.returncode == 0, imported.stderr
+    imported = succeeds("-I", "-c", code)
     assert imported.stdout.splitlines() == [str(tmp_path / "l2e" / "__init__.py"), "[]"]

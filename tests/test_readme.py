@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.running import ROOT, python
+from tests.launch.running import ROOT, succeeds
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
@@ -27,14 +27,12 @@ def test_training_commands_are_valid(command: str) -> None:
     arguments = words[words.index("launch/pretrain.py") :]
     if "--help-config" not in arguments:
         arguments.append("--dry-run")
-    done = python(*arguments)
-    assert done.returncode == 0, done.stderr
+    succeeds(*arguments)
 
 
 @pytest.mark.parametrize("verb", re.findall(r"\| `(launch/\w+\.py)` \|", TEXT))
 def test_every_verb_explains_itself(verb: str) -> None:
-    done = python("-X", "importtime", verb, "--help")
-    assert done.returncode == 0, done.stderr
+    done = succeeds("-X", "importtime", verb, "--help")
     assert "usage:" in done.stdout
     assert f"launch/{Path(verb).name}" in done.stdout, "an example is missing"
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}

@@ -60,7 +60,7 @@ class Passages:
         """Random rows of each feature, so many or all, ascending."""
         return self.features.drawn(per_feature, SEED)
 
-    def batches(self, rows: np.ndarray, tokens_per_batch: int) -> Iterator[Batch]:
+    def batches(self, rows: np.ndarray, tokens_per_batch: int) -> Iterator[PassageBatch]:
         for places in length_batches(self.lengths[rows], tokens_per_batch):
             chosen = rows[places]
             ids, mask = pad([self.tokens[row] for row in chosen], self.device)
@@ -69,11 +69,11 @@ class Passages:
             )
             first, second = torch.from_numpy(drawn).to(ids.device).unbind(dim=2)
             scored = _scored(mask, self.scored_each, first[:, 1:])
-            yield Batch(places, chosen, ids, mask, scored, second)
+            yield PassageBatch(places, chosen, ids, mask, scored, second)
 
 
 @dataclass(frozen=True)
-class Batch:
+class PassageBatch:
     """Some passages: `places` among those asked for, their `rows`, tokens [batch, positions], where
     these are real, which predictions are scored [batch, positions - 1], and uniform random numbers
     [batch, positions] that are a passage's own, whatever batch it is in."""
@@ -192,7 +192,7 @@ def _losses_with_slopes(
 class _Pass:
     """One batch's ordinary forward pass, kept so that it can be resumed after any block."""
 
-    def __init__(self, network: Network, batch: Batch, layers: set[int]):
+    def __init__(self, network: Network, batch: PassageBatch, layers: set[int]):
         self.network, self.batch = network, batch
         self.calls: dict[int, tuple[tuple, dict]] = {}
         self.outputs: dict[int, Any] = {}
@@ -241,7 +241,7 @@ class Pool:
 
     values: torch.Tensor
 
-    def substitute(self, how: str, batch: Batch) -> torch.Tensor:
+    def substitute(self, how: str, batch: PassageBatch) -> torch.Tensor:
         """What the neuron's activation is replaced by: a scalar, or [batch, positions]."""
         if how == "zero":
             return self.values.new_zeros(())

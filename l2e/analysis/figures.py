@@ -89,6 +89,13 @@ def colours(name: str, count: int, most: float = 1.0) -> np.ndarray:
     return matplotlib.colormaps[name](np.linspace(0, most, count))
 
 
+def over_steps(axes: Axes) -> None:
+    """A horizontal axis of training steps, from 0 on and logarithmic from 1 on."""
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlim(left=-0.2)
+    axes.set_xlabel("step")
+
+
 def few_colours(image: Image) -> Image:
     """The image with a palette of its COLOURS most telling ones."""
     from PIL.Image import Dither

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from l2e.analysis.analysis import Analysis, Options, option
-from l2e.analysis.figures import Panel, Panels, colours
+from l2e.analysis.figures import Panel, Panels, colours, over_steps
 from l2e.analysis.multifractal import MOMENTS, Spectrum, spectrum
 from l2e.analysis.tables import Table
 from l2e.progress import Progress
@@ -271,9 +271,7 @@ def panels(result: dict) -> Panels:
                     color=colour,
                     label=name,
                 )
-            axes.set_xscale("symlog", linthresh=1)
-            axes.set_xlim(left=-0.2)
-            axes.set_xlabel("step")
+            over_steps(axes)
             axes.set_ylabel(label)
             axes.legend(fontsize=11)
 

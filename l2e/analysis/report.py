@@ -27,7 +27,7 @@ INTRODUCTION = (
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """One analysis of a report: where it was made, and its result or the reason why not."""
 
     analysis: Analysis
@@ -35,7 +35,7 @@ class Section:
     found: Result | str
 
 
-def write_report(path: Path, title: str, sections: list[Section], opening: str = "") -> Path:
+def write_report(path: Path, title: str, sections: list[ReportSection], opening: str = "") -> Path:
     """Write the page. opening: what is seen, in words, before the first section."""
     from l2e.analysis.results import provenance
 
@@ -55,7 +55,7 @@ def write_report(path: Path, title: str, sections: list[Section], opening: str =
     return path
 
 
-def _section(section: Section) -> list[str]:
+def _section(section: ReportSection) -> list[str]:
     title = f"{section.analysis.title}: {section.where}"
     head = f"<h2>{html.escape(title)}</h2>"
     if isinstance(section.found, str):

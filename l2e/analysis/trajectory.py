@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from l2e.analysis.analysis import Analysis, analyses, option
-from l2e.analysis.figures import Panel, Panels
+from l2e.analysis.figures import Panel, Panels, over_steps
 from l2e.analysis.neuromfa import NeuroMFAOptions, measure_series
 from l2e.analysis.tables import Table
 
@@ -128,9 +128,7 @@ def _draw(lines: list[dict]) -> Any:
                 color=drawn.get_color(),
                 alpha=0.25,
             )
-        axes.set_xscale("symlog", linthresh=1)
-        axes.set_xlim(left=-0.2)
-        axes.set_xlabel("step")
+        over_steps(axes)
         axes.set_ylabel(_label(lines[0]))
         axes.legend()
 

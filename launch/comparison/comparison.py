@@ -10,7 +10,7 @@ import numpy as np
 
 from launch.checkpoint import folders
 from launch.comparison import statistics
-from launch.comparison.readouts import LAYER_FIGURES
+from launch.comparison.readouts import LAYER_READOUTS
 from launch.comparison.runs import LAST_STEPS, RecordedRun, last_mean, last_value
 
 # What of a step must agree between equal runs, in the order of telling.
@@ -53,7 +53,7 @@ def summary(run: RecordedRun) -> dict[str, Any]:
         ],
         "l2e": {
             key: {layer: last_value(values) for layer, values in run.layers(key).items()}
-            for key in LAYER_FIGURES
+            for key in LAYER_READOUTS
         },
         "scores": {
             name: {key: score[key] for key in ("score", "error", "step")}

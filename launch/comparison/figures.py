@@ -10,15 +10,11 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from launch.comparison.plan import Plan
-from launch.comparison.plots import save
+from launch.comparison.plots import TITLES, save
 from launch.comparison.readouts import WORTH
 
 Curve = dict[int, float]  # a value by step
-CURVES = {
-    "std": "standard deviation of the activations",
-    "kurtosis": "kurtosis of the activations",
-    "selected_fraction": "share of activations selected",
-}
+CURVES = ("std", "kurtosis", "selected_fraction")
 
 
 def draw_differences(plan: Plan, told: dict[str, Any], against: str, path: Path) -> Path:
@@ -45,13 +41,13 @@ def draw_curves(plan: Plan, found: dict[str, Any], path: Path) -> Path:
     figure, grid = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained", sharex=True)
     draw_bands(grid[0, 0], losses_minus(found["curves"], against))
     grid[0, 0].set_title(f"validation loss minus {against}'s")
-    for axes, (name, title) in zip(grid.flat[1:], CURVES.items(), strict=True):
+    for axes, name in zip(grid.flat[1:], CURVES, strict=True):
         arms = {
             arm: [one[name] for one in seeds.values() if one.get(name)]
             for arm, seeds in found["curves"].items()
         }
         draw_bands(axes, arms)
-        axes.set_title(title)
+        axes.set_title(TITLES[name])
         if name in ("std", "kurtosis"):
             axes.set_yscale("log")
     for axes in grid[1]:

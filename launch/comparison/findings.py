@@ -1,4 +1,4 @@
-"""What an experiment found: each arm's figures run by run, and paired differences over seeds."""
+"""What an experiment found: each arm's readouts run by run, and paired differences over seeds."""
 
 from __future__ import annotations
 

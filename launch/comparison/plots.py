@@ -12,12 +12,14 @@ import numpy as np
 
 from launch.comparison.runs import RecordedRun
 
-LAYER_FIGURES = {
+TITLES = {
     "mean_ms": "mean monosemantic scale",
     "kurtosis": "kurtosis of the activations",
     "std": "standard deviation of the activations",
     "mlp_to_residual": "RMS of the MLP's output over the residual stream's",
+    "selected_fraction": "share of activations selected",
 }
+LAYER_CURVES = ("mean_ms", "kurtosis", "std", "mlp_to_residual")
 
 
 def draw(runs: list[RecordedRun], folder: Path) -> Iterator[Path]:
@@ -67,13 +69,13 @@ def compared_losses(run: RecordedRun) -> dict[int, float]:
 def draw_layers(runs: list[RecordedRun], names: list[str], path: Path) -> Path:
     figure, grid = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True)
     styles = ["-", "--", ":", "-."]
-    for axes, (key, title) in zip(grid.flat, LAYER_FIGURES.items(), strict=True):
+    for axes, key in zip(grid.flat, LAYER_CURVES, strict=True):
         for number, (run, name) in enumerate(zip(runs, names, strict=True)):
             for place, (layer, values) in enumerate(run.layers(key).items()):
                 style = styles[place % len(styles)]
                 label = f"{name}, layer {layer}"
                 axes.plot(*columns(values), style, color=f"C{number}", label=label)
-        axes.set_title(title)
+        axes.set_title(TITLES[key])
     for axes in grid[1]:
         axes.set_xlabel("step")
     grid[0, 0].legend(fontsize="small")

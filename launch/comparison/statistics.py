@@ -95,10 +95,10 @@ def equivalence(difference: Difference, margin: float) -> float | None:
     if difference.deviation is None:
         return None
     error = difference.deviation / difference.seeds**0.5
-    room = margin - abs(difference.mean)  # to the nearer bound, whose test decides
+    distance = margin - abs(difference.mean)  # to the nearer bound, whose test decides
     if error == 0:
-        return float(room <= 0)
-    return float(stats.t.sf(room / error, difference.seeds - 1))
+        return float(distance <= 0)
+    return float(stats.t.sf(distance / error, difference.seeds - 1))
 
 
 def power(difference: float, deviation: float, seeds: int) -> float:

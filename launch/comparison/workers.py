@@ -61,7 +61,7 @@ def train_all(
     waiting, outcome = deque(runs), Outcome()
     context = multiprocessing.get_context("spawn")  # a fork could not use a GPU
     places: list[Worker | None] = [None] * min(workers, len(runs))
-    progress = Progress(runs, say)
+    standing = Standing(runs, say)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def stop(*_: object) -> None:
@@ -83,7 +83,7 @@ def train_all(
             for connection in wait([*busy], timeout=1.0):
                 settle(busy[connection], outcome, say)  # type: ignore[index]
             places[:] = [w if w and (w.run or w.process.is_alive()) else None for w in places]
-            progress.tell([w.run for w in busy.values() if w.run is not None])
+            standing.tell([w.run for w in busy.values() if w.run is not None])
     finally:
         for worker in places:
             if worker is not None:
@@ -186,7 +186,7 @@ def train_one(folder: Path, arguments: list[str], train: Train) -> str | None:
     return None
 
 
-class Progress:
+class Standing:
     """A line now and then: runs, steps, time left."""
 
     def __init__(self, runs: Sequence[PlannedRun], say: Callable[[str], None]) -> None:

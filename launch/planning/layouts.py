@@ -173,7 +173,7 @@ def fastest(ranked: list[Estimate]) -> Estimate:
 
 
 @dataclass(frozen=True)
-class Shape:
+class UsualShape:
     """A GPT-NeoX of a usual form: heads of 128, hidden size 128 for each layer."""
 
     num_layers: int
@@ -192,14 +192,14 @@ class Shape:
         return 4 * self.hidden_size
 
 
-def largest_model(ranks: int, gpu: GPU, wanted: LayoutPlan) -> tuple[Shape, Estimate]:
+def largest_model(ranks: int, gpu: GPU, wanted: LayoutPlan) -> tuple[UsualShape, Estimate]:
     """The largest model of a usual form that fits on `ranks` GPUs, and its best layout.
 
     Only every fourth depth is tried. Raises ValueError where not even the smallest fits.
     """
     found = None
     for layers in range(4, 400, 4):
-        shape = Shape(layers)
+        shape = UsualShape(layers)
         try:
             best = rank_layouts(shape, wanted, ranks, gpu)[0]
         except ValueError:

@@ -4,11 +4,10 @@ A process of its own, for the other tests interpret the kernels.
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+
+from tests.launch.running import succeeds
 
 pytest.importorskip("triton")
 
@@ -30,15 +29,7 @@ print(json.dumps({"layer": rows, "loss": losses, "weight_gradient": worth}))
 
 @pytest.fixture(scope="module")
 def compiled() -> dict:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=os.environ | {"PYTHONPATH": os.getcwd()},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return json.loads(succeeds("-c", PROGRAM).stdout)
 
 
 def test_nothing_is_spilled_and_accesses_are_wide(compiled):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from bench.collapse import Settings, run, tail_by_scale
+from bench.collapse import Trial, run, tail_by_scale
 
-BRIEF = Settings(steps=30, layers=2, hidden=32, length=32, late_start=5, weight=0.05)
+BRIEF = Trial(steps=30, layers=2, hidden=32, length=32, late_start=5, weight=0.05)
 
 
 def test_the_numbers_tell_the_arms_apart(capsys):

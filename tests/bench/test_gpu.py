@@ -1,29 +1,20 @@
 """bench/gpu.py end to end on tiny shapes, and what it leaves when a part goes wrong."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 from bench import gpu
 from bench.gpu_parts import parts
-
-ROOT = Path(gpu.__file__).parents[1]
-
-
-def run(tmp_path: Path, *options: str) -> dict:
-    output = tmp_path / "found.json"
-    command = [sys.executable, "bench/gpu.py", "--smoke", "--output", str(output), *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(output.read_text())["parts"]
+from tests.launch.running import succeeds
 
 
 def test_smoke(tmp_path):
-    parts = run(tmp_path, "--only", "machine,loss,step,measuring")
+    output, only = tmp_path / "found.json", "machine,loss,step,measuring"
+    succeeds("bench/gpu.py", "--smoke", "--output", output, "--only", only)
+    parts = json.loads(output.read_text())["parts"]
     assert list(parts) == ["loss", "machine", "measuring", "step"]
     assert all(part["failed"] == [] for part in parts.values()), parts
     assert parts["step"]["measured_seconds"] > 0

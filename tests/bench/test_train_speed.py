@@ -1,21 +1,16 @@
 """The training-speed script runs and writes the numbers that its goals speak of."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.launch.running import succeeds
 
 
 def test_script_writes_its_result(tmp_path):
     output = tmp_path / "speed.json"
-    command = [sys.executable, ROOT / "bench" / "train_speed.py", "--output", output]
-    command += ["--batch-size", "1", "--sequence-length", "16", "--rounds", "2", "--threads", "1"]
-    command += ["--eager", "--pairs", "3"]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    shape = ("--batch-size", 1, "--sequence-length", 16, "--rounds", 2, "--threads", 1)
+    succeeds("bench/train_speed.py", "--output", output, *shape, "--eager", "--pairs", 3)
     result = json.loads(output.read_text())
     for name, seconds in result["seconds_a_step"].items():
         assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"]

@@ -11,7 +11,7 @@ from launch import prepare as verb
 from tests.cases.test_shares import contents
 from tests.cases.test_tokenizers import byte_level
 from tests.data.conftest import make_texts, write_jsonl
-from tests.launch.running import ROOT, python
+from tests.launch.running import ROOT, succeeds
 
 PAGE = (ROOT / "docs" / "how_to" / "train_on_your_own_text.md").read_text()
 COMMANDS = [
@@ -57,8 +57,7 @@ def test_the_pages_commands(tmp_path, monkeypatch, capsys) -> None:
     train = [str(ROOT / word) if word.startswith("configs/") else word
              for word in arguments("launch/pretrain.py")]  # fmt: skip
     train += ["--set", f"data.path={tmp_path}/prepared/texts", "--dry-run"]
-    done = python("launch/pretrain.py", *train)
-    assert done.returncode == 0, done.stderr
+    succeeds("launch/pretrain.py", *train)
 
 
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"`(--[a-z-]+)", PAGE))))

@@ -13,7 +13,9 @@ from tests.data.conftest import make_texts, write_jsonl
 TEXTS = make_texts(100)
 
 
-def byte_level(path, *special: str, plain: tuple[str, ...] = (), vocab_size: int = 300):
+def byte_level(
+    path, *special: str, plain: tuple[str, ...] = (), vocab_size: int = 300, normalizer=None
+):
     """A small tokenizer.json as GPT-2's, with these special and plain added tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -24,6 +26,7 @@ def byte_level(path, *special: str, plain: tuple[str, ...] = (), vocab_size: int
     )  # fmt: skip
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in plain])
+    tokenizer.normalizer = normalizer
     tokenizer.save(str(path))
     return path
 
@@ -61,65 +64,64 @@ def sentences(path, **settings):
     return path
 
 
+@pytest.fixture
+def prepare_texts(tmp_path, prepare):
+    """`prepare` of these texts with the tokenizer `file`."""
+
+    def run(texts, *options, **named):
+        path = write_jsonl(tmp_path / "x.jsonl", texts)
+        return prepare("--input", path, *options, **named)
+
+    return run
+
+
 MAKERS = {"words.json": words, "letters.json": letters, "default.model": sentences}
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_unknown_text_is_counted_told_and_refused(tmp_path, prepare, name) -> None:
+def test_unknown_text_is_counted_told_and_refused(tmp_path, prepare_texts, name) -> None:
     """Forty documents are in letters that the tokenizers have not seen."""
     file = MAKERS[name](tmp_path / name)
     strange = "ψυχή και σώμα"
-    write_jsonl(tmp_path / "x.jsonl", [*TEXTS, *[strange] * 40])
-    command = ("--input", tmp_path / "x.jsonl", "--tokenizer", file)
+    texts = [*TEXTS, *[strange] * 40]
     total = sum(map(len, TEXTS)) + 40 * len(strange)
     for _ in range(2):  # nothing of a refused one is in the way of another
         with pytest.raises(ValueError, match=r"σώμα', above --max-unknown 0\.01") as error:
-            prepare(*command, file=file)
+            prepare_texts(texts, file=file)
         assert f"has nothing for 440 of {total:,} characters" in str(error.value)
-    done = prepare(*command, "--max-unknown", 0.5, file=file)
+    done = prepare_texts(texts, "--max-unknown", 0.5, file=file)
     assert done.manifest["wording"]["unknown_characters"] == 40 * len("ψυχήκαισώμα")
     assert "the tokenizer has nothing for 440 characters" in done.printed
 
 
-def test_text_that_is_all_known_is_not_spoken_of(tmp_path, prepare) -> None:
+def test_text_that_is_all_known_is_not_spoken_of(tmp_path, prepare_texts) -> None:
     file = byte_level(tmp_path / "t.json", "<|endoftext|>")
-    write_jsonl(tmp_path / "x.jsonl", [*TEXTS, "ψυχή"])
-    done = prepare("--input", tmp_path / "x.jsonl", "--tokenizer", file, file=file)
+    done = prepare_texts([*TEXTS, "ψυχή"], file=file)
     assert done.manifest["wording"]["unknown_ids"] == 0
     assert "nothing for" not in done.printed
 
 
-def test_documents_that_become_nothing_are_counted_and_refused(tmp_path, prepare) -> None:
+def test_documents_that_become_nothing_are_counted_and_refused(tmp_path, prepare_texts) -> None:
     """A normalisation takes every mark away, and these documents have nothing else."""
-    file = byte_level(tmp_path / "t.json", "<eos>")
-    opened = Tokenizer.from_file(str(file))
-    opened.normalizer = normalizers.Replace("#", "")
-    opened.save(str(file))
-    write_jsonl(tmp_path / "x.jsonl", [*TEXTS, "##", "#"])
+    file = byte_level(tmp_path / "t.json", "<eos>", normalizer=normalizers.Replace("#", ""))
+    texts = [*TEXTS, "##", "#"]
     with pytest.raises(ValueError, match=r"has nothing for 2 of 102 documents \(2\.0%\)"):
-        prepare("--input", tmp_path / "x.jsonl", "--tokenizer", file, file=file)
-    done = prepare(
-        "--input", tmp_path / "x.jsonl", "--tokenizer", file, "--max-unknown", 0.1, file=file
-    )
+        prepare_texts(texts, file=file)
+    done = prepare_texts(texts, "--max-unknown", 0.1, file=file)
     assert done.manifest["wording"]["empty_documents"] == 2
     assert "2 documents have no token but their end" in done.printed
 
 
-def test_a_word_tokenizer_without_an_unknown_token_says_which_text(tmp_path, prepare) -> None:
+def test_a_word_tokenizer_without_an_unknown_token_says_which_text(tmp_path, prepare_texts) -> None:
     file = words(tmp_path / "words.json", unknown=None)
-    write_jsonl(tmp_path / "x.jsonl", [*TEXTS, "unheard of"])
     for workers in (1, 2):
         with pytest.raises(ValueError, match=r"words\.json: can't express the text 'unheard of'"):
-            prepare(
-                *("--input", tmp_path / "x.jsonl", "--tokenizer", file, "--workers", workers),
-                file=file,
-            )
+            prepare_texts([*TEXTS, "unheard of"], "--workers", workers, file=file)
 
 
-def test_lost_line_breaks_and_spaces_are_told_with_an_example(tmp_path, prepare) -> None:
+def test_lost_line_breaks_and_spaces_are_told_with_an_example(tmp_path, prepare_texts) -> None:
     file = sentences(tmp_path / "default.model")
-    write_jsonl(tmp_path / "x.jsonl", [*TEXTS, "the layer\n\nreads  a\ttoken"])
-    done = prepare("--input", tmp_path / "x.jsonl", "--tokenizer", file, file=file)
+    done = prepare_texts([*TEXTS, "the layer\n\nreads  a\ttoken"], file=file)
     assert r"doesn't keep line breaks, as in 'the layer\n\nreads  a\ttoken'" in done.printed
     assert "doesn't keep runs of spaces, as in " in done.printed
     assert "doesn't keep tabs, as in " in done.printed
@@ -135,24 +137,18 @@ NORMALIZERS = {
 
 
 @pytest.mark.parametrize("kind", NORMALIZERS)
-def test_what_a_normalisation_loses_is_told_with_an_example(tmp_path, prepare, kind) -> None:
+def test_what_a_normalisation_loses_is_told_with_an_example(tmp_path, prepare_texts, kind) -> None:
     """Several spaces in the place of several breaks are as little what was written as one."""
     normalizer, text = NORMALIZERS[kind]
-    file = byte_level(tmp_path / "t.json", "<eos>")
-    opened = Tokenizer.from_file(str(file))
-    opened.normalizer = normalizer
-    opened.save(str(file))
-    write_jsonl(tmp_path / "x.jsonl", [text, "one\n\nTwo\t\tthré  e"])
-    done = prepare("--input", tmp_path / "x.jsonl", "--tokenizer", file, file=file)
+    file = byte_level(tmp_path / "t.json", "<eos>", normalizer=normalizer)
+    done = prepare_texts([text, "one\n\nTwo\t\tthré  e"], file=file)
     lost = {name for name, example in done.manifest["wording"]["spaces"].items() if example}
     assert lost == {kind}
     assert f"the tokenizer doesn't keep {kind}, as in {text!r}" in done.printed
 
 
-def test_unknown_capitals_are_unknown_and_not_lost(tmp_path, prepare) -> None:
-    file = words(tmp_path / "words.json")
-    write_jsonl(tmp_path / "x.jsonl", [*TEXTS, "XXX"])
-    done = prepare("--input", tmp_path / "x.jsonl", "--tokenizer", file, file=file)
+def test_unknown_capitals_are_unknown_and_not_lost(tmp_path, prepare_texts) -> None:
+    done = prepare_texts([*TEXTS, "XXX"], file=words(tmp_path / "words.json"))
     assert "capital letters" not in done.printed
 
 
@@ -189,12 +185,11 @@ def test_tokenizers_that_no_token_files_can_be_made_with(tmp_path, change, told)
 
 
 @pytest.mark.parametrize("key", ["end_of_word_suffix", "continuing_subword_prefix"])
-def test_bytes_that_have_no_name_at_their_place_are_counted(tmp_path, prepare, key) -> None:
+def test_bytes_that_have_no_name_at_their_place_are_counted(tmp_path, prepare_texts, key) -> None:
     """Such a piece leaves nothing, not even an unknown id: the last letter of each word here."""
     file = edited(tmp_path, lambda content: content["model"].update({key: "</w>", "merges": []}))
-    write_jsonl(tmp_path / "x.jsonl", ["ab"] * 10)
     with pytest.raises(ValueError, match="nothing for 10 of 20 characters"):
-        prepare("--input", tmp_path / "x.jsonl", "--tokenizer", file, file=file)
+        prepare_texts(["ab"] * 10, file=file)
 
 
 def test_a_configuration_beside_that_names_no_end(tmp_path) -> None:
@@ -204,17 +199,15 @@ def test_a_configuration_beside_that_names_no_end(tmp_path) -> None:
         assert load_tokenizer(file).name_of(load_tokenizer(file).eod) == "<eos>"
 
 
-def test_kept_spaces_are_not_spoken_of(tmp_path, prepare) -> None:
-    write_jsonl(tmp_path / "x.jsonl", ["the layer\n\nreads  a\ttoken"])
-    done = prepare("--input", tmp_path / "x.jsonl")
+def test_kept_spaces_are_not_spoken_of(prepare_texts) -> None:
+    done = prepare_texts(["the layer\n\nreads  a\ttoken"])
     assert "doesn't keep" not in done.printed
     assert set(done.manifest["wording"]["spaces"].values()) == {""}
 
 
-def test_ends_written_out_in_texts_are_counted(tmp_path, prepare) -> None:
+def test_ends_written_out_in_texts_are_counted(tmp_path, prepare_texts) -> None:
     file = byte_level(tmp_path / "t.json", "<|endoftext|>")
-    write_jsonl(tmp_path / "x.jsonl", [*TEXTS, "a</s> b<|endoftext|>c<|endoftext|>", "</s>"])
-    done = prepare("--input", tmp_path / "x.jsonl", "--tokenizer", file, file=file)
+    done = prepare_texts([*TEXTS, "a</s> b<|endoftext|>c<|endoftext|>", "</s>"], file=file)
     wording = done.manifest["wording"]
     assert wording["end_of_text_written_out"] == {"<|endoftext|>": 2, "</s>": 2}
     assert wording["end_of_text_ids"] == 2
@@ -222,28 +215,27 @@ def test_ends_written_out_in_texts_are_counted(tmp_path, prepare) -> None:
     assert (done.tokens.tokens == 0).sum() == len(done.tokens) + 2
 
 
-def test_the_special_token_ends_documents_and_a_plain_piece_does_not(tmp_path, prepare) -> None:
+def test_the_special_token_ends_documents_and_a_plain_piece_does_not(
+    tmp_path, prepare_texts
+) -> None:
     file = byte_level(tmp_path / "t.json", "<pad>", "<eos>", "<bos>", plain=("<s>", "</s>"))
-    write_jsonl(tmp_path / "x.jsonl", TEXTS)
-    done = prepare("--input", tmp_path / "x.jsonl", "--tokenizer", file, file=file)
+    done = prepare_texts(TEXTS, file=file)
     assert "documents end with '<eos>' (id 1)" in done.printed
     assert done.tokens.read(0)[-1] == done.manifest["end_of_text"] == 1
     assert done.manifest["end_of_text_token"] == "<eos>"
 
 
-def test_several_special_tokens_are_a_question(tmp_path, prepare) -> None:
+def test_several_special_tokens_are_a_question(tmp_path, prepare_texts) -> None:
     file = byte_level(tmp_path / "t.json", "<|endoftext|>", "</s>", "<|im_end|>")
-    write_jsonl(tmp_path / "x.jsonl", TEXTS)
-    command = ("--input", tmp_path / "x.jsonl", "--tokenizer", file)
     with pytest.raises(ValueError, match=r"2 tokens that may end .* --end-of-text") as error:
-        prepare(*command, file=file)
+        prepare_texts(TEXTS, file=file)
     assert "<|endoftext|>, </s>" in str(error.value)
-    done = prepare(*command, "--end-of-text", "<|im_end|>", file=file)
+    done = prepare_texts(TEXTS, "--end-of-text", "<|im_end|>", file=file)
     assert done.tokens.read(0)[-1] == done.manifest["end_of_text"] == 2
     with pytest.raises(ValueError, match="has no token 'nothing'"):
-        prepare(*command, "--end-of-text", "nothing", file=file)
+        prepare_texts(TEXTS, "--end-of-text", "nothing", file=file)
     with pytest.raises(ValueError, match="already; delete them"):  # another end is another corpus
-        prepare(*command, "--end-of-text", "</s>", file=file)
+        prepare_texts(TEXTS, "--end-of-text", "</s>", file=file)
 
 
 def test_the_models_own_configuration_answers_it(tmp_path) -> None:
@@ -287,10 +279,9 @@ def test_long_texts_have_the_ids_of_the_whole(tmp_path, monkeypatch, token) -> N
     assert load_tokenizer(file).encode(text) == opened.encode(text, add_special_tokens=False).ids
 
 
-def test_a_pointer_in_a_tokenizers_place(tmp_path, prepare) -> None:
+def test_a_pointer_in_a_tokenizers_place(tmp_path, prepare_texts) -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
-    write_jsonl(tmp_path / "x.jsonl", TEXTS)
     for name in ("t.json", "t.model", "T.JSON"):
         (tmp_path / name).write_bytes(pointer)
         with pytest.raises(ValueError, match=f"{name}: is a Git LFS pointer.*git lfs pull"):
-            prepare("--input", tmp_path / "x.jsonl", "--tokenizer", tmp_path / name)
+            prepare_texts(TEXTS, file=tmp_path / name)

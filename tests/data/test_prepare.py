@@ -16,11 +16,11 @@ import pytest
 from data import prepare as preparing
 from data.corpus import find_sources
 from data.index import TokenFile
+from data.limits import Limits
 from data.partial import PartialCorpus
 from data.prepare import Preparation, prepare
 from tests.data.conftest import make_texts, write_jsonl
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.launch.running import ROOT, succeeds
 
 
 @pytest.fixture
@@ -93,9 +93,10 @@ import sys
 from pathlib import Path
 from data import prepare as preparing
 from data.corpus import find_sources
+from data.limits import Limits
 preparing.BATCH_DOCUMENTS, preparing.COMMIT_TOKENS = 5, 100
 what = preparing.Preparation(
-    find_sources([sys.argv[1]]), Path(sys.argv[2]), sys.argv[3], workers=2, max_rejects=0.5
+    find_sources([sys.argv[1]]), Path(sys.argv[2]), sys.argv[3], workers=2, limits=Limits(0.5)
 )
 preparing.prepare(what)
 """
@@ -103,14 +104,14 @@ preparing.prepare(what)
 
 def _command(what: Preparation) -> list[str]:
     inputs = str(Path(what.sources[0].name).parent / "*.jsonl")
-    return [sys.executable, "-c", KILLED, inputs, str(what.tokenizer), what.output]
+    return ["-c", KILLED, inputs, str(what.tokenizer), what.output]
 
 
 def test_a_killed_process_leaves_what_can_be_gone_on_from(what, tmp_path):
     """SIGKILL at some moment, workers and all; the same command then gives the same bytes."""
     whole = replace(what, output=str(tmp_path / "whole" / "x"))
     prepare(whole)
-    process = subprocess.Popen(_command(what), cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen([sys.executable, *_command(what)], cwd=ROOT, start_new_session=True)
     state = Path(f"{what.output}.partial/state.json")
     while not state.exists() and process.poll() is None:
         os.sched_yield()
@@ -118,7 +119,7 @@ def test_a_killed_process_leaves_what_can_be_gone_on_from(what, tmp_path):
     process.wait()
     assert state.exists()
     assert contents(what) == {}
-    subprocess.run(_command(what), cwd=ROOT, check=True)
+    succeeds(*_command(what))
     assert contents(what) == contents(whole)
     deadline = time.monotonic() + 20
     while _living(process.pid) and time.monotonic() < deadline:
@@ -230,7 +231,7 @@ def test_rejects_are_listed_and_counted(what):
 
 def test_too_many_rejects_stop_it(what):
     with pytest.raises(ValueError, match=r"1 of 301 records .* above --max-rejects 0.001"):
-        prepare(replace(what, max_rejects=0.001))
+        prepare(replace(what, limits=Limits(rejects=0.001)))
     assert set(contents(what)) == {".rejects.jsonl"}
     assert not Path(f"{what.output}.partial").exists()
 

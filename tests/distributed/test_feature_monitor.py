@@ -103,7 +103,7 @@ def expected(files, outcomes) -> dict:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_figures_are_those_of_the_models_own_activations(outcomes, expected, name):
+def test_metrics_are_those_of_the_models_own_activations(outcomes, expected, name):
     layers = outcomes[name]["layers"]
     assert layers.keys() == expected.keys() == {"0", "1"}
     for number, numbers in expected.items():

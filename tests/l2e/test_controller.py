@@ -188,7 +188,7 @@ def test_a_state_saved_without_a_ratio_goes_on_with_one():
     assert older[0].state.weight == 0.1 * state["3.lm_gradient"] / state["3.ms_gradient"]
 
 
-def test_logged_figures_are_those_of_the_batch():
+def test_logged_metrics_are_those_of_the_batch():
     layer, controller = build(late_start_step=100)
     reference = Reference(late_start=100, forget=100)
     controller.measure = True

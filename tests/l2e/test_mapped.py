@@ -1,12 +1,8 @@
 """A map of a file that is cut short: a sentence that names the file, in whichever thread."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.launch.running import python
 
 BEGIN = """
 import os, sys, threading
@@ -34,10 +30,7 @@ READERS = {
 def test_a_file_that_is_cut_short_is_named(tmp_path, how) -> None:
     path = tmp_path / "tokens with a space.bin"
     program = f"{BEGIN}\nnumbers.tofile(path)\n{READERS[how]}\nprint('read')"
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(path)],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+    done = python("-c", program, path, timeout=60)
     assert done.returncode == 1, done.stderr
     assert not done.stdout
     last = done.stderr.strip().splitlines()[-1]

@@ -1,17 +1,13 @@
 """Memory that runs out is told from other errors, and a limit around the process counts."""
 
 import errno
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from l2e import memory
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.launch.running import succeeds
 
 
 def test_errors_of_memory_and_others() -> None:
@@ -28,16 +24,12 @@ def test_errors_of_memory_and_others() -> None:
     "library", ["torch.empty(2**40)", "numpy.empty(2**40)", "bytearray(2**42)"]
 )
 def test_what_the_libraries_raise_is_known(library) -> None:
-    """In a process that may have 2 GiB, so that the refusal is the kernel's."""
+    """In a process that may have 4 GiB, so that the refusal is the kernel's."""
     program = (
         "import numpy, torch\nfrom l2e.memory import exhausted\n"
         f"try:\n    {library}\nexcept Exception as error:\n    print(exhausted(error))\n"
     )
-    limit = 4 * 2**30
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-    )  # fmt: skip
+    done = succeeds("-c", program, memory=4 * 2**30)
     assert done.stdout.strip() == "host"
 
 

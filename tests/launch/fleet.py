@@ -161,8 +161,9 @@ def wait_for_end(members: list[Member], seconds: float) -> float:
 
 
 def newest(run: Path) -> int:
-    """The step of the checkpoint that `latest` names."""
-    return int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
+    """The step of the checkpoint that `latest` names; 0 where there is none yet."""
+    latest = run / "checkpoints" / "latest"
+    return int(latest.read_text().strip().removeprefix("step_")) if latest.exists() else 0
 
 
 def metrics(run: Path) -> list[dict]:

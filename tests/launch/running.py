@@ -1,6 +1,7 @@
 """How tests run the verbs: as a user does, in processes of their own."""
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -11,8 +12,18 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def python(*command: str | Path, timeout: int = 300, cwd: Path = ROOT, **environment: str):
-    """The finished `python COMMAND` of the repository's root; its output is captured as text."""
+def python(
+    *command: object,
+    timeout: int = 300,
+    cwd: Path = ROOT,
+    memory: int = resource.RLIM_INFINITY,
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """The finished `python COMMAND` of the repository's root; its output is captured as text.
+
+    Args:
+        memory: bytes of addresses that the process may have.
+    """
     return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
@@ -21,20 +32,36 @@ def python(*command: str | Path, timeout: int = 300, cwd: Path = ROOT, **environ
         text=True,
         timeout=timeout,
         check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (memory, memory)),
     )
 
 
-def torchrun(processes: int, *command: str | Path, **options):
+def succeeds(*command: object, **options) -> subprocess.CompletedProcess[str]:
+    """The same where it must end well."""
+    done = python(*command, **options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    return done
+
+
+def refused(*command: object, **options) -> str:
+    """What it tells its user where it must end because of a mistake of theirs."""
+    done = python(*command, **options)
+    assert done.returncode == 2, done.stdout[-3000:] + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def torchrun(processes: int, *command: object, run=succeeds):
     """`torchrun` with a free port of its own."""
-    words = ("--standalone", "--nproc-per-node", str(processes))
-    return python("-m", "torch.distributed.run", *words, *command, **options)
+    words = ("--standalone", "--nproc-per-node", processes)
+    return run("-m", "torch.distributed.run", *words, *command)
 
 
-def deepspeed(processes: int, *command: str | Path, **options):
+def deepspeed(processes: int, *command: object) -> None:
     """The deepspeed launcher on a free port."""
     launcher = Path(sys.executable).with_name("deepspeed")
-    words = ("--num_gpus", str(processes), "--master_port", str(free_port()))
-    return python(launcher, *words, *command, **options)
+    words = ("--num_gpus", processes, "--master_port", free_port())
+    succeeds(launcher, *words, *command)
 
 
 def free_port() -> int:

@@ -11,7 +11,16 @@ import torch
 
 from tests.launch import fleet
 from tests.launch.fleet import metrics
-from tests.launch.running import ENVIRONMENT, ROOT, deepspeed, free_port, python, torchrun
+from tests.launch.running import (
+    ENVIRONMENT,
+    ROOT,
+    deepspeed,
+    free_port,
+    python,
+    refused,
+    succeeds,
+    torchrun,
+)
 
 VERB = "launch/pretrain.py"
 STEPS = 24
@@ -22,11 +31,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run on Python's standard library, prepared once for all tests of this file."""
     folder = tmp_path_factory.mktemp("tiny")
     prefix = folder / "corpus" / "builtin"
-    prepared = python(
+    succeeds(
         "launch/prepare.py", "--corpus", "builtin", "--train-tokenizer", "sentencepiece",
         "--vocab-size", "512", "--sample-mb", "1", "--output", prefix, "--workers", "2",
     )  # fmt: skip
-    assert prepared.returncode == 0, prepared.stderr
     return fleet.write_config(
         folder,
         model={"hidden_size": 64, "vocab_size": 512},
@@ -44,8 +52,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny run, trained by plain `python`."""
     folder = tmp_path_factory.mktemp("runs") / "alone"
-    done = python(VERB, "--config", config, "--run-dir", folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+    succeeds(VERB, "--config", config, "--run-dir", folder)
     return folder
 
 
@@ -127,8 +134,7 @@ def test_what_is_kept_and_watched_on_the_way(config: Path, tmp_path: Path) -> No
         f"monitor.features={features}", "monitor.interval=2",
     )  # fmt: skip
     words = [word for setting in settings for word in ("--set", setting)]
-    done = python(VERB, "--config", config, "--run-dir", folder, *words)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = succeeds(VERB, "--config", config, "--run-dir", folder, *words)
     assert "scale and fkr of 8 passages of 2 features (features), every 2 steps" in done.stdout
     assert done.stdout.count("training was held up for") == 6
     kept = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
@@ -137,11 +143,10 @@ def test_what_is_kept_and_watched_on_the_way(config: Path, tmp_path: Path) -> No
     assert list(measured) == [2, 4, 5]
     assert all(set(measured[5][block]) == {"mean_ms", "ks", "fkr"} for block in ("0", "1"))
 
-    resumed = python(
+    succeeds(
         VERB, "--config", config, "--run-dir", tmp_path / "from_0", "--set", "train.stop_after=5",
         "--set", "logging.interval=1", "--resume", folder / "checkpoints" / "step_0000000",
     )  # fmt: skip
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     losses = [[line["lm_loss"] for line in metrics(run)] for run in (folder, tmp_path / "from_0")]
     assert losses[0] == losses[1]
 
@@ -153,11 +158,9 @@ def test_two_processes_train_the_same_run(
     folder = tmp_path / launcher
     words = (VERB, "--config", config, "--run-dir", folder)
     if launcher == "torchrun":
-        done = torchrun(2, *words)
-        assert done.returncode == 0, done.stdout + done.stderr
+        torchrun(2, *words)
     elif launcher == "deepspeed":
-        done = deepspeed(2, *words)
-        assert done.returncode == 0, done.stdout + done.stderr
+        deepspeed(2, *words)
     else:
         start_as_srun(*words)
     for one, two in zip(metrics(alone), metrics(folder), strict=True):
@@ -186,21 +189,20 @@ def start_as_srun(*words: str | Path) -> None:
 
 
 def test_every_mistake_is_told_before_anything_starts(config: Path, tmp_path: Path) -> None:
-    done = python(
+    told = refused(
         VERB, "--config", config, "--run-dir", tmp_path / "run",
         "--set", "train.stepz=3", "--set", "model.num_attention_heads=5",
         "--set", "data.path=nowhere", "--set", "train.global_batch_size=7",
     )  # fmt: skip
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    for told in ("4 errors", "did you mean train.steps?", "model.num_attention_heads", "nowhere",
+    for part in ("4 errors", "did you mean train.steps?", "model.num_attention_heads", "nowhere",
                  "train.global_batch_size = 7"):  # fmt: skip
-        assert told in done.stderr, done.stderr
+        assert part in told, told
     assert not (tmp_path / "run").exists()
 
 
 def test_mistakes_of_several_ranks_are_told_once(config: Path) -> None:
-    done = torchrun(2, VERB, "--config", config, "--set", "train.global_batch_size=7")
+    words = ("--config", config, "--set", "train.global_batch_size=7")
+    done = torchrun(2, VERB, *words, run=python)
     assert done.returncode != 0
     assert done.stderr.count("train.global_batch_size = 7") == 1
 
@@ -216,15 +218,14 @@ def test_mistakes_of_several_ranks_are_told_once(config: Path) -> None:
 )
 def test_dry_run_refuses(config: Path, settings: tuple[str, ...], told: str) -> None:
     words = [word for setting in settings for word in ("--set", setting)]
-    done = python(VERB, "--config", config, "--dry-run", *words)
-    assert done.returncode == 2
-    assert told in done.stderr
+    assert told in refused(VERB, "--config", config, "--dry-run", *words)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what only a machine without CUDA refuses")
 def test_what_this_machine_cannot_run_is_refused(config: Path, tmp_path: Path) -> None:
+    words = ("--config", config, "--run-dir", tmp_path / "run")
     settings = ("--set", "parallel.sequence=true", "--set", "parallel.tensor=2")
-    done = torchrun(2, VERB, "--config", config, "--run-dir", tmp_path / "run", *settings)
+    done = torchrun(2, VERB, *words, *settings, run=python)
     assert done.returncode != 0
     assert (
         "parallel.sequence = True: megatron-core's sequence parallelism needs CUDA" in done.stderr
@@ -236,15 +237,12 @@ def test_a_truncated_index_is_refused(config: Path, tmp_path: Path) -> None:
     for ending in ("bin", "idx"):
         content = Path(f"{prefix}.{ending}").read_bytes()
         (tmp_path / f"cut.{ending}").write_bytes(content[: -100 if ending == "idx" else None])
-    done = python(VERB, "--config", config, "--dry-run", "--set", f"data.path={tmp_path / 'cut'}")
-    assert done.returncode == 2
-    assert "cut.idx" in done.stderr
+    words = ("--config", config, "--dry-run", "--set", f"data.path={tmp_path / 'cut'}")
+    assert "cut.idx" in refused(VERB, *words)
 
 
 def test_a_second_run_in_the_same_folder_is_refused(config: Path, alone: Path) -> None:
-    done = python(VERB, "--config", config, "--run-dir", alone)
-    assert done.returncode == 2
-    assert "--resume auto" in done.stderr
+    assert "--resume auto" in refused(VERB, "--config", config, "--run-dir", alone)
 
 
 def test_help_and_help_config() -> None:

@@ -21,7 +21,7 @@ from launch.evaluation.run import find_models
 from tests.launch import fleet
 from tests.launch.fleet import losses, metrics
 from tests.launch.models import byte_tokenizer, huggingface_model, write_sciq
-from tests.launch.running import ROOT, python, torchrun
+from tests.launch.running import ROOT, refused, succeeds, torchrun
 
 VERB = "launch/pretrain.py"
 
@@ -57,18 +57,16 @@ def test_stopped_by_signals_damaged_and_resumed(config: Path, tmp_path: Path) ->
     data[-1] ^= 1
     damaged.write_bytes(data)
     end = stopped + 3
-    last = python(
+    last = succeeds(
         VERB, "--config", config, "--run-dir", run, "--resume", "auto",
         "--set", f"train.stop_after={end}",
     )  # fmt: skip
-    assert last.returncode == 0, last.stdout + last.stderr
     assert f"{newest} is damaged and passed over" in last.stdout
     assert damaged.name in last.stdout
 
     # All of it together is the run that nobody touched, bit for bit.
     whole = tmp_path / "whole"
-    done = python(VERB, "--config", config, "--run-dir", whole, "--set", f"train.stop_after={end}")
-    assert done.returncode == 0, done.stdout + done.stderr
+    succeeds(VERB, "--config", config, "--run-dir", whole, "--set", f"train.stop_after={end}")
     assert losses(run) == losses(whole)
     assert max(losses(run)) == end
 
@@ -86,34 +84,29 @@ def test_scores_in_training_are_those_of_the_checkpoint(config: Path, tmp_path: 
         "evaluate.task_data": data,
         "evaluate.task_interval": 3,
     }
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    trained = torchrun(2, VERB, "--config", config, "--run-dir", run, *words)
-    assert trained.returncode == 0, trained.stdout + trained.stderr
+    torchrun(2, VERB, "--config", config, "--run-dir", run, *fleet.words(settings))
     rows = metrics(run)
     scores = {row["step"]: row["scores"]["sciq"] for row in rows if row.get("scores")}
     assert sorted(scores) == [3, 6]
     output = tmp_path / "scores.json"
-    asked = python(
+    succeeds(
         "launch/evaluate.py", "--checkpoint", run, "--tasks", "sciq", "--task-data", data,
         "--output", output,
     )  # fmt: skip
-    assert asked.returncode == 0, asked.stderr
     assert json.loads(output.read_text())["results"]["sciq"] == pytest.approx(scores[6])
     shown = json.loads((run / "results" / "evaluate_0shot_step_0000006.json").read_text())
     assert shown["items"]["sciq"]["count"] == 12
     settings["evaluate.tasks"] = '["sciqq"]'
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    refused = python(VERB, "--config", config, "--run-dir", tmp_path / "other", *words)
-    assert refused.returncode == 2
-    assert "did you mean sciq" in refused.stderr
+    words = ("--config", config, "--run-dir", tmp_path / "other", *fleet.words(settings))
+    told = refused(VERB, *words)
+    assert "did you mean sciq" in told
 
 
 def test_training_goes_on_from_a_hugging_face_model(config: Path, tmp_path: Path) -> None:
     """The first loss is the imported model's own, on the run's first batch."""
     model = huggingface_model(tmp_path / "hf")
     imported = Path(tmp_path / "imported")
-    made = python("launch/export.py", "from-hf", "--model", tmp_path / "hf", "--output", imported)
-    assert made.returncode == 0, made.stderr
+    succeeds("launch/export.py", "from-hf", "--model", tmp_path / "hf", "--output", imported)
     shape = json.loads((imported / "config.json").read_text())["model"]
     shape = {key: value for key, value in shape.items() if value is not None}
     settings = [f"model.{key}={json.dumps(value)}" for key, value in shape.items()]
@@ -122,8 +115,7 @@ def test_training_goes_on_from_a_hugging_face_model(config: Path, tmp_path: Path
     run = tmp_path / "run"
     # A relative name of one part, as in the README
     words += ["--run-dir", run, "--resume", "imported"]
-    trained = python(ROOT / VERB, "--config", config, *words, cwd=tmp_path)
-    assert trained.returncode == 0, trained.stdout + trained.stderr
+    succeeds(ROOT / VERB, "--config", config, *words, cwd=tmp_path)
     batch = first_batch(config)
     with torch.no_grad():
         expected = model(batch, labels=batch).loss.item()
@@ -136,15 +128,14 @@ def test_branches_another_batch_size_and_broken_companions(config: Path, tmp_pat
 
     def train(folder: Path, *settings: str, resume: str | Path = "none") -> str:
         words = [word for setting in (*common, *settings) for word in ("--set", setting)]
-        done = python(VERB, "--config", config, "--run-dir", folder, "--resume", resume, *words)
-        assert done.returncode == 0, done.stdout + done.stderr
+        done = succeeds(VERB, "--config", config, "--run-dir", folder, "--resume", resume, *words)
         return done.stdout
 
     train(run, "train.stop_after=6", "checkpoint.interval=2")
     checkpoints = run / "checkpoints"
     copied = shutil.copytree(checkpoints / "step_0000004", tmp_path / "copied")
 
-    def refused(*words: str | Path) -> str:
+    def outcome(*words: str | Path) -> str:
         """Refused or with nothing to do, in this process; the folder stays as it was."""
         before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
         command = ["--config", config, "--run-dir", run, *words]
@@ -158,23 +149,23 @@ def test_branches_another_batch_size_and_broken_companions(config: Path, tmp_pat
         return said.getvalue()
 
     auto = ("--resume", "auto", "--set")
-    assert "train.seed from 1234 to 5" in refused(*auto, "train.seed=5")
+    assert "train.seed from 1234 to 5" in outcome(*auto, "train.seed=5")
     for words in ((), ("--dry-run",)):
-        assert "nothing left to do: step 6 of 6" in refused(*words, *auto, "train.stop_after=6")
-    assert "train.seed from 1234 to 5" in refused("--dry-run", *auto, "train.seed=5")
-    assert "hidden_size is 32 there and 64" in refused("--dry-run", *auto, "model.hidden_size=64")
-    planned = refused("--dry-run", "--resume", checkpoints / "step_0000004", "--set", "l2e.topk=5")
+        assert "nothing left to do: step 6 of 6" in outcome(*words, *auto, "train.stop_after=6")
+    assert "train.seed from 1234 to 5" in outcome("--dry-run", *auto, "train.seed=5")
+    assert "hidden_size is 32 there and 64" in outcome("--dry-run", *auto, "model.hidden_size=64")
+    planned = outcome("--dry-run", "--resume", checkpoints / "step_0000004", "--set", "l2e.topk=5")
     assert "step_0000004, at step 4 with 16 samples read" in planned
     assert "l2e.topk was 1, is 5" in planned
     assert "64,350 tokens the run reads 4.0 times" in planned  # of its 2,000 x 4 x 32
     for words in ((), ("--dry-run",)):
-        assert "holds a run already" in refused(*words)
-        assert "none of its own checkpoints" in refused(*words, "--resume", copied)
+        assert "holds a run already" in outcome(*words)
+        assert "none of its own checkpoints" in outcome(*words, "--resume", copied)
     with Lock(run / "lock"):
-        assert "is training in this folder" in refused(*auto, "train.steps=7")
+        assert "is training in this folder" in outcome(*auto, "train.steps=7")
     elsewhere = ("--run-dir", tmp_path / "new", "--resume", copied, "--set")
     for words in (elsewhere, ("--dry-run", *elsewhere)):
-        assert "data.sequence_length from 32 to 31" in refused(*words, "data.sequence_length=31")
+        assert "data.sequence_length from 32 to 31" in outcome(*words, "data.sequence_length=31")
 
     # As a crash may leave them.
     with (run / "metrics.jsonl").open("a") as file:

@@ -7,7 +7,7 @@ import numpy as np
 
 from tests.data.conftest import write_tokens
 from tests.launch import fleet
-from tests.launch.running import ROOT, python
+from tests.launch.running import ROOT, succeeds
 
 # The batch that this process reads as number NTH is poison, whenever it comes up.
 POISONED = """
@@ -51,9 +51,7 @@ def run_poisoned(folder: Path, kind: str, nth: int, **sections: dict) -> tuple[P
     arguments = ["launch/pretrain.py", "--config", str(config), "--run-dir", str(run)]
     script = folder / "poisoned.py"
     script.write_text(POISONED.format(root=str(ROOT), arguments=arguments, nth=nth, kind=kind))
-    done = python(script)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return run, done.stdout
+    return run, succeeds(script).stdout
 
 
 def samples_read(run: Path, step: int) -> int:

@@ -8,7 +8,7 @@ import pytest
 from l2e.analysis import Result, analyses
 from l2e.analysis.ablation import best_of_each
 from l2e.analysis.probing import Probe
-from l2e.analysis.report import Section, write_report
+from l2e.analysis.report import ReportSection, write_report
 from l2e.analysis.results import finite
 from l2e.analysis.trajectory import gather
 
@@ -64,7 +64,10 @@ def test_the_page_stands_alone_and_shows_missing_values(tmp_path):
     ]
     neuromfa = analyses()["neuromfa"]
     result = Result(neuromfa, {"checkpoints": rows})
-    sections = [Section(neuromfa, "here", result), Section(neuromfa, "<there>", "a & b")]
+    sections = [
+        ReportSection(neuromfa, "here", result),
+        ReportSection(neuromfa, "<there>", "a & b"),
+    ]
     page = write_report(tmp_path / "r.html", "A & B", sections, "What is seen.")
     text = page.read_text()
     assert "A &amp; B" in text

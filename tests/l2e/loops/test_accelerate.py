@@ -22,7 +22,6 @@ def test_accumulate_and_save_state(tmp_path, prepared_first):
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    twin_optimizer = torch.optim.SGD(twin.model.parameters(), lr=0.1)
     if prepared_first:
         model, optimizer = accelerator.prepare(model, optimizer)
     handle = l2e.attach(model, "1", CONFIG, optimizer=optimizer)
@@ -35,12 +34,7 @@ def test_accumulate_and_save_state(tmp_path, prepared_first):
             accelerator.backward(model(x).square().mean() + handle.loss())
             optimizer.step()
             optimizer.zero_grad()
-    for pair in zip(data[::2], data[1::2], strict=True):
-        twin_optimizer.zero_grad()
-        for x in pair:
-            ((twin.model(x).square().mean() + twin.pull()) / 2).backward()
-        twin_optimizer.step()
-        shares = twin.step()
+    shares = twin.train(zip(data[::2], data[1::2], strict=True))
     assert handle.controller.phase.step == 6
     assert_same_statistics(handle, twin, shares)
     assert_same_parameters(model, twin.model)

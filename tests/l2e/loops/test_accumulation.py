@@ -10,12 +10,9 @@ from tests.l2e.loops.twin import (
     assert_same_parameters,
     assert_same_statistics,
     batches,
+    loss_of,
     network,
 )
-
-
-def loss_of(model, x):
-    return model(x).square().mean()
 
 
 @pytest.mark.parametrize("follows", [False, True])

@@ -12,11 +12,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import l2e
 from tests.distributed.processes import run_on_processes
-from tests.l2e.loops.twin import CONFIG, Twin, batches, network
-
-
-def loss_of(model, x):
-    return model(x).square().mean()
+from tests.l2e.loops.twin import (
+    CONFIG,
+    Twin,
+    assert_same_moments,
+    batches,
+    loss_of,
+    network,
+    train,
+)
 
 
 def accumulated(kind):
@@ -34,10 +38,9 @@ def accumulated(kind):
         for number, part in enumerate(parts):
             if kind == "fsdp":
                 run.set_requires_gradient_sync(number == 1)
-                ((loss_of(run, part) + handle.loss()) / 2).backward()
             else:
                 run.require_backward_grad_sync = number == 1
-                ((loss_of(run, part) + handle.loss()) / 2).backward()
+            ((loss_of(run, part) + handle.loss()) / 2).backward()
         optimizer.step()
         handle.step()
     parameters = [p.full_tensor() if kind == "fsdp" else p for p in model.parameters()]
@@ -84,9 +87,7 @@ def uneven():
     handle = l2e.attach(model, "1", CONFIG)
     run = DistributedDataParallel(model)
     with Join([run, handle]):
-        for x in batches(4 + 2 * dist.get_rank(), seed=dist.get_rank()):
-            (loss_of(run, x) + handle.loss()).backward()
-            handle.step()
+        train(run, handle, batches(4 + 2 * dist.get_rank(), seed=dist.get_rank()))
     return handle.state_dict()
 
 
@@ -130,9 +131,7 @@ def left_behind():
     run = DistributedDataParallel(model)
     try:
         with run.join():
-            for x in batches(2 + dist.get_rank()):
-                (loss_of(run, x) + handle.loss()).backward()
-                handle.step()
+            train(run, handle, batches(2 + dist.get_rank()))
     except ValueError as error:
         return str(error)
     return ""
@@ -146,9 +145,7 @@ def grouped_late(folder):
     handle = l2e.attach(model, "1", CONFIG)
     store = f"file://{folder / 'late'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
-    for x in batches(6, rows=64):
-        (loss_of(model, x.chunk(2)[rank]) + handle.loss()).backward()
-        handle.step()
+    train(model, handle, [x.chunk(2)[rank] for x in batches(6, rows=64)])
     return handle.state_dict()
 
 
@@ -187,20 +184,17 @@ def ranks(tmp_path_factory):
     return run_on_processes(everything, 2, folder, folder)
 
 
+def assert_same_state(state, name, reference):
+    assert_same_moments(state, name, reference)
+    assert float(state[f"{name}.tau"]) == pytest.approx(reference.tau, rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_ranks_of_two_micro_batches_are_the_reference(ranks, kind):
     twin = Twin(network(), ["1"])
-    optimizer = torch.optim.SGD(twin.model.parameters(), lr=0.05)
-    for x in batches(6, rows=64):
-        optimizer.zero_grad()
-        (loss_of(twin.model, x) + twin.pull()).backward()
-        optimizer.step()
-        share = twin.step()["1"]
-    reference = twin.references["1"]
+    share = twin.train([[x] for x in batches(6, rows=64)], lr=0.05)["1"]
     for parameters, state, metrics in (rank[kind] for rank in ranks):
-        np.testing.assert_allclose(state["1.mean"], reference.mean, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(state["1.var"], reference.var, rtol=1e-4)
-        assert float(state["1.tau"]) == pytest.approx(reference.tau, rel=1e-4)
+        assert_same_state(state, "1", twin.references["1"])
         assert metrics["1"]["selected_fraction"] == pytest.approx(share, rel=1e-5)
         for mine, theirs in zip(parameters, twin.model.parameters(), strict=True):
             torch.testing.assert_close(mine, theirs.detach(), rtol=2e-4, atol=2e-5)
@@ -236,10 +230,7 @@ def test_ranks_out_of_inputs_step_along(ranks):
                 twin.model(own[step])
         twin.pull()
         twin.step()
-    reference = twin.references["1"]
-    assert float(state["1.samples"]) == reference.m
-    np.testing.assert_allclose(state["1.mean"], reference.mean, rtol=1e-4, atol=1e-5)
-    assert float(state["1.tau"]) == pytest.approx(reference.tau, rel=1e-4)
+    assert_same_state(state, "1", twin.references["1"])
 
 
 @pytest.mark.parametrize("kind", ["masked", "recomputed"])
@@ -251,11 +242,7 @@ def test_masks_differ_from_rank_to_rank(ranks, kind):
         twin.model(x)
         twin.pull(mask)
         twin.step()
-    reference = twin.references["1"]
-    assert float(state["net.1.samples"]) == reference.m
-    np.testing.assert_allclose(state["net.1.mean"], reference.mean, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(state["net.1.var"], reference.var, rtol=1e-4)
-    assert float(state["net.1.tau"]) == pytest.approx(reference.tau, rel=1e-4)
+    assert_same_state(state, "net.1", twin.references["1"])
 
 
 def test_a_wrappers_own_join_is_refused(ranks):
@@ -273,12 +260,6 @@ def test_ranks_with_different_modules_are_told(ranks):
 
 def test_a_group_that_is_made_after_attach_is_found(ranks):
     twin = Twin(network(), ["1"])
-    for x in batches(6, rows=64):
-        twin.model(x)
-        twin.pull()
-        twin.step()
-    for state in (rank["late"] for rank in ranks):
-        reference = twin.references["1"]
-        assert float(state["1.samples"]) == reference.m
-        np.testing.assert_allclose(state["1.var"], reference.var, rtol=1e-4)
-        assert float(state["1.tau"]) == pytest.approx(reference.tau, rel=1e-4)
+    twin.follow(batches(6, rows=64))
+    for rank in ranks:
+        assert_same_state(rank["late"], "1", twin.references["1"])

@@ -1,14 +1,13 @@
 """Averaged copies and mean teachers: what they compute is not the model's own."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import l2e
-from tests.l2e.loops.twin import CONFIG, Twin, batches, network, train_both
+from tests.l2e.loops.twin import CONFIG, Twin, batches, network, no_warnings, train_both
 
 
 @pytest.mark.parametrize("kind", ["deepcopy", "AveragedModel"])
@@ -33,8 +32,7 @@ def test_a_teacher_does_not_feed_the_statistics(kind, copied_first):
                 teacher(50 + x)
         return out.square().mean()
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         assert train_both(model, twin, handle, batches(8), loss_of)
     if kind == "AveragedModel":
         teacher.update_parameters(model)

@@ -2,23 +2,19 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import l2e
-from tests.l2e.loops.twin import CONFIG, Twin, train_both
+from tests import tiny_models
+from tests.l2e.loops.twin import CONFIG, Twin, tokens, train_both
 
 
 @pytest.mark.parametrize("kind", ["generate", "roll-out with gradients"])
 def test_generating_between_steps_changes_nothing(kind):
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=32, n_positions=24)
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    model = GPT2LMHeadModel(config).train()
+    model = tiny_models.gpt2(2, 16, vocab_size=32, n_positions=24).train()
     names = [f"transformer.h.{n}.mlp.act" for n in range(2)]
     twin = Twin(model, names)
     handle = l2e.attach(model, "transformer.h.*.mlp.act", CONFIG)
-    generator = torch.Generator().manual_seed(0)
-    tokens = [torch.randint(1, 32, (4, 16), generator=generator) for _ in range(5)]
 
     def loss_of(which, ids):
         if which is model and kind == "generate":
@@ -28,4 +24,4 @@ def test_generating_between_steps_changes_nothing(kind):
                 model(ids.flip(1))
         return which(input_ids=ids, labels=ids).loss
 
-    assert train_both(model, twin, handle, tokens, loss_of)
+    assert train_both(model, twin, handle, tokens(), loss_of)

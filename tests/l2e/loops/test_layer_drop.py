@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import l2e
-from tests.l2e.loops.twin import CONFIG, Twin, batches, network, train_both
+from tests.l2e.loops.twin import CONFIG, Twin, batches, network, train_both, watch
 
 
 class Dropped(nn.Module):
@@ -30,10 +30,6 @@ class Dropped(nn.Module):
         return x
 
 
-def loss_of(model, x):
-    return model(x).square().mean()
-
-
 @pytest.mark.parametrize(
     "left_out",
     [
@@ -49,7 +45,7 @@ def test_a_layer_takes_its_start_from_its_own_first_usable_step(left_out):
     names = ["blocks.0.1", "blocks.1.1"]
     twin = Twin(model, names)
     handle = l2e.attach(model, "blocks.*.1", CONFIG)
-    assert train_both(model, twin, handle, batches(12), loss_of)
+    assert train_both(model, twin, handle, batches(12))
     assert all(reference.tau for reference in twin.references.values())
 
 
@@ -61,11 +57,8 @@ def test_a_step_with_a_nan_is_no_start(bad_step):
     for step, x in enumerate(batches(6)):
         if step == bad_step:
             x[3] = float("nan")
-        for either in (model, twin.model):
-            either(x)
-        twin.pull()
-        twin.step()
-        handle.step()
+        twin.follow([x])
+        watch(model, handle, [x])
         if step == bad_step:
             with pytest.raises(ValueError, match=rf"layer 1: NaN.*step {step}.*handle\.discard"):
                 handle.metrics()
@@ -78,7 +71,7 @@ def test_steps_of_one_row_are_the_references(rows):
     twin = Twin(model, ["1"])
     handle = l2e.attach(model, "1", CONFIG)
     inputs = [x[:count] for x, count in zip(batches(len(rows)), rows, strict=True)]
-    assert train_both(model, twin, handle, inputs, loss_of)
+    assert train_both(model, twin, handle, inputs)
 
 
 @pytest.mark.parametrize("selection", ["threshold", "topk"])
@@ -103,14 +96,11 @@ def test_a_layer_starts_from_statistics_with_a_variance(kind, selection):
 def test_a_state_without_tau_finds_it_under_an_earlier_late_start():
     model = network()
     late = l2e.attach(model, "1", l2e.L2EConfig(late_start_step=50, layers="all"))
-    for x in batches(5):
-        model(x)
-        late.step()
+    watch(model, late, batches(5))
     late.detach()
     handle = l2e.attach(model, "1", CONFIG)
     handle.load_state_dict(late.state_dict())
-    model(batches(1)[0])
-    handle.step()
+    watch(model, handle, batches(1))
     assert 3 < handle.metrics()["1"]["tau"] < 10
 
 
@@ -118,11 +108,5 @@ def test_a_layer_without_tau_ten_steps_later_is_warned_of():
     model = Dropped().train()
     model.left_out = range(1, 100)
     handle = l2e.attach(model, "blocks.*.1", CONFIG)
-
-    def train(steps):
-        for x in batches(steps):
-            model(x)
-            handle.step()
-
     with pytest.warns(UserWarning, match=r"nothing is selected in layers blocks\.1\.1, 10 steps"):
-        train(12)
+        watch(model, handle, batches(12))

@@ -55,18 +55,11 @@ def trainer(folder, epochs):
 @pytest.mark.filterwarnings("ignore")
 def test_training_equals_the_reference(tmp_path):
     twin = Twin(network(), ["1"])
-    optimizer = torch.optim.SGD(twin.model.parameters(), lr=0.1)
     module, training = Module(), trainer(tmp_path, 2)
     data = batches(6)
     loader = torch.utils.data.DataLoader(data, batch_size=None)
     training.fit(module, loader)
-    for _ in range(2):
-        for pair in zip(data[::2], data[1::2], strict=True):
-            optimizer.zero_grad()
-            for x in pair:
-                ((twin.model(x).square().mean() + twin.pull()) / 2).backward()
-            optimizer.step()
-            shares = twin.step()
+    shares = twin.train(2 * [*zip(data[::2], data[1::2], strict=True)])
     assert module.handle.controller.phase.step == 6
     assert_same_statistics(module.handle, twin, shares)
     assert_same_parameters(module.net, twin.model)

@@ -1,7 +1,6 @@
 """Samples that do not count: masks, and padding without one."""
 
 import dataclasses
-import warnings
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from tests.l2e.loops.twin import (
     assert_same_gradients,
     batches,
     network,
+    no_warnings,
     observed,
 )
 
@@ -173,8 +173,7 @@ def test_a_mask_that_no_pass_is_given_is_told_once():
     with pytest.warns(UserWarning, match=r"mask = 'padding' is not among .*\(mask\)") as told:
         train(mask=None)
     assert len(told) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         train(padding=None)
 
 
@@ -190,12 +189,10 @@ def test_padding_is_told_once():
     model = Reads().train()
     l2e.attach(model, "inner", CONFIG)
     x, mask = torch.randn(2, 5, 4), torch.ones(2, 5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         model(x, attention_mask=mask)
     mask[0, 3:] = 0
     with pytest.warns(UserWarning, match='mask="attention_mask"'):
         model(x, mask)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         model(x, attention_mask=mask)

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import warnings
 import weakref
 
 import pytest
@@ -11,13 +10,18 @@ from torch import nn
 
 import l2e
 from l2e import ConfigError, L2EConfig
-from tests.l2e.loops.twin import CONFIG, Twin, batches, network, train_both
+from tests.l2e.loops.twin import (
+    CONFIG,
+    Twin,
+    batches,
+    loss_of,
+    network,
+    no_warnings,
+    train_both,
+    watch,
+)
 
 OBSERVE = L2EConfig(method="none", layers="all")
-
-
-def loss_of(model, x):
-    return model(x).square().mean()
 
 
 # Attaching twice, and modules in several places.
@@ -37,7 +41,7 @@ def test_a_module_has_one_handle(pattern):
     first.detach()
     twin = Twin(model, ["1"])
     handle = l2e.attach(model, "1", CONFIG)
-    assert train_both(model, twin, handle, batches(6), loss_of)
+    assert train_both(model, twin, handle, batches(6))
     copied = copy.deepcopy(model)
     assert l2e.attach(copied, "1", CONFIG).names == ["1"]
 
@@ -98,8 +102,7 @@ def test_a_shared_activation_is_told_of_once():
     l2e.attach(model, "act", OBSERVE)
     with pytest.warns(UserWarning, match=r"module act has no weights.*place a module of its"):
         model(batches(1)[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         model(batches(1)[0])
 
 
@@ -116,8 +119,7 @@ def test_calls_at_one_place_are_samples_of_one(kind):
         name = "encoder.1"
     twin = Twin(model, [name])
     handle = l2e.attach(model, name, OBSERVE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         for x in batches(4):
             for run in (model, twin.model):
                 if kind == "micro-batches":
@@ -149,18 +151,11 @@ def test_a_module_that_is_replaced_is_told_of_once():
     model = network()
     handle = l2e.attach(model, "[01]", OBSERVE)
     model[0] = torch.compile(model[0], backend="eager")  # wrapped by what the method knows
-
-    def train():
-        for x in batches(3):
-            model(x)
-            handle.step()
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        train()
+    with no_warnings():
+        watch(model, handle, batches(3))
     model[1] = nn.GELU()
     with pytest.warns(UserWarning, match=r"the model's 1 is no longer .*state_dict") as told:
-        train()
+        watch(model, handle, batches(3))
     assert len(told) == 1
 
 
@@ -206,8 +201,7 @@ def test_steps_in_time_are_not_told_of(kind):
     handle = l2e.attach(model, "1", CONFIG, optimizer=optimizer if kind == "follows" else None)
     if kind == "detached":
         handle.detach()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         for number, x in enumerate(batches(24)):
             (loss_of(model, x) + handle.loss()).backward()
             if kind != "accumulation" or number % 12 == 11:

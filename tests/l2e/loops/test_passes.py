@@ -16,7 +16,10 @@ from tests.l2e.loops.twin import (
     batches,
     loss_of,
     network,
+    no_warnings,
     observed,
+    train,
+    watch,
 )
 
 # Passes that are not training.
@@ -43,8 +46,7 @@ def test_passes_that_are_not_training_are_neither_counted_nor_changed(passing):
     assert not torch.equal(model(x), expected)
     handle.step()
     plain_model, plain_handle, _ = plain
-    plain_model(x)
-    plain_handle.step()
+    watch(plain_model, plain_handle, [x])
     state, expected_state = handle.state_dict(), plain_handle.state_dict()
     assert all(torch.equal(state[name], expected_state[name]) for name in state)
 
@@ -118,66 +120,43 @@ def test_what_is_frozen_is_told_once(inject):
     model = nn.Sequential(nn.Linear(4, 4), network()).train()
     model[:1].requires_grad_(False)
     handle = l2e.attach(model, "0", CONFIG, inject=inject)
-
-    def train():
-        for x in batches(3):
-            (loss_of(model, x) + handle.loss()).backward()
-            handle.step()
-
     with pytest.warns(UserWarning, match=r"before module 0, .*no gradient.*Unfreeze") as told:
-        train()
+        train(model, handle, batches(3))
     assert len(told) == 1
 
 
 def test_a_step_without_a_pass_is_told_once():
     model, handle, x = observed()
 
-    def train():
+    def step_twice():
         for _ in range(3):
-            (loss_of(model, x) + handle.loss()).backward()
-            handle.step()
+            train(model, handle, [x])
             handle.step()
 
     with pytest.warns(UserWarning, match=r"no attached module was called.*after each") as told:
-        train()
+        step_twice()
     assert len(told) == 1
 
 
 def test_a_model_left_in_eval_mode_is_told_once():
     model = network()
     handle = l2e.attach(model, "1", L2EConfig(method="none", layers="all"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for x in batches(2):
-            model(x)
-            handle.step()
+    with no_warnings():
+        watch(model, handle, batches(2))
     model.eval()  # to validate; and then forgotten
-
-    def go_on():
-        for x in batches(3):
-            model(x)
-            handle.step()
-
     with pytest.warns(UserWarning, match=r"in eval mode.*model\.train") as told:
-        go_on()
+        watch(model, handle, batches(3))
     assert len(told) == 1
 
 
 def test_a_loss_that_is_never_taken_is_told():
     model = network()
     handle = l2e.attach(model, "1", CONFIG)
-
-    def train():
-        for x in batches(4):
-            model(x)
-            handle.step()
-
     with pytest.warns(UserWarning, match=r"handle\.loss\(\) was not called"):
-        train()
+        watch(model, handle, batches(4))
 
 
 def test_without_surprises_there_are_no_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         for keys in ({}, {"inject": True}):
             observed(steps=15, **keys)

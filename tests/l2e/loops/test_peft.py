@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import l2e
-from tests.l2e.loops.twin import CONFIG, Twin, train_both
+from tests import tiny_models
+from tests.l2e.loops.twin import CONFIG, Twin, tokens, train_both
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -13,17 +13,18 @@ peft = pytest.importorskip("peft", reason="peft is not installed")
 @pytest.mark.parametrize("pattern", ["*.mlp.act", "*.mlp.c_fc"])
 def test_adapters_train_as_the_reference_and_the_state_fits_the_merged_model(pattern):
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=32, n_positions=24)
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    gpt2 = tiny_models.gpt2(2, 16, vocab_size=32, n_positions=24)
     lora = peft.LoraConfig(r=2, target_modules=["c_fc"], lora_dropout=0.0, fan_in_fan_out=True)
-    model = peft.get_peft_model(GPT2LMHeadModel(config), lora).train()
+    model = peft.get_peft_model(gpt2, lora).train()
     last = pattern.rpartition("*.")[2]
     twin = Twin(model, [f"base_model.model.transformer.h.{n}.{last}" for n in range(2)])
     handle = l2e.attach(model, pattern, CONFIG)
     assert handle.names == twin.names
-    generator = torch.Generator().manual_seed(0)
-    tokens = [torch.randint(1, 32, (4, 16), generator=generator) for _ in range(5)]
-    assert train_both(model, twin, handle, tokens, lambda m, ids: m(input_ids=ids, labels=ids).loss)
+
+    def loss_of(which, ids):
+        return which(input_ids=ids, labels=ids).loss
+
+    assert train_both(model, twin, handle, tokens(), loss_of)
     saved = handle.state_dict()
     handle.detach()
     merged = model.merge_and_unload()

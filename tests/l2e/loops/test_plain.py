@@ -15,7 +15,9 @@ from tests.l2e.loops.twin import (
     loss_of,
     network,
     observed,
+    train,
     train_both,
+    watch,
 )
 
 
@@ -25,7 +27,7 @@ def test_training_equals_the_reference(scale_invariant):
     twin = Twin(model, ["1"], scale_invariant=scale_invariant)
     config = dataclasses.replace(CONFIG, scale_invariant=scale_invariant)
     handle = l2e.attach(model, "1", config)
-    assert train_both(model, twin, handle, batches(12), loss_of)
+    assert train_both(model, twin, handle, batches(12))
 
 
 @pytest.mark.parametrize("act", [nn.Tanh(), nn.ReLU(inplace=True), nn.Softmax(-1), nn.Identity()])
@@ -33,7 +35,7 @@ def test_functions_that_keep_their_result_for_the_backward_pass(act):
     model = nn.Sequential(nn.Linear(4, 16), act, nn.Linear(16, 3)).train()
     twin = Twin(model, ["1"])
     handle = l2e.attach(model, "1", CONFIG)
-    assert train_both(model, twin, handle, batches(8), loss_of)
+    assert train_both(model, twin, handle, batches(8))
 
 
 @pytest.mark.parametrize("inject", [False, True])
@@ -59,15 +61,16 @@ def test_measuring_changes_nothing(inject, dtype):
 
 def kept_bytes(model, x):
     """Of all tensors that autograd keeps for the backward pass, each storage once."""
-    sizes = {}
+    storages = {}
 
-    def pack(tensor):
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(x)
-    return sum(sizes.values()), out
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(x).sum()
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 @pytest.mark.parametrize("layers", [1, 4])
@@ -76,12 +79,12 @@ def test_no_activation_is_kept_beside_autograds_own(layers):
     blocks = [m for _ in range(layers) for m in (nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))]
     model = nn.Sequential(*blocks).train()
     x = torch.randn(500, 64)
-    plain, _ = kept_bytes(model, x)
+    plain = kept_bytes(model, x)
     handle = l2e.attach(model, "*[147]", CONFIG)
     for _ in range(4):
         (model(x).mean() + handle.loss()).backward()
         handle.step()
-    kept, _ = kept_bytes(model, x)
+    kept = kept_bytes(model, x)
     share = handle.metrics()["1"]["selected_fraction"]
     assert share > 0
     activations = layers * 500 * 256 * 4
@@ -157,17 +160,12 @@ def test_the_default_dtype_is_not_the_methods(dtype, kind):
         handle.controller.measure = kind == "measured"
         if kind == "masked":
             handle.mask(torch.ones(32, dtype=torch.bool))
-        for x in inputs:
-            (loss_of(model, x) + handle.loss()).backward()
-            handle.step()
+        train(model, handle, inputs)
         state = handle.state_dict()
     finally:
         torch.set_default_dtype(torch.float32)
     assert {value.dtype for value in state.values()} == {torch.int64, torch.float32}
-    for x in inputs:
-        twin.model(x)
-        twin.pull()
-        twin.step()
+    twin.follow(inputs)
     assert_same_statistics(handle, twin)
 
 
@@ -192,7 +190,7 @@ def test_a_discarded_first_batch_takes_its_centre_with_it():
     handle = l2e.attach(model, "1", CONFIG)
     model(batches(1)[0] * 1e5)
     handle.discard()
-    assert train_both(model, twin, handle, batches(6), loss_of)
+    assert train_both(model, twin, handle, batches(6))
 
 
 @pytest.mark.parametrize("first_call", [0, 3])
@@ -224,9 +222,7 @@ def test_deactivated_entries_are_means_with_a_gradient_of_their_own(delta, neuro
     }[neuron_dim]
     model = nn.Sequential(first, nn.GELU()).train()
     handle = l2e.attach(model, "1", config, neuron_dim=neuron_dim)
-    for _ in range(4):
-        model(torch.randn_like(x))
-        handle.step()
+    watch(model, handle, [torch.randn_like(x) for _ in range(4)])
     state = {name: tensor.double() for name, tensor in handle.state_dict().items()}
     mean, var, tau = (state[f"1.{name}"] for name in ("mean", "var", "tau"))
     x.mul_(1.3).requires_grad_()
@@ -249,25 +245,11 @@ def test_memory_for_the_backward_pass_is_that_of_the_selected_entries(method, ea
     """So many bytes for each, and one entry, beside what autograd keeps without the method."""
     model = network(units=64)
     handle = l2e.attach(model, "1", dataclasses.replace(CONFIG, method=method))
-    for x in batches(5, rows=256):
-        (loss_of(model, x) + handle.loss()).backward()
-        handle.step()
-
-    def kept():
-        storages = {}
-
-        def keep(tensor):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(x).sum()
-        return sum(storage.nbytes() for storage in storages.values())
-
+    inputs = batches(5, rows=256)
+    train(model, handle, inputs)
     with handle.paused():
-        plain = kept()
-    added = kept() - plain
+        plain = kept_bytes(model, inputs[-1])
+    added = kept_bytes(model, inputs[-1]) - plain
     handle.step()
     selected = handle.metrics()["1"]["selected_fraction"] * 256 * 64
     assert selected > 100

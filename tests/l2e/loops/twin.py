@@ -2,6 +2,8 @@
 method, whose L_MS and statistics come from the float64 reference."""
 
 import copy
+import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -30,14 +32,39 @@ def loss_of(model, x):
     return model(x).square().mean()
 
 
+def tokens(steps=5):
+    """Batches of ids that a language model of 32 tokens reads."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(1, 32, (4, 16), generator=generator) for _ in range(steps)]
+
+
+def watch(model, handle, inputs):
+    """Steps of forward passes alone."""
+    for x in inputs:
+        model(x)
+        handle.step()
+
+
+def train(model, handle, inputs):
+    """Steps of forward and backward passes, of one batch each, without an optimizer."""
+    for x in inputs:
+        (loss_of(model, x) + handle.loss()).backward()
+        handle.step()
+
+
 def observed(config=CONFIG, steps=4, **keys):
     """A small network whose handle has its tau, and a batch."""
     model = network()
     handle = l2e.attach(model, "1", config, **keys)
-    for x in batches(steps):
-        (loss_of(model, x) + handle.loss()).backward()
-        handle.step()
+    train(model, handle, batches(steps))
     return model, handle, batches(1, seed=9)[0]
+
+
+@contextmanager
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
 
 
 class Twin:
@@ -101,6 +128,24 @@ class Twin:
             seen.clear()
         return shares
 
+    def train(self, windows, lr=0.1):
+        """Steps of SGD, each of a window of batches; returns the last one's selected shares."""
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
+        for window in windows:
+            optimizer.zero_grad()
+            for x in window:
+                ((loss_of(self.model, x) + self.pull()) / len(window)).backward()
+            optimizer.step()
+            shares = self.step()
+        return shares
+
+    def follow(self, inputs):
+        """Steps of forward passes alone."""
+        for x in inputs:
+            self.model(x)
+            self.pull()
+            self.step()
+
 
 def assert_same_parameters(model, twin, tolerance=2e-4):
     for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
@@ -115,21 +160,26 @@ def assert_same_gradients(model, twin, tolerance=2e-4):
             assert difference <= tolerance * theirs.grad.norm() + 1e-7, name
 
 
+def assert_same_moments(state, name, reference):
+    assert float(state[f"{name}.samples"]) == reference.m
+    if reference.m:
+        np.testing.assert_allclose(state[f"{name}.mean"], reference.mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state[f"{name}.var"], reference.var, rtol=1e-4)
+
+
 def assert_same_statistics(handle, twin, shares=None):
     state, metrics = handle.state_dict(), handle.metrics()
     for name, reference in twin.references.items():
-        assert float(state[f"{name}.samples"]) == reference.m
+        assert_same_moments(state, name, reference)
         if reference.m == 0:
             continue
-        np.testing.assert_allclose(state[f"{name}.mean"], reference.mean, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(state[f"{name}.var"], reference.var, rtol=1e-4)
         tau = float("inf") if reference.tau is None else reference.tau
         assert metrics[name]["tau"] == pytest.approx(tau, rel=1e-4)
         if shares is not None:
             assert metrics[name]["selected_fraction"] == pytest.approx(shares[name], rel=1e-5)
 
 
-def train_both(model, twin, handle, inputs, loss_of, lr=0.05):
+def train_both(model, twin, handle, inputs, loss_of=loss_of, lr=0.05):
     """The plain loop on both; compares after every step and says whether anything was selected."""
     optimizers = [torch.optim.SGD(m.parameters(), lr=lr) for m in (model, twin.model)]
     selected = 0.0

@@ -3,9 +3,6 @@
 import errno
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,7 @@ from safetensors.torch import load_file
 
 from launch.checkpoint import folders
 from launch.checkpoint.tensorfile import TensorFile, TensorSpec
-
-ROOT = Path(__file__).parents[3]
+from tests.launch.running import ROOT, succeeds
 
 
 def save(folder: Path, step: int, value: float = 1.0, size: int = 1000) -> Path:
@@ -182,13 +178,6 @@ print(caught)
 
 def test_killed_at_any_moment_the_previous_checkpoint_stays(tmp_path):
     """60 saves killed at moments spread from their start to after their end."""
-    run = subprocess.run(
-        [sys.executable, "-c", KILLER, str(ROOT), str(tmp_path), "60"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    run = succeeds("-c", KILLER, ROOT, tmp_path, 60)
     # The kills must have hit saves under way, not only finished ones.
     assert int(run.stdout) >= 20

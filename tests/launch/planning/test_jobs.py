@@ -85,6 +85,8 @@ def test_when_a_job_goes_back_into_the_queue(
     done = run_script(script, tmp_path, status, SLURM_RESTART_COUNT=str(restarts))
     assert done.returncode == status
     assert ("scontrol\nrequeue\n7\n" in done.stdout) == requeued
+    assert "--resume\nauto\n" in done.stdout
+    assert "#SBATCH --signal=USR1@" in script.read_text()
 
 
 def test_the_kubernetes_job_meets_at_its_first_pod(tmp_path: Path) -> None:
