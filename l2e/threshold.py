@@ -62,8 +62,7 @@ def follow(tau: Tensor, expected_mean_ms: Tensor, mean_ms: Tensor) -> Tensor:
     Where the scale drifts by r a step (in log units), `update` alone lags by r/eta. With this it
     has only one step's drift to make up for, once (docs/method.md).
     """
-    growth = mean_ms / expected_mean_ms
-    return torch.where(torch.isfinite(growth) & (growth > 0), tau * growth, tau)
+    return _grown(tau, mean_ms / expected_mean_ms)
 
 
 def carry(tau: Tensor, old_mean_var: Tensor, new_mean_var: Tensor) -> Tensor:
@@ -73,8 +72,12 @@ def carry(tau: Tensor, old_mean_var: Tensor, new_mean_var: Tensor) -> Tensor:
     activations' scale, tau would have to chase it, and the update's small last step size is too
     slow: without this, the share is a third off 200 steps after the scale fell to a quarter.
     """
-    ratio = old_mean_var / new_mean_var
-    return torch.where(torch.isfinite(ratio) & (ratio > 0), tau * ratio, tau)
+    return _grown(tau, old_mean_var / new_mean_var)
+
+
+def _grown(tau: Tensor, growth: Tensor) -> Tensor:
+    """tau times its growth, where that is known."""
+    return torch.where(torch.isfinite(growth) & (growth > 0), tau * growth, tau)
 
 
 def share_weight(updates: Tensor, forget_step: int) -> Tensor:

@@ -78,7 +78,7 @@ COMMANDS: dict[str, dict[str, Run | By]] = {
         "python bench/travel.py": LONG,
         "python bench/collapse.py": Run({"--steps 150": "--steps 8"}),
         "python -m pytest": By("make test"),
-        "python -m tests.distributed.test_l2e_layouts": LONG,
+        "python -m tests.distributed.test_l2e_layouts": Run({"layouts": "layouts published 1"}),
     },
     "docs/gpu.md": {
         "python bench/gpu.py": Run({"gpu.py": "gpu.py --smoke"}),  # for CPUs

@@ -4,8 +4,9 @@ The reference is transformers' GPT-NeoX in float64 with the method written out a
 no class of the project. Plain SGD, so that parameters show their gradients.
 
 pytest runs every layout, ZeRO stages, micro-batches and activation checkpointing taking turns;
-`python -m tests.distributed.test_l2e_layouts` runs all 162 combinations (20 minutes), of another of
-the FORMS with its name behind it.
+`python -m tests.distributed.test_l2e_layouts` runs all 162 combinations (20 minutes); with the name
+of another of the FORMS behind it those of that one, with numbers behind the name those of so many
+processes.
 """
 
 import itertools
@@ -351,10 +352,10 @@ def test_a_loss_that_vanished_would_show(references):
     assert distance(references["scale invariant"]["norms"], with_loss["norms"]) > 0.01
 
 
-def main(form="published"):
+def main(form="published", *counts):
     """Run the whole matrix and print the worst error of each layout."""
     reference = None
-    for processes in (1, 2, 4):
+    for processes in map(int, counts or (1, 2, 4)):
         runs = [(layout, FORMS[form], {}) for layout in whole_matrix(processes)]
         with tempfile.TemporaryDirectory() as folder:
             results = by_run(run_on_processes(train_all, processes, Path(folder), runs))
