@@ -115,7 +115,7 @@ def check_model(config: Config) -> Iterator[Problem]:
             "parallel.tensor",
             tensor,
             f"does not divide model.num_attention_heads = {heads}",
-            f"choose one of {divisors(heads)}",
+            f"choose one of {', '.join(map(str, divisors(heads)))}",
         )
     if config.parallel.sequence and tensor == 1:
         reason = "sequence parallelism splits what tensor parallelism leaves whole"
@@ -340,7 +340,7 @@ def nearest_folder(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if os.path.exists(parent)).resolve()
 
 
-def divisors(number: int) -> str:
-    """The divisors of `number`, as a list to choose from."""
+def divisors(number: int) -> list[int]:
+    """The divisors of `number`, ascending."""
     low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return ", ".join(map(str, sorted({*low, *(number // n for n in low)})))
+    return sorted({*low, *(number // n for n in low)})

@@ -12,6 +12,7 @@ from data import batches
 from launch import experiment, prepare
 from launch.training import data
 from launch.training.position import Position
+from tests.launch.fleet import metrics
 from tests.launch.models import VOCABULARY, byte_tokenizer
 from tests.launch.running import ROOT
 
@@ -53,7 +54,7 @@ def train(config: Path, folder: Path, *settings: str) -> list[dict]:
     words += [word for setting in settings for word in ("--set", setting)]
     experiment.train(words, PROGRAM)
     assert (folder / "finished").exists()
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return metrics(folder)
 
 
 def test_the_schedule_is_followed(config, tmp_path, monkeypatch):
@@ -62,8 +63,7 @@ def test_the_schedule_is_followed(config, tmp_path, monkeypatch):
     monkeypatch.setattr(program, "learning_rate", lambda _, step: 0.01 if step < 3 else 0.0)
     words = ["--config", str(config), "--run-dir", str(tmp_path), "--set", "l2e.method=none"]
     program.main([*words, "--set", "evaluate.interval=1"])
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["validation_loss"] for row in rows]
+    losses = [row["validation_loss"] for row in metrics(tmp_path)]
     assert len(set(losses[:3])) == 3
     assert losses[2:] == [losses[2]] * (STEPS - 2)
 

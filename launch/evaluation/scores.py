@@ -9,7 +9,8 @@ from typing import Any
 import lm_eval
 
 from launch.evaluation.harness import HarnessModel
-from launch.evaluation.tasks import LocalTask, Selection, harness_apart
+from launch.evaluation.local_tasks import LocalTask
+from launch.evaluation.tasks import Selection, harness_apart
 
 REFERENCE = Path(__file__).with_name("pythia_reference.json")
 # Resamples for the standard errors that have no formula (perplexity).

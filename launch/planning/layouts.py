@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from configs.checks import divisors
 from launch.planning import cost
 from launch.planning.cost import LayoutPlan, ModelShape
 from launch.planning.speed import GPU, step_seconds
@@ -107,15 +108,15 @@ def candidates(
     fp16 and bf16 need ZeRO-1 or more.
     """
     batch = wanted.micro_batch_size * wanted.accumulation * wanted.data
-    for tensor in _divisors(min(per_node, ranks)):
+    for tensor in divisors(min(per_node, ranks)):
         if model.num_attention_heads % tensor or ranks % tensor:
             continue
-        for pipeline in _divisors(ranks // tensor):
+        for pipeline in divisors(ranks // tensor):
             data = ranks // tensor // pipeline
             if pipeline > model.num_layers or batch % data:
                 continue
             for zero_stage in [1] if pipeline > 1 else [1, 2, 3]:
-                for micro_batch_size in _divisors(batch // data):
+                for micro_batch_size in divisors(batch // data):
                     for checkpointing in (False, True):
                         yield replace(
                             wanted,
@@ -211,7 +212,3 @@ def largest_model(ranks: int, gpu: GPU, wanted: LayoutPlan) -> tuple[UsualShape,
     if found is None:
         raise ValueError(f"no model of a usual form fits on {ranks} x {gpu.name} with this batch")
     return found
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
