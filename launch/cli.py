@@ -4,10 +4,12 @@ A user's mistake is a message and exit status 2, a bug is a traceback.
 """
 
 import argparse
+import contextlib
 import math
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +63,18 @@ def run_verb(main: Callable[[], int | None]) -> None:
     """Run a verb's `main` and leave the process with its exit status.
 
     A `ValueError`, or a file that can't be read or written, is for the user to mend: the message
-    alone is printed, and the status is 2, as argparse's is. Ctrl-C leaves with 130, as shells
-    expect, and so does the end of a pipe (`--help-config | head`) with 141. Everything else is
-    ours.
+    alone is printed, and the status is 2, as argparse's is. A signal that asks to leave does so
+    with 128 + its number, as shells expect, after what was half done is tidied up; so does the end
+    of a pipe (`--help-config | head`) with 141. Everything else is ours.
     """
     explain_bus_errors()
+    with interruptible() as came:
+        status = status_of(main, came)
+    sys.exit(status or 0)
+
+
+def status_of(main: Callable[[], int | None], came: list[signal.Signals]) -> int | None:
+    """The exit status of a verb, after what it failed by is told. `came`: of `interruptible`."""
     try:
         status = main()
         sys.stdout.flush()
@@ -82,9 +91,33 @@ def run_verb(main: Callable[[], int | None]) -> None:
         print(f"error: {told}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    sys.exit(status or 0)
+        print(f"interrupted by {came[0].name}", file=sys.stderr)
+        status = 128 + came[0]
+    return status
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[list[signal.Signals]]:
+    """Take a batch system's end, and a terminal's, as Ctrl-C is taken, if nobody else takes them.
+
+    Yields a list that begins with the signal that came.
+    """
+    came = [signal.SIGINT]
+
+    def interrupt(number: int, _: object) -> None:
+        came.insert(0, signal.Signals(number))
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        raise KeyboardInterrupt
+
+    asked = (signal.SIGTERM, signal.SIGHUP)
+    mine = [number for number in asked if signal.getsignal(number) is signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, interrupt)
+    try:
+        yield came
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def in_words(error: RuntimeError | MemoryError | OSError) -> str | None:
@@ -104,6 +137,8 @@ def named(text: str) -> str:
     """An argparse type: a name, which an unset variable of the shell is not."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty: name a file or a folder")
+    if text.startswith("~/"):
+        raise argparse.ArgumentTypeError(f"{text}: only a shell replaces ~, at a word's beginning")
     return text
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import signal
 
 import pytest
 
@@ -49,3 +50,30 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path, capsys, where):
         run_verb(lambda: (tmp_path / where).write_text("{}"))
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / where}: ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_verb_that_is_asked_to_leave_tidies_up(capsys, number):
+    """What is half done goes, as the verbs see to it by `finally`; the status is a shell's."""
+    done = []
+
+    def main() -> None:
+        try:
+            signal.raise_signal(number)
+        finally:
+            done.append("tidied up")
+
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)]
+    with pytest.raises(SystemExit) as ended:
+        run_verb(main)
+    assert ended.value.code == 128 + number
+    assert done == ["tidied up"]
+    assert f"interrupted by {number.name}" in capsys.readouterr().err
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_a_home_that_no_shell_has_put_in_its_place(capsys):
+    """`--output=~/x`, whose ~ is in the middle of a word."""
+    with pytest.raises(SystemExit):
+        plan.parser().parse_args(["--config", "x", "--output=~/x.json"])
+    assert "only a shell replaces ~" in capsys.readouterr().err
