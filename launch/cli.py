@@ -67,6 +67,7 @@ def run_verb(main: Callable[[], int | None]) -> None:
     with 128 + its number, as shells expect, after what was half done is tidied up; so does the end
     of a pipe (`--help-config | head`) with 141. Everything else is ours.
     """
+    open_standard_files()
     explain_bus_errors()
     with interruptible() as came:
         status = status_of(main, came)
@@ -94,6 +95,17 @@ def status_of(main: Callable[[], int | None], came: list[signal.Signals]) -> int
         print(f"interrupted by {came[0].name}", file=sys.stderr)
         status = 128 + came[0]
     return status
+
+
+def open_standard_files() -> None:
+    """Standard files that were closed lead to nothing: a file opened next would get their numbers,
+    and in it what libraries say."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w"))
 
 
 @contextlib.contextmanager

@@ -90,7 +90,10 @@ def main(arguments: list[str] | None = None) -> int:
         # since a launcher ends all ranks when one leaves.
         time.sleep(5)
         sys.exit(2)
-    return start(config, cli.run_folder(options), options, process)
+    from launch.training.unfailing import unfailing_output
+
+    with unfailing_output():
+        return start(config, cli.run_folder(options), options, process)
 
 
 def rehearse(config: Config, options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ number of the signal reaches a thread here at once.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import threading
@@ -32,6 +33,16 @@ def status_of(number: int) -> int:
     return 130 if number == signal.SIGINT else 0
 
 
+def beside_standard_files(descriptor: int) -> int:
+    """The same file under a number above 2: whoever closed these would have it take a library's
+    messages for signals."""
+    if descriptor > 2:
+        return descriptor
+    above = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(descriptor)
+    return above
+
+
 class StopRequest:
     """Whether this process has been asked to leave.
 
@@ -49,7 +60,7 @@ class StopRequest:
 
     def listen(self) -> StopRequest:
         """Take signals from now on. Called by the main thread."""
-        reading, writing = os.pipe()
+        reading, writing = map(beside_standard_files, os.pipe())
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         for number in STOPPING:

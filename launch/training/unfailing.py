@@ -1,11 +1,14 @@
-"""Logs whose failures never end training."""
+"""Logs, and the process's own output, whose failures never end training."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TextIO, TypeVar
 
 Sink = TypeVar("Sink")
 TELL_EVERY = 60.0  # seconds between two warnings of one log
@@ -61,3 +64,45 @@ class Unfailing(Generic[Sink]):
                 f"{self.name} cannot be written: its last {len(self.waiting)} entries are lost"
             )
             self.waiting.clear()
+
+
+class UnfailingOutput:
+    """Standard output or error, which may lie on a full disk, or be a pipe that nobody reads."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.lost = stream, 0
+
+    def write(self, text: str) -> int:
+        """Write, or count what is lost, which is told when something can be written again."""
+        try:
+            if self.lost:
+                self.stream.write(f"({self.lost} pieces of output could not be written here)\n")
+            self.stream.write(text)
+            self.lost = 0
+        except OSError:
+            self.lost += 1
+        return len(text)
+
+    def flush(self) -> None:
+        """What a full disk does not take waits in the stream's own buffer."""
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def unfailing_output() -> Iterator[None]:
+    """Whoever writes to standard output or error within never fails by that."""
+    streams = sys.stdout, sys.stderr
+    out, error = map(UnfailingOutput, streams)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):  # type: ignore[type-var]
+            yield
+    finally:
+        for stream in streams:
+            try:
+                stream.flush()
+            except OSError:  # what waits there would be the process's last failure
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,6 +1,10 @@
 """Logs on a full disk, in a folder that goes away, and behind a writer that has died."""
 
+import io
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
@@ -10,8 +14,10 @@ import pytest
 from launch.training import unfailing
 from launch.training.bad_steps import BadSteps
 from launch.training.logs import MetricsFile, TensorBoard
-from launch.training.unfailing import Unfailing
+from launch.training.unfailing import Unfailing, UnfailingOutput, unfailing_output
 from tests.distributed.checkpointing import make_config
+from tests.launch import fleet
+from tests.launch.running import ENVIRONMENT, ROOT
 
 
 def steps(path: Path) -> list[int]:
@@ -108,3 +114,37 @@ def test_steps_without_numbers_stop_the_run_or_are_counted() -> None:
     half.judge([record(1, norm=float("inf"))])
     with pytest.raises(ValueError, match="loss is inf"):
         half.judge([record(2, loss=float("inf"))])
+
+
+def test_output_that_cannot_be_written_stops_nobody(tmp_path: Path, monkeypatch) -> None:
+    """A full disk, a closed pipe; what was lost is told when there is room again."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "w") as full, os.fdopen(writing, "w", buffering=1) as unread:
+        for stream in (full, unread):
+            output = UnfailingOutput(stream)
+            for _ in range(3):
+                output.write("x" * 2**14 + "\n")  # more than its buffer takes
+            output.flush()
+            assert output.lost
+            lost, output.stream = output.lost, io.StringIO()
+            output.write("there is room\n")
+            told = f"({lost} pieces of output could not be written here)\nthere is room\n"
+            assert output.stream.getvalue() == told
+        # Nothing waits in the streams for the end of the process, where it would fail.
+        monkeypatch.setattr("sys.stdout", full)
+        monkeypatch.setattr("sys.stderr", unread)
+        with unfailing_output():
+            print("half a line", end="")
+            print("half a line", end="", file=sys.stderr)
+
+
+def test_a_run_that_nobody_listens_to(tmp_path: Path) -> None:
+    """Its output's disk is full, and the number of its standard error free for other files."""
+    config, run = fleet.write_config(tmp_path, train={"steps": 5}), tmp_path / "run"
+    command = [sys.executable, fleet.VERB, "--config", config, "--run-dir", run]
+    closed = ["sh", "-c", 'exec "$@" >/dev/full 2>&-', "sh", *map(str, command)]
+    done = subprocess.run(closed, cwd=ROOT, env=ENVIRONMENT, timeout=300, check=False)
+    assert done.returncode == 0
+    assert steps(run / "metrics.jsonl") == [1, 2, 3, 4, 5]
+    assert fleet.newest(run) == 5
