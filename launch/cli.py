@@ -5,8 +5,10 @@ A user's mistake is a message and exit status 2, a bug is a traceback.
 
 import argparse
 import contextlib
+import errno
 import math
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from l2e.problems import first_line
 
 # Characters of a file's name, with room for endings such as .manifest.json.
 LONGEST_NAME = 230
+MANY_FILES = 2**16  # that a process has open at once
 
 
 def verb_parser(description: str | None, **settings: Any) -> argparse.ArgumentParser:
@@ -68,6 +71,7 @@ def run_verb(main: Callable[[], int | None]) -> None:
     of a pipe (`--help-config | head`) with 141. Everything else is ours.
     """
     open_standard_files()
+    raise_file_limit()
     explain_bus_errors()
     with interruptible() as came:
         status = status_of(main, came)
@@ -108,6 +112,14 @@ def open_standard_files() -> None:
             setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w"))
 
 
+def raise_file_limit() -> None:
+    """As many open files as may be: the first rank of a thousand has a connection to each."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[signal.Signals]]:
     """Take a batch system's end, and a terminal's, as Ctrl-C is taken, if nobody else takes them.
@@ -139,6 +151,12 @@ def in_words(error: RuntimeError | MemoryError | OSError) -> str | None:
         return (
             f"{place} memory is exhausted ({first_line(error)[:300]}); smaller batches or fewer "
             "workers take less, see --help"
+        )
+    if os.strerror(errno.EMFILE) in str(error):  # also in what libraries make of it
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return (
+            f"{str(error).strip().splitlines()[0]}: this process may have {limit} files and "
+            "connections open at once; allow it more (ulimit -n 65536), or start fewer at a time"
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; make room for it there, or name another place"

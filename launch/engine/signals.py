@@ -15,8 +15,10 @@ import threading
 import time
 from collections.abc import Callable
 
-# A batch system's warning, its end, the end of a terminal, Ctrl-C.
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+# The end that a batch system or launcher sets, a batch system's warnings (LSF's and Grid Engine's
+# second one, the limit of processor time), the end of a terminal, Ctrl-C.
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+STOPPING = (signal.SIGTERM, *WARNINGS, signal.SIGHUP, signal.SIGINT)
 # Launchers pass a signal on that the ranks have had already, or send two kinds.
 ECHO_SECONDS = 1.0
 
@@ -82,6 +84,8 @@ class StopRequest:
         first, self.signalled = not self.signalled, True
         if first:
             self.ask(number, signal.Signals(number).name)
+        elif number == signal.SIGXCPU:
+            pass  # the kernel repeats it every second
         elif not self.launched or time.monotonic() - self.since > ECHO_SECONDS:
             self.announce(number, at_once=True)
             name = signal.Signals(number).name

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import resource
 import signal
 
 import pytest
@@ -70,6 +71,33 @@ def test_a_verb_that_is_asked_to_leave_tidies_up(capsys, number):
     assert done == ["tidied up"]
     assert f"interrupted by {number.name}" in capsys.readouterr().err
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(24, "Too many open files"),
+        RuntimeError("[gloo] rv != -1. pipe: Too many open files\nin loop.cc"),
+    ],
+)
+def test_files_that_a_process_may_have_open(capsys, failure):
+    """As many as the administrator allows; a library's failure for want of more is told."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+
+    def main() -> None:
+        raise failure
+
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_verb(main)
+        raised = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert ended.value.code == 2
+    assert raised > 100
+    told = capsys.readouterr().err
+    assert f"Too many open files: this process may have {raised} files" in told
 
 
 def test_a_home_that_no_shell_has_put_in_its_place(capsys):

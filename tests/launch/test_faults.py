@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from data.lock import Lock
+from launch.engine.signals import STOPPING
 from tests.launch import fleet
 from tests.launch.fleet import ranks, started, wait_for, wait_for_end, wait_for_step, words
 from tests.launch.models import byte_tokenizer, write_sciq
@@ -191,7 +192,7 @@ def test_a_signal_to_one_rank_is_a_signal_to_all(config: Path, tmp_path: Path) -
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_while_the_run_starts(number: int, config: Path, tmp_path: Path) -> None:
     """Whatever is being imported: in order, so that a batch system queues the job again."""
     for delay in (0.15, 1.2):

@@ -38,7 +38,7 @@ def config(tmp_path_factory) -> Path:
 
 def test_stopped_by_signals_damaged_and_resumed(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    for number, first in ((signal.SIGTERM, 7), (signal.SIGUSR1, 60)):
+    for number, first in ((signal.SIGTERM, 7), (signal.SIGUSR2, 60)):
         words = ["--resume", "auto"] if (run / "metrics.jsonl").exists() else []
         command = (sys.executable, VERB, "--config", config, "--run-dir", run, *words)
         with fleet.started(tmp_path / f"{number}.log", *command) as member:
