@@ -71,7 +71,7 @@ class Member:
     """A rank, as the hub knows it."""
 
     def __init__(self, lines: Lines, hello: dict[str, Any], now: float) -> None:
-        self.lines, self.host, self.pid = lines, hello["host"], hello["pid"]
+        self.lines, self.process = lines, hello["process"]
         self.step, self.heard, self.finished = 0, now, False
 
 
@@ -153,7 +153,7 @@ class Hub:
         self.judge(
             f"{names} gave no sign of life for {seconds:.0f} s, in step {step}",
             stacks=True,
-            kill=[[member.host, member.pid] for member in members],
+            kill=[member.process for member in members],
         )
 
     def look_around(self) -> None:
@@ -220,8 +220,8 @@ class Watch:
         if self.rank == 0:
             self.hub = Hub(self.joined.hosts, self.timeout)
             port = self.hub.listener.getsockname()[1]
-            store.set("hub", json.dumps([port, self.hub.token, os.getpid()]))
-        port, token, self.hub_pid = json.loads(store.get("hub"))
+            store.set("hub", json.dumps([port, self.hub.token, this_process()]))
+        port, token, self.hub_process = json.loads(store.get("hub"))
         places = [process.address, self.joined.hosts[0]]
         if self.joined.hosts[0] == self.host:
             places.insert(0, "localhost")
@@ -238,8 +238,7 @@ class Watch:
                 f"{' or '.join(places)}, port {port}: {first_line(problem or OSError())}"
             )
         self.lines = Lines(connection)
-        hello = {"token": token, "rank": self.rank, "host": self.host, "pid": os.getpid()}
-        self.lines.send(hello)
+        self.lines.send({"token": token, "rank": self.rank, "process": this_process()})
 
     def expect(self, step: int, doing: str, longer: bool = False, limit: bool = True) -> None:
         """The main thread begins something: a step, or what may take `longer` or has no limit."""
@@ -302,10 +301,10 @@ class Watch:
         self.verdict = message["verdict"]
         if message["stacks"]:
             self.show_stacks()
-        for host, pid in message["kill"]:
-            if host == self.host and pid != os.getpid():
+        for process in message["kill"]:
+            if process != this_process() and process == process_of(process[1]):
                 with contextlib.suppress(OSError):  # stopped: it would never leave by itself
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(process[1], signal.SIGKILL)
         if not message["stacks"]:
             time.sleep(GRACE if self.reported else BEAT)
         self.end(self.verdict)
@@ -369,9 +368,8 @@ class Watch:
         silence = now - self.heard
         hub = f"rank 0 on {self.joined.hosts[0]}"
         if silence > self.timeout:
-            kill = [[self.joined.hosts[0], self.hub_pid]]
             text = f"{hub} gave no sign of life for {silence:.0f} s, in step {self.step}"
-            self.obey({"verdict": text, "stacks": True, "kill": kill})
+            self.obey({"verdict": text, "stacks": True, "kill": [self.hub_process]})
         asked = self.request.number is not None and now - self.request.since > SILENT
         if asked and (silence > SILENT or self.silent):
             names = f"ranks {ranges(self.silent)}" if self.silent else hub
@@ -428,10 +426,27 @@ def find_launchers(launcher: str) -> list[Callable[[], bool]]:
     return found
 
 
+def this_process() -> list[Any]:
+    return process_of(os.getpid())
+
+
+def process_of(pid: int) -> list[Any]:
+    """A process of this host: the host's name, its number, and when it began.
+
+    Another host, or a container, may bear the same name, and number another process so.
+    """
+    return [socket.gethostname(), pid, field_of(pid, 19)]
+
+
 def parent_of(pid: int) -> int | None:
     """The parent of another process, where /proc tells it."""
+    return field_of(pid, 1)
+
+
+def field_of(pid: int, number: int) -> int | None:
+    """A number of /proc/PID/stat, counted from after the name, which may have spaces in it."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[number])
     except (OSError, ValueError, IndexError):
         return None
 
