@@ -34,6 +34,8 @@ def read(prefix: str | Path) -> dict | None:
     file = path(prefix)
     if not file.exists():
         return None
+    if not file.is_file():  # a pipe would be waited for
+        raise Problem("manifest", file, "is no regular file", "copy or prepare the corpus anew")
     try:
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:

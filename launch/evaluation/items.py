@@ -99,6 +99,8 @@ class LocalData:
 @cache
 def read_items(file: Path) -> list[Item]:
     """All records of a JSON-lines file, which must have the same fields, each of one kind."""
+    if not file.is_file():  # a pipe would be waited for
+        raise ValueError(f"{file}: is no regular file; put the items into one")
     items: list[Item] = []
     zipped = file.suffix.lower() in GZIP.endings
     try:

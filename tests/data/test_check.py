@@ -1,6 +1,7 @@
 """What is known to be wrong before a run starts; all of it at once."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -112,6 +113,10 @@ def test_a_damaged_manifest(corpus, tmp_path):
         manifest.path(prefix).write_text(content)
         [problem] = check(prefix, 32, 50)
         assert str(problem.value) == str(manifest.path(prefix))
+    manifest.path(prefix).unlink()
+    os.mkfifo(manifest.path(prefix))
+    [problem] = check(prefix, 32, 50)
+    assert problem.reason == "is no regular file"
 
 
 def test_too_few_rows_of_a_preshuffled_file(tmp_path):

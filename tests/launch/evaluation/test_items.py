@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -115,6 +116,13 @@ def test_a_first_item_that_is_none_is_named(model, tmp_path, name, record, told)
         scores.evaluate(HarnessModel(model), tasks.select([name.rpartition("_")[0]], tmp_path))
     assert str(refused.value).startswith(f"{path}, line 1: ")
     assert told in str(refused.value)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_waited_for(tmp_path, make):
+    make(tmp_path / "sciq_test.jsonl")
+    with pytest.raises(ValueError, match=r"sciq_test\.jsonl: is no regular file"):
+        tasks.select(["sciq"], tmp_path)
 
 
 def test_a_field_given_twice_is_named(tmp_path):
