@@ -142,6 +142,7 @@ def _add_option(verb: argparse.ArgumentParser, one: Field) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the verb, write its JSON and figures, and print where they are."""
     options = parse(arguments)
+    cli.refuse_unwritable(options.output, is_folder=True)
     import transformers
 
     from launch.engine.hardware import keep_freed_memory

@@ -18,7 +18,7 @@ from typing import Any
 from l2e.hub import is_hub
 from l2e.mapped import explain_bus_errors
 from l2e.memory import exhausted
-from l2e.problems import first_line
+from l2e.problems import Problem, first_line
 
 # Characters of a file's name, with room for endings such as .manifest.json.
 LONGEST_NAME = 230
@@ -175,6 +175,24 @@ def named(text: str) -> str:
 def path(text: str) -> Path:
     """An argparse type: a file or a folder; an empty name would be the folder one is in."""
     return Path(named(text))
+
+
+def refuse_unwritable(output: Path, is_folder: bool = False) -> None:
+    """Raise ValueError where a result will not find its place after hours of work.
+
+    is_folder: whether it is a folder's; else a file's, which may be a device or a pipe.
+    """
+    around = (output, *output.absolute().parents) if is_folder else output.absolute().parents
+    place = next(folder for folder in around if os.path.lexists(folder))
+    reason = None
+    if output.is_dir() and not is_folder:
+        reason = "is a folder"
+    elif not place.is_dir():
+        reason = f"{place} is no folder"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        reason = f"{place} cannot be written to"
+    if reason:
+        raise Problem("--output", output, reason, "name another place")
 
 
 def prefix(text: str) -> str:

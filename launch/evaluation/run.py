@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from launch import cli
 from launch.checkpoint import folders
 from launch.checkpoint.stored import STATE, StoredCheckpoint, open_checkpoint
 from launch.engine.groups import single_process
@@ -23,8 +24,9 @@ def score_models(options: argparse.Namespace) -> None:
     """Score every model that `evaluate.py`'s options name: print its table, write its JSON."""
     models = find_models(options.checkpoint, options.steps)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for step, _ in models:
-        published(options, step)  # a wrong --reference should not wait for the scores
+    for step, _ in models:  # a mistake should not wait for the scores
+        published(options, step)
+        cli.refuse_unwritable(output_file(options, step, several=len(models) > 1))
     with single_process():
         group = dist.group.WORLD if dist.get_world_size() > 1 else None
         for step, source in models:
@@ -86,9 +88,9 @@ def score(
         return
     reference = published(options, step)
     report |= {"step": step, "checkpoint": options.checkpoint, "reference": reference}
+    print(scores.table(report, reference))  # first: they shall not be lost with the file
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=1) + "\n")
-    print(scores.table(report, reference))
     print(f"{'step ' + str(step) if step is not None else options.checkpoint}: {output}")
 
 

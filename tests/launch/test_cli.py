@@ -4,11 +4,12 @@ import argparse
 import re
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 
 from launch import compare, evaluate, export, plan
-from launch.cli import number, run_verb, whole
+from launch.cli import number, refuse_unwritable, run_verb, whole
 
 VERBS = {
     "compare": (compare.parser(), ["runs"]),
@@ -98,6 +99,31 @@ def test_files_that_a_process_may_have_open(capsys, failure):
     assert raised > 100
     told = capsys.readouterr().err
     assert f"Too many open files: this process may have {raised} files" in told
+
+
+def test_a_place_for_results_is_looked_at_before_hours_of_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    for wrong, is_folder, told in (
+        (tmp_path, False, "is a folder"),
+        (tmp_path / "file" / "x", False, "file is no folder"),
+        (tmp_path / "file" / "x", True, "file is no folder"),
+        (tmp_path / "file", True, "file is no folder"),
+        (tmp_path / "gone", True, "gone is no folder"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            refuse_unwritable(wrong, is_folder)
+    for right, is_folder in (
+        (tmp_path / "file", False),
+        (Path("/dev/stdout"), False),
+        (tmp_path / "new" / "x.json", False),
+        (tmp_path, True),
+        (tmp_path / "new" / "deeper", True),
+    ):
+        refuse_unwritable(right, is_folder)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ValueError, match="cannot be written to"):
+        refuse_unwritable(tmp_path / "new", is_folder=True)
 
 
 def test_a_home_that_no_shell_has_put_in_its_place(capsys):
