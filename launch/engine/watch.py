@@ -81,7 +81,11 @@ class Hub:
     def __init__(self, hosts: list[str], timeout: float) -> None:
         self.hosts, self.timeout = hosts, timeout
         self.token = secrets.token_hex(16)
-        self.listener = socket.create_server(("", 0), backlog=len(hosts))
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        self.listener = socket.create_server(
+            ("", 0), family=family, backlog=len(hosts), dualstack_ipv6=both
+        )
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.members: dict[int, Member] = {}

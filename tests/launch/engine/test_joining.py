@@ -92,6 +92,13 @@ def test_the_first_rank_need_not_be_reached_by_its_own_name() -> None:
     assert first.get("hello") == b"there"
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_the_interface_that_has_an_address(address) -> None:
+    if address == "::1" and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    assert joining.interface_of(address) == "lo"
+
+
 def test_a_rank_that_is_there_twice() -> None:
     errors, _ = ranks([0, 1, 1], 3, seconds=2)
     assert all("rank 1 of 3 is there twice" in str(error) for error in errors)

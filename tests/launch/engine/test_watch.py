@@ -1,6 +1,7 @@
 """What one rank makes of the others' end; whole runs are in `tests/launch/test_faults.py`."""
 
 import signal
+import socket
 import subprocess
 import sys
 
@@ -10,7 +11,16 @@ from launch.engine import watch
 from launch.engine.joining import Joined
 from launch.engine.processes import ALONE
 from launch.engine.signals import StopRequest
-from launch.engine.watch import Watch, process_of
+from launch.engine.watch import Hub, Watch, process_of
+
+
+def test_the_first_rank_is_reached_by_addresses_of_both_kinds() -> None:
+    hub = Hub(["here"], 5)
+    port = hub.listener.getsockname()[1]
+    for address in ("127.0.0.1", *(["::1"] if socket.has_dualstack_ipv6() else [])):
+        socket.create_connection((address, port), timeout=5).close()
+    hub.ending.set()
+    hub.thread.join()
 
 
 def test_a_silent_rank_is_killed_and_nobody_else(tmp_path, monkeypatch) -> None:
