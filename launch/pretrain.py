@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     cli.add_run_folder(result)
     result.add_argument(
         "--resume",
+        type=cli.named,
         metavar="auto|none|PATH",
         default="none",
         help="auto: from the newest intact checkpoint of the run's folder, or from the start "
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--profile",
+        type=cli.named,
         metavar="STEPS",
         help="write a torch.profiler trace of these steps, e.g. 5 or 5-7, to the run's folder",
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import compare, evaluate, export, plan
+from launch import compare, evaluate, export, plan, pretrain
 from launch.cli import number, refuse_unwritable, run_verb, whole
 
 VERBS = {
@@ -124,6 +124,14 @@ def test_a_place_for_results_is_looked_at_before_hours_of_work(tmp_path, monkeyp
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(ValueError, match="cannot be written to"):
         refuse_unwritable(tmp_path / "new", is_folder=True)
+
+
+@pytest.mark.parametrize("option", ["--run-dir", "--resume", "--profile"])
+def test_an_empty_word_names_nothing(capsys, option):
+    """As a shell makes of a variable that isn't set: the folder one is in would be meant."""
+    with pytest.raises(SystemExit):
+        pretrain.parser().parse_args(["--config", "x", option, ""])
+    assert "is empty" in capsys.readouterr().err
 
 
 def test_a_home_that_no_shell_has_put_in_its_place(capsys):
