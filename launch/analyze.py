@@ -84,7 +84,8 @@ def _add_verb(verbs: Any, name: str, told: str) -> argparse.ArgumentParser:
 
 
 def _add_model(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--model", required=True, help="folder, checkpoint or owner/name@revision")
+    told = "folder, checkpoint or owner/name@revision"
+    verb.add_argument("--model", type=cli.named, required=True, help=told)
 
 
 def _add_features(verb: argparse.ArgumentParser, **settings: Any) -> None:

@@ -35,7 +35,11 @@ def verb_parser(description: str | None, **settings: Any) -> argparse.ArgumentPa
 def add_configuration(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The options `--config` and `--set`."""
     parser.add_argument(
-        "--config", metavar="FILE", required=required, help="the run's configuration, a JSON file"
+        "--config",
+        type=named,
+        metavar="FILE",
+        required=required,
+        help="the run's configuration, a JSON file",
     )
     parser.add_argument(
         "--set",

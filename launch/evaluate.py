@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.cli import path, run_verb, verb_parser, whole
+from launch.cli import named, path, run_verb, verb_parser, whole
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     add: Any = result.add_argument
     add(
         "--checkpoint",
+        type=named,
         required=True,
         metavar="DIR",
         help="a run's folder, one of its checkpoints, a folder in Hugging Face form, or a hub id",

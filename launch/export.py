@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.cli import path, run_verb, verb_parser, whole
+from launch.cli import named, path, run_verb, verb_parser, whole
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -92,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     verb.set_defaults(verb=from_hf)
     verb.add_argument(
         "--model",
+        type=named,
         required=True,
         metavar="DIR_OR_ID",
         help="folder of a GPT-NeoX model, or owner/name@revision on the hub",
@@ -113,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
 def add_checkpoint(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--checkpoint",
+        type=named,
         required=True,
         metavar="DIR",
         help="a checkpoint's folder, or a run's for its latest",

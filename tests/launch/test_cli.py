@@ -126,11 +126,19 @@ def test_a_place_for_results_is_looked_at_before_hours_of_work(tmp_path, monkeyp
         refuse_unwritable(tmp_path / "new", is_folder=True)
 
 
-@pytest.mark.parametrize("option", ["--run-dir", "--resume", "--profile"])
-def test_an_empty_word_names_nothing(capsys, option):
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("pretrain --run-dir", "pretrain --resume", "pretrain --profile", "pretrain --config"),
+        *("evaluate --checkpoint", "export to-hf --checkpoint", "export from-hf --model"),
+    ],
+)
+def test_an_empty_word_names_nothing(capsys, words):
     """As a shell makes of a variable that isn't set: the folder one is in would be meant."""
+    verb, *more = words.split()
+    parsers = {"pretrain": pretrain, "evaluate": evaluate, "export": export}
     with pytest.raises(SystemExit):
-        pretrain.parser().parse_args(["--config", "x", option, ""])
+        parsers[verb].parser().parse_args([*more, ""])
     assert "is empty" in capsys.readouterr().err
 
 
