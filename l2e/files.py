@@ -163,7 +163,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _files_of(index: Path) -> list[str]:
     """The files that an index says the weights are in."""
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is no index of weights ({error}): fetch it again") from None
 

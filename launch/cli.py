@@ -6,6 +6,7 @@ A user's mistake is a message and exit status 2, a bug is a traceback.
 import argparse
 import contextlib
 import errno
+import io
 import math
 import os
 import resource
@@ -106,14 +107,19 @@ def status_of(main: Callable[[], int | None], came: list[signal.Signals]) -> int
 
 
 def open_standard_files() -> None:
-    """Standard files that were closed lead to nothing: a file opened next would get their numbers,
-    and in it what libraries say."""
+    """Standard files that take whatever is written.
+
+    Those that were closed lead to nothing: a file opened next would get their numbers, and in it
+    what libraries say.
+    """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
             setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that a terminal has no letters for
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def raise_file_limit() -> None:

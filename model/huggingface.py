@@ -65,7 +65,7 @@ def read_config(folder: Path) -> ModelConfig:
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: name a folder in Hugging Face's form")
     try:
-        given = json.loads(path.read_text())
+        given = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): fetch it again") from None
     if not isinstance(given, dict):

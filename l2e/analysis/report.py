@@ -51,7 +51,7 @@ def write_report(path: Path, title: str, sections: list[ReportSection], opening:
         _origin(provenance()),  # one command made them all
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(parts) + "\n</html>\n")
+    path.write_text("\n".join(parts) + "\n</html>\n", "utf-8")
     return path
 
 

@@ -118,7 +118,7 @@ def read_records(folder: Path) -> dict[str, FileRecord]:
             "interrupted, or another kind of folder)"
         )
     try:
-        listed = json.loads(path.read_text())
+        listed = json.loads(path.read_bytes())
         files = {name: FileRecord(**record) for name, record in listed["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None

@@ -96,7 +96,7 @@ def write_special_tokens(folder: Path, special: dict[str, Any]) -> None:
     """The ids that begin and end a text, into the export's configurations; null where unknown."""
     path, generation = folder / "config.json", folder / GENERATION
     unknown = {"bos_token_id": None, "eos_token_id": None}
-    write_json(path, json.loads(path.read_text()) | unknown | special)
+    write_json(path, json.loads(path.read_bytes()) | unknown | special)
     if special and not generation.is_file():
         write_json(generation, {"_from_model_config": True, **special})
 
@@ -189,7 +189,7 @@ def from_huggingface(source: str, output: Path) -> dict[str, Any]:
 
 def special_tokens(folder: Path) -> dict[str, Any]:
     """The ids that begin and end a text, as the model's own configuration has them."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_bytes())
     return {
         name: config[name]
         for name in ("bos_token_id", "eos_token_id")

@@ -71,7 +71,7 @@ class StoredCheckpoint:
     def _read(self, name: str, entries: dict[str, type]) -> dict[str, Any]:
         """A JSON file that has the entries. Raises ValueError where a later version, or a hand,
         wrote it in another form."""
-        content = json.loads((self.folder / name).read_text())
+        content = json.loads((self.folder / name).read_bytes())
         for key, kind in entries.items():
             self._hold(name, content, key, kind)
         return content

@@ -1,6 +1,7 @@
 """Numbers on the command line: within their bounds, or a message and status 2 at once."""
 
 import argparse
+import io
 import re
 import resource
 import signal
@@ -140,6 +141,15 @@ def test_an_empty_word_names_nothing(capsys, words):
     with pytest.raises(SystemExit):
         parsers[verb].parser().parse_args([*more, ""])
     assert "is empty" in capsys.readouterr().err
+
+
+def test_letters_that_a_terminal_does_not_have(monkeypatch):
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", plain)
+    with pytest.raises(SystemExit) as ended:
+        run_verb(lambda: print("runs/größer"))
+    assert ended.value.code == 0
+    assert plain.buffer.getvalue() == b"runs/gr\\xf6\\xdfer\n"
 
 
 def test_a_home_that_no_shell_has_put_in_its_place(capsys):
