@@ -10,7 +10,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -198,11 +199,14 @@ def prune(
     These are of every `keep_every`-th step and of `keep_steps`. 0 switches a rule off; with
     `keep_last` 0 no checkpoint is deleted. The one `latest` names stays. What killed saves left
     behind goes too. Returns the deleted checkpoints.
+
+    Raises:
+        OSError: something could not be deleted; everything else was.
     """
+    failures: list[OSError] = []
     for leftover in folder.glob("step_*.tmp"):
-        shutil.rmtree(leftover)
-    if keep_last == 0:
-        return []
+        with noted(failures):
+            shutil.rmtree(leftover)
     named = latest(folder)
 
     def kept_for_good(step: int) -> bool:
@@ -211,12 +215,23 @@ def prune(
     old = [
         path
         for path in checkpoints(folder)[keep_last:]
-        if path.name != named and not kept_for_good(step_of(path))
+        if keep_last and path.name != named and not kept_for_good(step_of(path))
     ]
     for path in old:
         # Renamed first: a half-deleted folder must not look like a checkpoint.
         doomed = path.with_name(path.name + ".tmp")
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        with noted(failures):
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+    if failures:
+        raise failures[0]
     return old
+
+
+@contextmanager
+def noted(failures: list[OSError]) -> Iterator[None]:
+    """Go on after a failing disk, which is told later."""
+    try:
+        yield
+    except OSError as error:
+        failures.append(error)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.files import sync
+from l2e.progress import say
 from launch.checkpoint import folders
 from launch.checkpoint.canonical import all_specs, raise_on_all_ranks, whole
 from launch.checkpoint.folders import FileRecord
@@ -126,10 +127,11 @@ def publish(snapshot: Snapshot, records: list[dict[str, FileRecord]]) -> None:
     files = {name: record for part in records for name, record in part.items()}
     folders.commit(snapshot.temporary, snapshot.final, files)
     folders.point_latest(snapshot.final)
-    settings = snapshot.settings
-    folders.prune(
-        snapshot.final.parent, settings.keep_last, settings.keep_every, set(settings.steps)
-    )
+    settings, directory = snapshot.settings, snapshot.final.parent
+    try:
+        folders.prune(directory, settings.keep_last, settings.keep_every, set(settings.steps))
+    except OSError as error:  # this one is saved all the same
+        say(f"not all old checkpoints in {directory} could be deleted: {error}")
 
 
 def describe(engine: Engine, optimizer: OptimizerState) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,6 +130,41 @@ def test_prune_keeps_newest_and_every_mth(tmp_path):
     assert folders.prune(tmp_path, keep_last=0, keep_every=0) == []
     folders.prune(tmp_path, keep_last=1, keep_every=0, keep_steps={50})
     assert [folders.step_of(path) for path in folders.checkpoints(tmp_path)] == [60, 50]
+
+
+def test_what_cannot_be_deleted_keeps_nothing_else(tmp_path, monkeypatch):
+    """A file of an old checkpoint that another program has open, on a disk of the network."""
+    for step in (1, 2, 3, 4, 5):
+        save(tmp_path, step)
+    (tmp_path / "step_0000009.tmp").touch()  # no folder
+    delete = shutil.rmtree
+
+    def busy(path, **settings):
+        if path.name == "step_0000002.tmp":
+            raise OSError(errno.EBUSY, "Device or resource busy", ".nfs0001")
+        delete(path, **settings)
+
+    monkeypatch.setattr(folders.shutil, "rmtree", busy)
+    with pytest.raises(OSError, match="Not a directory"):
+        folders.prune(tmp_path, keep_last=2, keep_every=0)
+    assert [folders.step_of(path) for path in folders.checkpoints(tmp_path)] == [5, 4]
+
+
+def test_a_checkpoint_is_saved_whatever_becomes_of_older_ones(tmp_path, monkeypatch, capsys):
+    from configs.schema import Checkpoint
+    from launch.checkpoint import saving
+
+    def refuse(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy", ".nfs0001")
+
+    monkeypatch.setattr(folders, "prune", refuse)
+    temporary = folders.begin(tmp_path / "step_0000001")
+    snapshot = SimpleNamespace(
+        final=tmp_path / "step_0000001", temporary=temporary, settings=Checkpoint()
+    )
+    saving.publish(snapshot, [])
+    assert folders.latest(tmp_path) == "step_0000001"
+    assert "could be deleted: [Errno 16] Device or resource busy" in capsys.readouterr().out
 
 
 def test_read_only_folder_is_a_message(tmp_path, monkeypatch):
