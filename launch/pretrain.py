@@ -119,6 +119,7 @@ def start(config: Config, folder: Path, options: argparse.Namespace, process: Pr
     from launch.checkpoint.resumable import refuse_unlike
     from launch.engine import hardware, joining
     from launch.engine.groups import process_group
+    from launch.engine.processes import idle_tasks
     from launch.engine.profiling import Profiler, parse_steps
     from launch.engine.watch import Watch
     from launch.training import data
@@ -131,6 +132,8 @@ def start(config: Config, folder: Path, options: argparse.Namespace, process: Pr
     from launch.training.loop import Run, last_step, nothing_left, train
     from launch.training.position import position_of
 
+    if idle := idle_tasks(process):
+        print(idle, flush=True)
     resume = options.resume
     refuse_unusable(folder)
     refuse_taken(folder, resume)

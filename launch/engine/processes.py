@@ -176,6 +176,16 @@ def from_variables(environment: Mapping[str, str], launcher: str) -> Process:
     )
 
 
+def idle_tasks(process: Process, environment: Mapping[str, str] = os.environ) -> str | None:
+    """What a run that is alone leaves unused of its Slurm job, in words; it may be meant so."""
+    if process.launcher != "alone":
+        return None
+    for name in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES"):
+        if (count := environment.get(name, "1")) != "1":
+            return f"{name}={count}, but this run is of one process: srun starts it in all tasks"
+    return None
+
+
 def refuse_without_size(environment: Mapping[str, str]) -> None:
     """Raise ValueError for a process that seems alone and has been told that it is not."""
     told = [name for name in WITHOUT_SIZE if name in environment]

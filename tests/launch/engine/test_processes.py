@@ -7,7 +7,7 @@ import pytest
 
 from launch.engine import processes
 from launch.engine.groups import process_group
-from launch.engine.processes import find
+from launch.engine.processes import find, idle_tasks
 
 
 def test_alone() -> None:
@@ -186,7 +186,12 @@ def test_mpirun_over_several_hosts_finds_the_first() -> None:
 
 
 def test_inside_an_allocation_without_srun_is_alone() -> None:
-    assert find({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}).world_size == 1
+    job = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
+    assert find(job).world_size == 1
+    assert "SLURM_NTASKS=8" in str(idle_tasks(find(job), job))
+    assert "NODES=2" in str(idle_tasks(find({}), {"SLURM_JOB_NUM_NODES": "2"}))
+    assert idle_tasks(find({}), {"SLURM_NTASKS": "1"}) is None
+    assert idle_tasks(find(job | FOUR), job) is None
 
 
 def test_mpirun() -> None:
