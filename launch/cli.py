@@ -47,7 +47,8 @@ def add_configuration(parser: argparse.ArgumentParser, required: bool = True) ->
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="override one key, e.g. train.steps=100; may be repeated",
+        help="override one key, e.g. train.steps=100, or those of a section, e.g. "
+        'train={"steps": 100, "seed": 1}; may be repeated',
     )
 
 
