@@ -115,7 +115,6 @@ def rehearse(config: Config, options: argparse.Namespace) -> int:
 
 def start(config: Config, folder: Path, options: argparse.Namespace, process: Process) -> int:
     """Find the checkpoint and the data, join the other ranks, and train; the exit status."""
-    from launch import checkpoint
     from launch.checkpoint.resumable import refuse_unlike
     from launch.engine import hardware, joining
     from launch.engine.groups import process_group
@@ -123,6 +122,7 @@ def start(config: Config, folder: Path, options: argparse.Namespace, process: Pr
     from launch.engine.profiling import Profiler, parse_steps
     from launch.engine.watch import Watch
     from launch.training import data
+    from launch.training.agreement import find_together, refuse_other_runs
     from launch.training.folder import (
         claimed,
         refuse_lost_beginning,
@@ -147,7 +147,8 @@ def start(config: Config, folder: Path, options: argparse.Namespace, process: Pr
         with process_group(joined.process, joined), claimed(folder) as claim:
             run = Run(config, folder, joined.process, profiler, watch, claim)
             # Inside the group, so that the ranks share the hashing of a checkpoint's files.
-            found = checkpoint.find_resumable(folder, resume)
+            refuse_other_runs(config, folder, resume)
+            found = find_together(folder, resume)
             if found is None and resume == "auto":
                 refuse_lost_beginning(folder, run.say)
             start = position_of(found)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data.files import read_json
+from data.files import read_json, sha256
 from launch.checkpoint import folders
 
 
@@ -51,6 +51,18 @@ def find_resumable(run_folder: Path, resume: str) -> Path | None:
     if resume != "auto":
         raise ValueError(f"--resume {resume}: {named / 'checkpoints'} holds no checkpoint")
     return None
+
+
+def listed(run_folder: Path, resume: str) -> dict[str, str]:
+    """The checkpoints among which `find_resumable` looks, as this host sees them: each one's name
+    and the hash of its list of files."""
+    if resume == "none":
+        return {}
+    named = Path(run_folder if resume == "auto" else resume)
+    one = resume != "auto" and not (named / "checkpoints").is_dir()
+    found = [named] if one else folders.current(named / "checkpoints")
+    lists = {path.name: folders.file_list(path) for path in found}
+    return {name: sha256(file) if file else "unfinished" for name, file in lists.items()}
 
 
 def refuse_unlike(resume: str) -> None:

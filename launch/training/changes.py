@@ -45,11 +45,19 @@ def told(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         yield f"other than the checkpoint's configuration: {difference}"
 
 
-def differences(before: dict[str, Any], now: dict[str, Any], name: str = "") -> Iterator[str]:
+def differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """Keys that two configurations, as dicts of sections, have different values for."""
-    for key in {**before, **now}:
-        old, new, path = before.get(key), now.get(key), f"{name}.{key}".lstrip(".")
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from differences(old, new, path)
-        elif old != new:
-            yield f"{path} was {json.dumps(old)}, is {json.dumps(new)}"
+    for path, old, new in unlike(before, now):
+        yield f"{path} was {json.dumps(old)}, is {json.dumps(new)}"
+
+
+def unlike(
+    one: dict[str, Any], other: dict[str, Any], name: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value in one, value in the other) where two nested dicts differ."""
+    for key in {**one, **other}:
+        left, right, path = one.get(key), other.get(key), f"{name}.{key}".lstrip(".")
+        if isinstance(left, dict) and isinstance(right, dict):
+            yield from unlike(left, right, path)
+        elif left != right:
+            yield path, left, right

@@ -21,7 +21,7 @@ from launch.engine.engine import Engine, build
 from launch.engine.signals import status_of
 from launch.planning.cost import flops_per_token
 from launch.training import folder, provenance
-from launch.training.agreement import Agreement
+from launch.training.agreement import Agreement, find_together, refuse_disagreement
 from launch.training.bad_steps import Rollback
 from launch.training.changes import told_changes
 from launch.training.data import HASHED_SAMPLES, Corpus, open_corpus
@@ -54,6 +54,8 @@ def train(run: Run, data: Corpus, start: Position, resume: Path | None) -> int:
         for change in told_changes(resume, config, start.step):
             run.say(change)
     told = data.describe()
+    read = {"data": {name: told[name] for name in ("training", "validation", "order_hash")}}
+    refuse_disagreement(lambda: read, "every host needs the same files")
     monitor = (
         FeatureMonitor(config, engine, data.paths.tokenizer) if config.monitor.features else None
     )
@@ -84,7 +86,7 @@ def roll_back(
     Raises:
         ValueError: there is no checkpoint.
     """
-    found = checkpoint.find_resumable(run.folder, "auto")
+    found = find_together(run.folder, "auto")
     if found is None:
         raise ValueError(f"{bad}, and there is no checkpoint to go back to")
     checkpoint.load(engine, found, data.paths.tokenizer)
