@@ -18,6 +18,7 @@ from configs import Config
 from launch.checkpoint.resumable import find_resumable, listed
 from launch.engine.signals import StopRequest
 from launch.training.changes import unlike
+from launch.training.provenance import versions
 
 # A disk of the network shows a new folder to other hosts after a minute at most.
 SEEN_BY_ALL = 90  # seconds
@@ -31,7 +32,8 @@ def refuse_other_runs(config: Config, folder: Path, resume: str) -> None:
 
     def tell() -> dict[str, Any]:
         sections = json.loads(config.model_dump_json(exclude={"data": {"cache_dir"}}))
-        return {"--run-dir": str(folder), "--resume": resume, **sections}
+        own = {"--run-dir": str(folder), "--resume": resume, "versions": versions()}
+        return own | sections
 
     refuse_disagreement(tell, "start every rank by the same command, from the same files")
 

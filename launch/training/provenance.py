@@ -63,6 +63,11 @@ def environment() -> dict[str, str]:
     return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that compute."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
 def circumstances() -> dict[str, Any]:
     """What any program of this repository can say of itself now."""
     return {
@@ -70,7 +75,7 @@ def circumstances() -> dict[str, Any]:
         "command": sys.argv,
         "git_commit": git_commit(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
         "environment": environment(),
     }
 

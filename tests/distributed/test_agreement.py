@@ -25,6 +25,9 @@ def disagreements(folder: str) -> dict[str, str]:
         "folder": message(lambda: refuse_other_runs(one, Path(f"run{rank}"), "auto")),
         "resume": message(lambda: refuse_other_runs(one, run, "auto" if rank else "none")),
     }
+    if rank:
+        agreement.versions = lambda: {"torch": "2.0.0"}
+    found["versions"] = message(lambda: refuse_other_runs(one, run, "auto"))
     # Each host has a disk of its own, and a run in a folder of the same name.
     found["copies"] = find_together(own, "auto").name
     shutil.rmtree(own / "checkpoints" / "step_0000002") if rank else None
@@ -50,6 +53,7 @@ def test_ranks_that_are_not_of_one_run_are_refused(tmp_path):
         assert "and 1234 on rank 0" in told["seed"]
         assert "--run-dir is 'run1' on rank 1" in told["folder"]
         assert "--resume is 'auto' on rank 1" in told["resume"]
+        assert "versions.torch is '2.0.0' on rank 1" in told["versions"]
         assert "step_0000002 is None on rank 1" in told["missing"]
         assert "a disk that all of them share" in told["missing"]
         assert "step_0000001 is '" in told["changed"]
