@@ -17,6 +17,7 @@ from l2e import select_layers
 from l2e.files import OPEN_TO_ALL, strangers_folder
 from l2e.hub import is_hub
 from l2e.problems import Problem
+from model.config import PRESETS
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -62,7 +63,12 @@ def cross_check(
 
 def warnings(config: Config) -> Iterator[str]:
     """What can be meant so, and seldom is."""
-    train, schedule = config.train, config.schedule
+    train, schedule, model = config.train, config.schedule, config.model
+    shape = PRESETS[model.preset] if model.preset else {}
+    other = {key: getattr(model, key) for key in shape if getattr(model, key) != shape[key]}
+    if other:
+        told = ", ".join(f"{key} = {value}" for key, value in other.items())
+        yield f"model.preset = {model.preset!r}: the keys beside it override it, {told}"
     if schedule.warmup_steps > train.steps:
         yield (
             f"schedule.warmup_steps = {schedule.warmup_steps}: longer than the run of "

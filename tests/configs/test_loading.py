@@ -257,6 +257,19 @@ def test_what_is_seldom_meant_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "trained, of tokenizer.vocab_size = 400 ids" in told[4]
 
 
+def test_a_preset_that_the_keys_beside_it_override_is_said(tmp_path: Path, caplog) -> None:
+    """`--set model.preset=70m` over a file that gives a shape."""
+    for settings in (["model.preset=70m"], ['model={"preset": "70m"}']):
+        caplog.clear()
+        assert configs.load(write(tmp_path, SMALL), settings).model.hidden_size == 64
+        (told,) = [record.getMessage() for record in caplog.records]
+        assert "'70m': the keys beside it override it, num_layers = 4, hidden_size = 64" in told
+    caplog.clear()
+    whole = SMALL | {"model": {"preset": "70m", "vocab_size": 512}}
+    configs.load(write(tmp_path, whole))
+    assert not caplog.records
+
+
 def test_validation_on_training_data_is_refused(tmp_path: Path) -> None:
     prefix = write_random_tokens(tmp_path / "tokens", 2**12, vocab_size=256)
     other = write_random_tokens(tmp_path / "other", 2**12, vocab_size=256)
