@@ -190,7 +190,7 @@ def check_update(config: Config) -> Iterator[Problem]:
         yield Problem("optimizer.learning_rate", rate, reason, fix)
     if rate * given.weight_decay >= 1:
         reason = f"times optimizer.learning_rate = {rate} takes a step's whole weight away"
-        yield Problem("optimizer.weight_decay", given.weight_decay, reason, "choose about 0.1")
+        yield Problem("optimizer.weight_decay", given.weight_decay, reason, "lower one of the two")
     if adam and 0 < clip <= given.eps:
         reason = f"leaves nothing of a gradient beside optimizer.eps = {given.eps}"
         yield Problem("optimizer.gradient_clipping", clip, reason, "choose about 1, or 0 for none")

@@ -263,10 +263,18 @@ class Controller:
         Raises:
             ValueError: an activation was NaN or Inf; names layers and steps, once.
         """
-        stepped = [state for state in self.states if state.name in self._stepped]
-        self._raise_of_bad_steps(stepped)
+        if bad := self.bad_steps():
+            found = "; ".join(
+                f"layer {name}: NaN or Inf among the activations of step {step}"
+                for name, step in bad.items()
+            )
+            raise ValueError(
+                f"l2e {found}; its statistics were left as before that step. Lower the learning "
+                "rate or the loss scale, resume from an earlier checkpoint, or leave such a batch "
+                "out: with l2e.attach, by handle.discard() before handle.step()"
+            )
         metrics = {}
-        for state in stepped:
+        for state in self._stepped_states():
             tau, std = state.running.tau, state.running.mean_var.sqrt()
             known = state.metrics._asdict() | {"tau": tau, "std": std}
             if self.config.weight is not None:
@@ -281,22 +289,20 @@ class Controller:
         left_out = () if self.config.method == "regularize" else OF_MS_LOSS
         return {name: float("nan") for name in METRICS if name not in left_out}
 
-    def _raise_of_bad_steps(self, states: list[LayerState]) -> None:
-        ages = {state: age for state in states if (age := int(state.running.bad_age)) >= 0}
-        if not ages:
-            return
-        for state in ages:
-            state.running.bad_age.fill_(-1)
-        found = "; ".join(
-            f"layer {state.name}: NaN or Inf among the activations of step "
-            f"{self.phase.step - 1 - age}"
-            for state, age in ages.items()
-        )
-        raise ValueError(
-            f"l2e {found}; its statistics were left as before that step. Lower the learning rate "
-            "or the loss scale, resume from an earlier checkpoint, or leave such a batch out: with "
-            "l2e.attach, by handle.discard() before handle.step()"
-        )
+    def _stepped_states(self) -> list[LayerState]:
+        return [state for state in self.states if state.name in self._stepped]
+
+    def bad_steps(self) -> dict[str, int]:
+        """{layer: its last step, from 0, with NaN or Inf among the activations}, each told once.
+
+        Its statistics are as before that step. Waits for the device.
+        """
+        found = {}
+        for state in self._stepped_states():
+            if (age := int(state.running.bad_age)) >= 0:
+                state.running.bad_age.fill_(-1)
+                found[state.name] = self.phase.step - 1 - age
+        return found
 
     def discard(self) -> None:
         """Forget what was observed since the last step."""

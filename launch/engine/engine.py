@@ -186,6 +186,11 @@ class Engine:
             return torch.zeros((), device=self.device)
         return self.controller.ms_loss()
 
+    def l2e_bad_steps(self) -> dict[str, int]:
+        """{block number: its last step with activations that are not finite}, each told once."""
+        bad = {} if self.controller is None else self.controller.bad_steps()
+        return self.of_all_stages({name: step + 1 for name, step in bad.items()})
+
     def l2e_metrics(self) -> dict[str, dict[str, float]]:
         """The inhibited layers' metrics by block number, of all pipeline stages."""
         return self.of_all_stages({} if self.controller is None else self.controller.metrics())

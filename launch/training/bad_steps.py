@@ -8,7 +8,7 @@ on the device. So every rank drops the same steps, and the weights stay as they 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from configs import Config
@@ -44,13 +44,23 @@ class BadSteps:
             self.dropped += self.is_bad(record)
             record["dropped_steps"] = self.dropped
 
-    def judge(self, records: list[dict[str, Any]]) -> None:
+    def judge(
+        self, records: list[dict[str, Any]], bad_layers: Mapping[str, int] | None = None
+    ) -> None:
         """Go on or stop, after the records are written.
+
+        bad_layers: L2E layers, and in which step their activations were not finite.
 
         Raises:
             ValueError: on every rank, if the run is to stop.
             Rollback: on every rank, if it is to go back.
         """
+        layers = ", ".join(bad_layers or ())
+        if layers and not any(map(self.is_bad, records)):
+            raise ValueError(
+                f"NaN or Inf among the activations of blocks {layers}, and a loss that is finite: "
+                f"steps {records[0]['step']} to {records[-1]['step']}"
+            )
         for record in records:
             if not self.is_bad(record):
                 self.in_a_row = 0
@@ -60,6 +70,8 @@ class BadSteps:
                 f"the loss is {record['lm_loss']} and the gradient's norm {record['grad_norm']} at "
                 f"step {record['step']}; its update was not made"
             )
+            if record["step"] in (bad_layers or {}).values():
+                found += f" (NaN or Inf among the activations of blocks {layers})"
             if self.policy == "stop":
                 raise ValueError(
                     f"{found}. Resume from the last checkpoint with {self.remedy}, or with "

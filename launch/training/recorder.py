@@ -114,6 +114,7 @@ class Recorder:
         records, self.pending = self.pending, []
         self.add_up_stages(records)
         self.fetch(records)
+        bad_layers = self.engine.l2e_bad_steps()  # first: the metrics would raise of them
         l2e, histograms = self.engine.l2e_metrics(), self.engine.l2e_histograms()
         now = time.monotonic()
         seconds = (now - self.since) / len(records)
@@ -135,7 +136,7 @@ class Recorder:
         if self.board is not None:
             step = records[-1]["step"]
             self.board.write(lambda board: board.write_histograms(histograms, step))
-        self.bad_steps.judge(records)
+        self.bad_steps.judge(records, bad_layers)
         self.spikes.judge()
 
     def add_up_stages(self, records: list[dict[str, Any]]) -> None:

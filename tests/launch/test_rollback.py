@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.data.conftest import write_tokens
 from tests.launch import fleet
@@ -14,6 +15,7 @@ POISONED = """
 import sys
 sys.path[0] = {root!r}
 sys.argv = {arguments!r}
+from l2e.layer import L2ELayer
 from launch.engine.engine import Engine
 from launch import cli, pretrain
 
@@ -25,6 +27,15 @@ def bad_gradient(engine, labels):
         return gradient * float("nan")
 
     hook = engine.model.embed_out.weight.register_hook(spoil)
+    return labels
+
+def bad_activations(engine, labels):
+    def spoil(layer, inputs):
+        hook.remove()
+        return (inputs[0] * float("nan"), *inputs[1:])
+
+    layers = (module for module in engine.model.modules() if isinstance(module, L2ELayer))
+    hook = next(layers).register_forward_pre_hook(spoil)
     return labels
 
 def bad_labels(engine, labels):
@@ -59,11 +70,13 @@ def samples_read(run: Path, step: int) -> int:
     return state["samples"]
 
 
-def test_a_run_goes_back_and_past_a_bad_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["bad_gradient", "bad_activations"])
+def test_a_run_goes_back_and_past_a_bad_batch(tmp_path: Path, kind: str) -> None:
     """After seven steps and a validation."""
     train = {"steps": 15, "micro_batch_size": 4, "on_nonfinite": "rollback"}
-    run, told = run_poisoned(tmp_path, "bad_gradient", 9, train=train)
-    assert told.count("its update was not made: back to") == 1
+    run, told = run_poisoned(tmp_path, kind, 9, train=train)
+    layers = " (NaN or Inf among the activations of blocks 0, 1)" * (kind == "bad_activations")
+    assert told.count(f"its update was not made{layers}: back to") == 1
     assert "step_0000005" in told.split("back to")[1].splitlines()[0]
     assert sorted(fleet.losses(run)) == list(range(1, 16))
     assert all(loss is not None for loss in fleet.losses(run).values())

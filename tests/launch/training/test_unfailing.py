@@ -109,6 +109,11 @@ def test_steps_without_numbers_stop_the_run_or_are_counted() -> None:
     assert len(said) == 2
     with pytest.raises(ValueError, match="nor were the 2 before it"):
         steps.judge([record(5, loss=bad), record(6, loss=bad), record(7, loss=bad)])
+    found = [record(8), record(9, loss=bad)]
+    with pytest.raises(ValueError, match=r"step 9; its .* \(NaN or Inf .* of blocks 2, 3\)"):
+        BadSteps(make_config(), said.append).judge(found, {"2": 9, "3": 9})
+    with pytest.raises(ValueError, match="a loss that is finite: steps 8 to 8"):  # never seen
+        BadSteps(skipping, said.append).judge(found[:1], {"2": 8})
     # fp16's loss scale overflows by design; a bad loss is a bad loss.
     half = BadSteps(make_config(dtype="fp16"), said.append)
     half.judge([record(1, norm=float("inf"))])
