@@ -9,9 +9,9 @@ import numpy as np
 from data.index import bin_path, idx_path, write_index
 
 
-def write_random_tokens(prefix: Path, tokens: int, vocab_size: int, documents: int = 1000) -> Path:
-    """Write `prefix`.bin and .idx with `tokens` uint16 tokens in documents of one length."""
-    generator = np.random.default_rng(0)
+def write_random_tokens(prefix: Path, tokens: int, vocab_size: int) -> Path:
+    """Write `prefix`.bin and .idx with `tokens` uint16 tokens in 1000 documents of one length."""
+    generator, documents = np.random.default_rng(0), 1000
     length = tokens // documents
     values = generator.integers(0, vocab_size, size=length * documents, dtype=np.uint16)
     values.tofile(bin_path(prefix))

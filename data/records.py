@@ -129,8 +129,8 @@ def _check_text(text: str) -> None:
             raise _NoDocument(f"longer than {corpus.MAX_DOCUMENT_BYTES} bytes")
 
 
-def _printable(content: bytes | dict, limit: int = 2**20) -> str:
+def _printable(content: bytes | dict) -> str:
     """The unit as text for the rejects file, undecodable bytes as \\x.., at most 1 MiB of it."""
     if isinstance(content, dict):
         content = json.dumps(content, default=repr).encode()
-    return content[:limit].decode("utf-8", "backslashreplace")
+    return content[: 2**20].decode("utf-8", "backslashreplace")

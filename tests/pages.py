@@ -119,7 +119,7 @@ def check_out(folder: Path) -> Checkout:
             (folder / ".venv" / entry.name).symlink_to(entry)
     (folder / ".venv" / "installed").touch()
     write_stand_ins(folder / "stand_ins")
-    write_configs(folder / "configs")
+    write_configs(folder / "configs", folder.parent / "prepared_once")
     write_texts(folder)
     write_models(folder)
     return Checkout(folder)
@@ -143,14 +143,22 @@ def write_stand_ins(folder: Path) -> None:
         (folder / name).chmod(0o755)
 
 
-def write_configs(folder: Path) -> None:
-    """The shipped configurations of a few steps of a tiny model; plans of two seeds of them."""
+def write_configs(folder: Path, cache: Path) -> None:
+    """The shipped configurations of a few steps of a tiny model; plans of two seeds of them.
+
+    They share the built-in corpus, which the first of them prepares in `cache`.
+    """
     shape = {"hidden_size": 32, "num_attention_heads": 2, "vocab_size": 2048}
     shape["max_position_embeddings"] = 512
     small = {
         "model": {"num_layers": 4, **shape},
         "l2e": {"late_start_step": 2, "forget_step": 2},
-        "data": {"path": "builtin", "order": "neox", "sequence_length": 64},
+        "data": {
+            "path": "builtin",
+            "order": "neox",
+            "sequence_length": 64,
+            "cache_dir": str(cache),
+        },
         "tokenizer": {"vocab_size": 2048},
         "schedule": {"type": "neox", "warmup_steps": 2},
         "parallel": {"processes": 2},
@@ -164,9 +172,13 @@ def write_configs(folder: Path) -> None:
         if "preset" in settings["model"]:
             train = settings["train"] | small["train"]
             path.write_text(json.dumps(small | {"train": train}))
-    for path in (folder / "3m.json", folder / "experiments" / "study_base.json"):
+    demo = folder / "demo.json"
+    for path in (demo, folder / "3m.json", folder / "experiments" / "study_base.json"):
         settings = json.loads(path.read_text())
         settings["model"] |= {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 2}
+        if path == demo:
+            settings["data"]["cache_dir"] = str(cache)
+            settings["model"]["vocab_size"] = settings["tokenizer"]["vocab_size"] = 2048
         for name in ("l2e", "schedule", "train", "evaluate", "logging"):
             settings[name] |= small[name] | {"type": "neox"} if name == "schedule" else small[name]
         settings["data"]["sequence_length"] = 64
@@ -178,8 +190,11 @@ def write_configs(folder: Path) -> None:
         if plan.get("base") == "study_base.json":
             plan["seeds"] = plan["seeds"][:2]
             for arm in plan["arms"]:
-                arm["seeds"] = min(arm.get("seeds", 2), 2)
-            path.write_text(json.dumps(plan))
+                arm["seeds"] = 1 if "seeds" in arm else 2
+        elif plan.get("base") == "../demo.json":
+            intervals = dict.fromkeys(("checkpoint.interval", "evaluate.interval"), 4)
+            plan["overrides"] |= {"train.steps": 8, "l2e.late_start_step": 2, **intervals}
+        path.write_text(json.dumps(plan))
 
 
 def write_texts(folder: Path) -> None:

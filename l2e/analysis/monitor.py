@@ -41,21 +41,15 @@ class Monitor:
     """
 
     def __init__(
-        self,
-        features: FeatureSet,
-        tokenizer: Encoder,
-        *,
-        batch_size: int,
-        max_tokens: int = 64,
-        skip: int = 1,
+        self, features: FeatureSet, tokenizer: Encoder, *, batch_size: int, max_tokens: int = 64
     ):
-        """Raises ValueError if a feature has no passage longer than `skip` tokens."""
+        """Raises ValueError if a feature has no passage longer than one token, which is skipped."""
 
         def encode(texts: list[str]) -> list[list[int]]:
             return [tokenizer.encode(text) for text in texts]
 
         tokens = first_tokens(encode, features.texts, max_tokens)
-        usable = [row for row, ids in enumerate(tokens) if len(ids) > skip]
+        usable = [row for row, ids in enumerate(tokens) if len(ids) > 1]
         self.features = features.subset(np.array(usable, dtype=np.int64))
         self.batch_size = batch_size
         # Whole batches only: the last one is filled up with passages that are not counted.
@@ -65,7 +59,7 @@ class Monitor:
         for row, source in enumerate(usable):
             length = len(tokens[source])
             self.tokens[row, :length] = torch.tensor(tokens[source])
-            self.valid[row, skip:length] = True
+            self.valid[row, 1:length] = True
         self.valid[len(usable) :, -1] = True
 
     def interval(self, tokens_per_step: int) -> int:

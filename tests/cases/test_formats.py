@@ -22,9 +22,9 @@ TEXTS = make_texts(60)
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 
 
-def texts(*paths, fields=Fields()) -> list[str]:  # noqa: B008
-    units = read_units(find_sources([*map(str, paths)]), fields)
-    return [parse(unit, fields).text for unit in units]
+def texts(*paths) -> list[str]:
+    units = read_units(find_sources([*map(str, paths)]), Fields())
+    return [parse(unit, Fields()).text for unit in units]
 
 
 JSON_LINES_NAMES = {

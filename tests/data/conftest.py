@@ -31,9 +31,9 @@ def write_tokens(prefix: Path, documents: list, dtype=np.uint16) -> str:
     return str(prefix)
 
 
-def random_documents(count: int, seed: int = 0, longest: int = 60, vocabulary: int = 500) -> list:
+def random_documents(count: int, seed: int = 0, vocabulary: int = 500) -> list:
     random = np.random.RandomState(seed)
-    lengths = random.randint(1, longest + 1, count)
+    lengths = random.randint(1, 61, count)
     return [random.randint(0, vocabulary, length) for length in lengths]
 
 

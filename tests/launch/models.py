@@ -18,15 +18,12 @@ def byte_tokenizer(folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def huggingface_model(
-    folder: Path, *, positions: int = 512, rows: int = VOCABULARY, parallel: bool = True
-) -> GPTNeoXForCausalLM:
+def huggingface_model(folder: Path, *, positions: int = 512) -> GPTNeoXForCausalLM:
     """A random two-block GPT-NeoX in Hugging Face's form, loud enough to prefer some answers."""
     torch.manual_seed(0)
     model = tiny_models.gpt_neox(
-        vocab_size=rows,
+        vocab_size=VOCABULARY,
         max_position_embeddings=positions,
-        use_parallel_residual=parallel,
         bos_token_id=0,
         eos_token_id=0,
         tie_word_embeddings=False,

@@ -19,13 +19,13 @@ from tests.tiny_models import gpt_neox
 FEW = NeuroMFAOptions(networks=3)
 
 
-def save_gaussian(folder, factor=1.0, hidden=96, layers=2, seed=0, std=0.02):
+def save_gaussian(folder, factor=1.0, layers=2, seed=0):
     """A model of Gaussian weights times `factor`."""
     torch.manual_seed(seed)
-    model = gpt_neox(layers, hidden)
+    model = gpt_neox(layers, 96)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=std).mul_(factor)
+            parameter.normal_(std=0.02).mul_(factor)
     model.save_pretrained(folder)
     [checkpoint] = read_series([str(folder)])
     return open_weights(checkpoint)
