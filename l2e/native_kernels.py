@@ -34,6 +34,8 @@ ALONE = 2**18  # entries that are not worth a second thread
 def observe(pre: Tensor, arguments: KernelArguments, sums: Tensor | None) -> tuple[Tensor, Tensor]:
     """`kernels.observe`, for activations [rows, neurons] of one of `DTYPES`."""
     assert (arguments.activation, arguments.bias) == (None, None), "not activated yet"
+    for read in (pre, arguments.mean, arguments.threshold, sums):
+        assert read is None or read.is_contiguous()
     neurons = pre.shape[1]
 
     def columns(first: int) -> list[tuple[Tensor, Tensor]]:
