@@ -140,11 +140,11 @@ def of_selected(
         empty = arguments.mean.new_empty(0)
         return empty.long(), empty.to(dtype)
     entries, deviations = (torch.cat(parts) for parts in zip(*found, strict=True))
-    columns = entries % len(arguments.mean)
+    neurons = len(arguments.mean)
     if arguments.method == "deactivate":
-        return entries, arguments.substitute[columns].to(dtype)
+        return entries, arguments.substitute[entries % neurons].to(dtype)
     squares = deviations * deviations
-    least = None if arguments.least is None else arguments.least[columns]
+    least = None if arguments.least is None else arguments.least[entries % neurons]
     directions = deviations.div_(squares.clamp(min=TINY if least is None else least))
     if sums is not None:
         sums[-1].add_(_log(squares, least).sum())
