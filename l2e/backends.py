@@ -17,6 +17,7 @@ from torch import Tensor
 from l2e import kernels
 from l2e.config import L2EConfig
 from l2e.kernels import Gradients, KernelArguments
+from l2e.problems import first_line
 
 # Largest difference from the plain backend, as a share of the largest value: rounding alone. The
 # plain backend rounds a half-precision gradient twice, the kernel once.
@@ -117,8 +118,8 @@ def _native(variant: Variant) -> Backend:
         return _plain(f"no native kernel for {variant.dtype}")
     try:
         problem = _observed_otherwise(native_kernels.observe, variant)
-    except Exception as error:
-        problem = f"no native kernels: {_first_line(error)}"
+    except Exception as error:  # a compiler may fail in any way; training goes on without it
+        problem = f"no native kernels: {first_line(error)}"
     if problem is not None:
         return _plain(problem)
     return _on_cpu("native", "equal to plain on this machine", native_kernels.observe)
@@ -141,12 +142,7 @@ def _why_not_triton(variant: Variant) -> str | None:
     try:
         return _disagreement(triton_kernels, variant)
     except Exception as error:
-        return f"Triton failed: {type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    """Of what a compiler says, which may fail in any way; training goes on without it."""
-    return str(error).strip().partition("\n")[0]
+        return f"Triton failed: {type(error).__name__}: {first_line(error)}"
 
 
 def _disagreement(fused, variant: Variant) -> str | None:
