@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ class Backend:
     forward: Callable[[Tensor, KernelArguments, Tensor | None], Tensor]
     backward: Callable[[Tensor, Tensor, KernelArguments, Tensor | float, Tensor | None], Gradients]
     measure: Callable[[Tensor, KernelArguments, Tensor, Tensor, Tensor, Tensor], None]
-    observe: Callable[[Tensor, KernelArguments, Tensor | None], tuple[Tensor, Tensor]]
+    observe: Callable[[Tensor, KernelArguments, Tensor | None], tuple[Tensor, Tensor, float]]
+    correct: Callable[..., None]
 
     def __str__(self) -> str:
         return f"{self.name} kernels ({self.reason})"
@@ -95,20 +97,20 @@ def decide(wanted: str, variant: Variant) -> Backend:
         from l2e import triton_kernels as fused
 
         reason = "equal to plain on this device"
-        return Backend(
-            "triton", reason, fused.forward, fused.backward, fused.measure, kernels.observe
-        )
+        of_selected = kernels.observe, kernels.correct
+        return Backend("triton", reason, fused.forward, fused.backward, fused.measure, *of_selected)
     backend = _plain(problem)
     logging.getLogger("l2e").warning("l2e: %s", backend)
     return backend
 
 
 def _plain(reason: str) -> Backend:
-    return _on_cpu("plain", reason, kernels.observe)
+    return _on_cpu("plain", reason, kernels)
 
 
-def _on_cpu(name: str, reason: str, observe: Callable) -> Backend:
-    return Backend(name, reason, kernels.forward, kernels.backward, kernels.measure, observe)
+def _on_cpu(name: str, reason: str, made_by: ModuleType) -> Backend:
+    dense = kernels.forward, kernels.backward, kernels.measure
+    return Backend(name, reason, *dense, made_by.observe, made_by.correct)
 
 
 def _native(variant: Variant) -> Backend:
@@ -117,12 +119,12 @@ def _native(variant: Variant) -> Backend:
     if variant.dtype not in native_kernels.DTYPES:
         return _plain(f"no native kernel for {variant.dtype}")
     try:
-        problem = _observed_otherwise(native_kernels.observe, variant)
+        problem = _selected_otherwise(native_kernels, variant)
     except Exception as error:  # a compiler may fail in any way; training goes on without it
         problem = f"no native kernels: {first_line(error)}"
     if problem is not None:
         return _plain(problem)
-    return _on_cpu("native", "equal to plain on this machine", native_kernels.observe)
+    return _on_cpu("native", "equal to plain on this machine", native_kernels)
 
 
 def _why_not_triton(variant: Variant) -> str | None:
@@ -167,14 +169,14 @@ def _disagreement(fused, variant: Variant) -> str | None:
     pre = torch.where((z.square() / threshold - 1).abs() < 0.1, 0, pre)
     found, wanted = (_results(backend, pre, grad, arguments) for backend in (fused, kernels))
     for name, value in wanted.items():
-        error = (found[name].double() - value.double()).abs().max() / value.double().abs().max()
+        error = _error(found[name], value)
         if not error <= TOLERANCE[dtype]:
             return f"the Triton kernel's {name} differs from plain by {error:.1e} in {dtype}"
     return None
 
 
-def _observed_otherwise(observe: Callable, variant: Variant) -> str | None:
-    """How what `observe` gives differs from the plain one's on random numbers, if it does.
+def _selected_otherwise(native: ModuleType, variant: Variant) -> str | None:
+    """How the native kernels differ from the plain ones on random numbers, if they do.
 
     One subtraction and one product decide what is selected: it is the same to the bit.
     """
@@ -184,13 +186,28 @@ def _observed_otherwise(observe: Callable, variant: Variant) -> str | None:
     pre, mean = pre.to(variant.dtype), torch.zeros_like(pre[0])
     arguments = KernelArguments(None, variant.method, variant.delta, mean, mean + 1.5)
     found, wanted = mean.new_zeros(2, 3 * len(mean) + 1)
-    mine, theirs = observe(pre, arguments, found), kernels.observe(pre, arguments, wanted)
+    mine, theirs = native.observe(pre, arguments, found), kernels.observe(pre, arguments, wanted)
     if not torch.equal(mine[0].sort().values, theirs[0]):
         return "the native kernel selects other entries than plain"
-    error = (found - wanted).abs().max() / wanted.abs().max()
+    error = _error(found, wanted)
     if not error <= TOLERANCE[torch.float32]:
         return f"the native kernel's sums differ from plain by {error:.1e}"
+    entries, values = torch.arange(pre.numel(), dtype=torch.int32, device=device), pre.float()
+    for activation in kernels.APPROXIMATE:
+        one, other = torch.empty_like(pre), torch.empty_like(pre)
+        for made_by, to_pre in ((native, one), (kernels, other)):
+            of_entries = entries, values.flatten()
+            made_by.correct(to_pre, pre, pre, activation, *of_entries, scale=0.5, factor=0.1)
+        error = _error(one, other)
+        if not error <= TOLERANCE[variant.dtype]:
+            return f"the native kernel's gradient differs from plain by {error:.1e}"
     return None
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    found, wanted = found.double(), wanted.double()
+    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def _results(backend, pre: Tensor, grad: Tensor, arguments: KernelArguments) -> dict[str, Tensor]:

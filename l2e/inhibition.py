@@ -390,10 +390,15 @@ def record(state: LayerState, rows: Tensor, arguments: KernelArguments, sums: Te
         selected, var = sums[:-1].view(3, -1)[2], state.statistics.var
         sums[-1] -= (selected * torch.where(var > 0, var, 1).log()).sum()
     state.core_sums.add_(sums)
-    state.sums["samples"].add_(len(rows))
-    if state.measuring and len(rows):
-        _measure(state, rows, arguments)
+    count(state, rows, arguments)
     return sums[-1].clone()
+
+
+def count(state: LayerState, rows: Tensor, arguments: KernelArguments) -> None:
+    """Add to the step's sums what a call's number of rows, and what is measured, add to them."""
+    state.sums["samples"].add_(len(rows))
+    if state.measuring:
+        _measure(state, rows, arguments)
 
 
 def _measure(state: LayerState, rows: Tensor, arguments: KernelArguments) -> None:

@@ -90,7 +90,9 @@ def forward(pre: Tensor, arguments: KernelArguments, sums: Tensor | None) -> Ten
     return out
 
 
-def observe(pre: Tensor, arguments: KernelArguments, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+def observe(
+    pre: Tensor, arguments: KernelArguments, sums: Tensor | None
+) -> tuple[Tensor, Tensor, float]:
     """The sums that `forward` adds, and what it selects, of activations that stay as they are.
 
     Its cost beside the sums is that of the selected entries; but a GPU's host waits for it.
@@ -99,9 +101,9 @@ def observe(pre: Tensor, arguments: KernelArguments, sums: Tensor | None) -> tup
         pre, sums: as of `forward`.
 
     Returns:
-        Of each selected entry, unless the method is "none", its number in `pre` (int64), and what
+        Of each selected entry, unless the method is "none", its number in `pre` (int32), and what
         the method needs there: half of d log (z - mean)^2 / dz (float32), or for "deactivate" the
-        new value (in the dtype of `pre`).
+        new value (in the dtype of `pre`). And the sum of their log (z - mean)^2, where it is added.
     """
     neurons = pre.shape[1]
     finds = arguments.method != "none" and arguments.threshold is not None
@@ -125,30 +127,19 @@ def observe(pre: Tensor, arguments: KernelArguments, sums: Tensor | None) -> tup
     if finds and sums is not None:
         columns = torch.cat([entries for entries, _ in found]) % neurons
         sums[:-1].view(3, -1)[2].add_(torch.bincount(columns, minlength=neurons))
-    return of_selected(found, arguments, pre.dtype, sums)
-
-
-def of_selected(
-    found: list[tuple[Tensor, Tensor]],
-    arguments: KernelArguments,
-    dtype: torch.dtype,
-    sums: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """What `observe` returns, from numbers and deviations z - mean of what is selected; adds to
-    `sums` the loss, which the columns' sums leave out."""
     if not found:
         empty = arguments.mean.new_empty(0)
-        return empty.long(), empty.to(dtype)
+        return empty.int(), empty.to(pre.dtype), 0.0
     entries, deviations = (torch.cat(parts) for parts in zip(*found, strict=True))
-    neurons = len(arguments.mean)
     if arguments.method == "deactivate":
-        return entries, arguments.substitute[entries % neurons].to(dtype)
+        return entries.int(), arguments.substitute[entries % neurons].to(pre.dtype), 0.0
     squares = deviations * deviations
     least = None if arguments.least is None else arguments.least[entries % neurons]
     directions = deviations.div_(squares.clamp(min=TINY if least is None else least))
+    loss = _log(squares, least).sum()
     if sums is not None:
-        sums[-1].add_(_log(squares, least).sum())
-    return entries, directions
+        sums[-1].add_(loss)
+    return entries.int(), directions, float(loss)
 
 
 def _numbers(square: Tensor, arguments: KernelArguments, rows: slice) -> Tensor:
@@ -197,6 +188,35 @@ def backward(
         if bias_sum is not None:
             bias_sum += to_pre.sum(0, dtype=torch.float32)
     return out, None if bias_sum is None else bias_sum.to(pre.dtype)
+
+
+def correct(
+    to_pre: Tensor,
+    grad: Tensor,
+    pre: Tensor,
+    activation: str,
+    entries: Tensor,
+    values: Tensor | None,
+    *,
+    scale: float = 1.0,
+    factor: float = 0.0,
+) -> None:
+    """Write into the activation's gradient `to_pre` that of the selected entries.
+
+    The gradient that arrives there is taken `scale` times, with `factor` times `values` added.
+
+    Args:
+        to_pre, grad, pre: [...], of one shape: the gradient to the activation's input, the one to
+            its output, and the input.
+        entries, values: of the selected entries, as `observe` gives them; None: no value is added.
+    """
+    entries = entries.long()
+    to_z = grad.take(entries).float().mul_(scale)
+    if values is not None:
+        to_z.add_(values, alpha=factor)
+    selected = pre.take(entries).float()
+    activation_backward(to_z, selected, activation, selected)
+    to_pre.put_(entries, selected.to(to_pre.dtype))
 
 
 def measure(

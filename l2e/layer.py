@@ -80,8 +80,7 @@ class L2ELayer(nn.Module):
     def _inhibited(self, pre: Tensor, bias: Tensor | None) -> Tensor:
         if self.state.activation is None or not pull.serves(self.state, pre):
             return self.operate(pre, bias)[0]
-        z = kernels.activate(pre if bias is None else pre + bias, self.state.activation)
-        return pull.pull(z, None, self.state, neuron_dim=-1, inject=True)[0]
+        return pull.activated(pre if bias is None else pre + bias, self.state)
 
     def operate(
         self,

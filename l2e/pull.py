@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from l2e import inhibition
+from l2e import inhibition, kernels
 from l2e.state import LayerState
 
 
@@ -23,6 +23,7 @@ def serves(state: LayerState, z: Tensor) -> bool:
         state.config.method in ("none", "regularize", "deactivate")
         and state.config.kernels == "auto"
         and z.device.type == "cpu"
+        and z.numel() < 2**31  # entries are numbered so
         and not (state.config.scale_invariant or torch.compiler.is_compiling())
     )
 
@@ -47,12 +48,11 @@ def pull(
         over selected entries of log (z - mean)^2, a float32 scalar.
     """
     with torch.no_grad():
-        entries, values, loss, rows = _observe(z.detach(), counted, state, neuron_dim)
+        entries, values, logs, rows = _observe(z.detach(), counted, state, neuron_dim)
+        loss = torch.tensor(logs, dtype=torch.float32, device=z.device)
     method, gradients = state.config.method, torch.is_grad_enabled() and z.requires_grad
     if method == "none" or rows == 0 or (method == "regularize" and not gradients):
         return z, loss
-    if z.numel() < 2**31:
-        entries = entries.int()
     anchor = z[(0,) * z.dim()].clone()
     if method == "deactivate":
         delta = state.config.delta
@@ -144,6 +144,53 @@ class _Deactivated(torch.autograd.Function):
         return added, grad, *[None] * 5
 
 
+def activated(pre: Tensor, state: LayerState) -> Tensor:
+    """The inhibited activations of `pre` [..., units], in whose backward pass L_MS injects its
+    gradient."""
+    return _Activated.apply(pre, state)
+
+
+class _Activated(torch.autograd.Function):
+    """Non-linearity and method in one, whose gradient nobody else holds: it is written into."""
+
+    @staticmethod
+    def forward(ctx, pre, state):
+        z = kernels.activate(pre, state.activation)
+        entries, values, _, rows = _observe(z, None, state, neuron_dim=-1)
+        if state.config.method == "deactivate":
+            z.put_(entries.long(), values)
+        ctx.save_for_backward(pre, entries, values)
+        ctx.call = _Call(state, None, -1, rows, inject=True)
+        return z
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.no_grad():
+            to_pre = _through_activation(ctx, grad)
+        if torch.is_grad_enabled():
+            to_pre = _Once.apply(to_pre, ctx.saved_tensors[0])
+        return to_pre, None
+
+
+def _through_activation(ctx, grad: Tensor) -> Tensor:
+    """`_Activated`'s gradient: the non-linearity's, and anew where entries are selected."""
+    pre, entries, values = ctx.saved_tensors
+    state = ctx.call.state
+    to_pre = kernels.activation_backward(grad, pre, state.activation, torch.empty_like(pre))
+    if ctx.call.rows == 0 or state.config.method == "none":
+        return to_pre
+    arriving, correct = (grad, pre, state.activation), state.backend_of_activated(pre).correct
+    if state.config.method == "deactivate":
+        correct(to_pre, *arriving, entries, None, scale=-state.config.delta)
+        return to_pre
+    factor = float(ctx.call.factor(ctx, None))
+    if state.comparing:
+        ctx.call.compare(ctx, grad, values, factor)
+    if factor:  # without one the gradient has the bits of a run without L2E
+        correct(to_pre, *arriving, entries, values, factor=2 * factor)
+    return to_pre
+
+
 class _Once(torch.autograd.Function):
     """A gradient that has none of its own; `anchor` ties it to the graph of what it is of."""
 
@@ -183,9 +230,9 @@ def _places(entries: Tensor, moved: torch.Size, neuron_dim: int) -> Tensor:
 
 def _observe(
     z: Tensor, counted: Tensor | None, state: LayerState, neuron_dim: int
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Of each selected entry its number where the neurons are the last dimension, and what the
-    method needs there: half the slope of L_MS, or the new value; the loss; how many rows counted.
+) -> tuple[Tensor, Tensor, float, int]:
+    """What `kernels.observe` gives, entries by their numbers where the neurons are the last
+    dimension; and how many rows counted.
     """
     moved = z.movedim(neuron_dim, -1)
     rows = inhibition.as_rows(moved, state)
@@ -193,15 +240,15 @@ def _observe(
     if counted is not None:
         kept = inhibition.kept_rows(counted, moved, neuron_dim, state)
         rows = rows[kept]
-    loss = state.statistics.mean.new_zeros(())
     if len(rows) == 0:
-        return torch.empty(0, dtype=torch.int64), z.new_empty(0), loss, 0
+        return torch.empty(0, dtype=torch.int32, device=z.device), z.new_empty(0), 0.0, 0
     sequence = inhibition.rows_of_sequence(moved, kept, state)
     arguments, _ = inhibition.prepare(state, rows, None, sequence, activated=True)
-    sums = None if inhibition.in_backward() else torch.zeros_like(state.core_sums)
-    entries, values = state.backend(rows, arguments).observe(rows, arguments, sums)
+    sums = None if inhibition.in_backward() else state.core_sums
+    entries, values, loss = state.backend_of_activated(rows).observe(rows, arguments, sums)
     if sums is not None:
-        loss = inhibition.record(state, rows, arguments, sums)
+        inhibition.count(state, rows, arguments)
     if kept is not None:
-        entries = kept[entries // state.neurons] * state.neurons + entries % state.neurons
+        places = kept[entries // state.neurons] * state.neurons + entries % state.neurons
+        entries = places.int()
     return entries, values, loss, len(rows)

@@ -141,6 +141,11 @@ class LayerState:
         return Statistics(*(tensor[self.row] for tensor in self.stack.running.statistics))
 
     @property
+    def mean(self) -> Tensor:
+        """That sums are taken around in this step."""
+        return self.stack.running.mean[self.row]
+
+    @property
     def denominator(self) -> Tensor:
         return self.stack.derived.denominator[self.row]
 
@@ -292,7 +297,7 @@ class LayerState:
             activation=None if activated else self.activation,
             method=self.config.method,
             delta=self.config.delta,
-            mean=self.statistics.mean,
+            mean=self.mean,
             threshold=threshold,
             balance=self.balance if balanced else None,
             replacement=replacement,
@@ -309,6 +314,12 @@ class LayerState:
             neurons=self.neurons,
             activation=arguments.activation,
             biased=arguments.bias is not None,
+        )
+
+    def backend_of_activated(self, z: Tensor) -> Backend:
+        """Whose kernels take activations, behind the non-linearity."""
+        return backends.choose(
+            self.config, z.device, z.dtype, neurons=self.neurons, activation=None, biased=False
         )
 
     def saved(self) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ def carry(tau: Tensor, old_mean_var: Tensor, new_mean_var: Tensor) -> Tensor:
 
 def _grown(tau: Tensor, growth: Tensor) -> Tensor:
     """tau times its growth, where that is known."""
-    return torch.where(torch.isfinite(growth) & (growth > 0), tau * growth, tau)
+    return torch.where((growth > 0) & (growth < torch.inf), tau * growth, tau)
 
 
 def share_weight(updates: Tensor, forget_step: int) -> Tensor:

@@ -31,7 +31,8 @@ def expected(z, mean, selected):
 
 def observe(z, arguments):
     sums = torch.zeros(3 * z.shape[1] + 1)
-    entries, values = native_kernels.observe(z, arguments, sums)
+    entries, values, loss = native_kernels.observe(z, arguments, sums)
+    assert float(sums[-1]) == pytest.approx(loss, rel=1e-6)
     order = entries.argsort()
     return sums[:-1].view(3, -1).numpy(), float(sums[-1]), entries[order], values[order]
 
@@ -117,14 +118,14 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             sums = torch.zeros(3301)
-            results.append((*native_kernels.observe(z, arguments, sums), sums))
+            results.append((*native_kernels.observe(z, arguments, sums)[:2], sums))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
 
-@pytest.mark.parametrize(("choice", "operation"), [("auto", "_Regularized"), ("plain", "inhibit")])
+@pytest.mark.parametrize(("choice", "operation"), [("auto", "_Activated"), ("plain", "inhibit")])
 def test_a_bias_is_added_before_the_activation(choice, operation):
     """In the layer's own pass where that is over all entries anyway, as on a GPU."""
     config = L2EConfig(layers="all", kernels=choice)
@@ -185,3 +186,120 @@ def test_a_measured_step_has_the_bits_of_another(method):
         shares.append(controller.metrics()["0"]["selected_fraction"])
     assert shares[0] == shares[1] > 0.01
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("made_by", [kernels, native_kernels], ids=["plain", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", list(kernels.APPROXIMATE))
+@pytest.mark.parametrize("added", [False, True])
+def test_the_gradient_of_selected_entries(made_by, dtype, activation, added):
+    """By automatic differentiation in float64; all others stay."""
+    generator = torch.Generator().manual_seed(0)
+    pre, grad = (torch.randn(2, 70, 33, generator=generator).mul_(3) for _ in range(2))
+    pre[0, 0, :8] = torch.tensor([0.0, -0.0, 1e-30, -14.0, 14.0, 1e4, -1e4, 88.0])
+    pre, grad = pre.to(dtype), grad.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    entries = torch.randperm(pre.numel(), generator=generator)[:900].int()
+    entries = torch.cat([torch.arange(8, dtype=torch.int32), entries[entries >= 8]])
+    values = torch.randn(len(entries), generator=generator) if added else None
+    to_pre = torch.full_like(grad, 7.0)
+    assert not to_pre.is_contiguous()
+    made_by.correct(to_pre, grad, pre, activation, entries, values, scale=-0.5, factor=0.3)
+
+    x = pre.double().requires_grad_()
+    approximate = kernels.APPROXIMATE[activation]
+    arriving = -0.5 * grad.double()
+    if values is not None:
+        arriving.put_(entries.long(), 0.3 * values.double(), accumulate=True)
+    torch.nn.functional.gelu(x, approximate=approximate).backward(arriving)
+    wanted = torch.full_like(x, 7.0).put_(entries.long(), x.grad.take(entries.long()))
+    near = {"rtol": 1e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 4e-6}
+    torch.testing.assert_close(to_pre.double(), wanted, **near)
+
+
+def test_bf16_gradients_round_to_nearest_and_keep_what_is_no_number():
+    grad = torch.tensor([1.00390625, 1.01171875, float("nan"), float("inf"), -float("inf"), 3e38])
+    pre = torch.full_like(grad, 50.0).bfloat16()  # where the slope is 1
+    entries, to_pre = torch.arange(6, dtype=torch.int32), torch.zeros(6, dtype=torch.bfloat16)
+    zeros = torch.zeros(6, dtype=torch.bfloat16)
+    native_kernels.correct(to_pre, zeros, pre, "gelu", entries, grad, factor=1.0)
+    assert torch.equal(to_pre.nan_to_num(5.0), grad.bfloat16().nan_to_num(5.0))
+    assert to_pre[2].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deactivated_entries_are_given_their_new_values(dtype):
+    z = activations(400, 77, dtype)
+    mean = z.float().mean(0)
+    arguments = KernelArguments(None, "deactivate", 1, mean, torch.full((77,), 20.0))
+    sums, loss, entries, values = observe(z, arguments)
+    assert len(entries) == sums[2].sum() > 100
+    assert loss == 0
+    torch.testing.assert_close(values, mean[entries.long() % 77].to(dtype), rtol=0, atol=0)
+
+
+def test_below_least_the_logarithm_is_a_quadratic():
+    """Where chance selects, at the mean itself too: of the same value and slope at `least`."""
+    z = activations(300, 20, torch.float32)
+    z[:3] = mean = z.mean(0)
+    least = torch.linspace(0.1, 2, 20)
+    everywhere = torch.ones(300, 20, dtype=torch.bool)
+    arguments = KernelArguments(None, "regularize", 1, mean, everywhere, least=least)
+    _, loss, _, values = observe(z, arguments)
+    x = (z - mean).double().requires_grad_()
+    square = x.square()
+    below = square < least
+    quadratic = least.double().log() + square / least - 1
+    log = torch.where(below, quadratic, torch.where(below, 1, square).log()).sum()
+    log.backward()
+    assert below.sum() > 100
+    assert loss == pytest.approx(log.item(), rel=1e-5)
+    torch.testing.assert_close(2 * values.double(), x.grad.flatten(), rtol=1e-4, atol=1e-6)
+
+
+def test_logarithms_of_the_largest_and_smallest_squares():
+    """A product of them would leave a double's range."""
+    z = torch.tensor([1e19, 1e-19, 3e-20]).repeat(100, 40)
+    arguments = KernelArguments(None, "regularize", 1, torch.zeros(120), torch.zeros(120))
+    _, loss, _, values = observe(z, arguments)
+    squares = z.double().square().clamp(min=torch.finfo(torch.float32).tiny)
+    assert loss == pytest.approx(squares.log().sum().item(), rel=1e-6)
+    torch.testing.assert_close(values.double(), (z.double() / squares).flatten(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("choice", ["auto", "plain"])
+@pytest.mark.parametrize("method", ["none", "regularize", "deactivate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layers_gradient(choice, method, dtype):
+    """By automatic differentiation of what METHOD says, in float64, of rows that lie apart."""
+    config = L2EConfig(late_start_step=2, weight=50.0, layers="all", method=method, kernels=choice)
+    layer = L2ELayer(48, config, name="0", inhibited_layers=1).train()
+    controller = Controller([layer], config)
+    for step in range(5):
+        base = activations(40, 48, dtype).view(8, 5, 48).sub_(2 + step / 4)
+        pre = base.transpose(0, 1).requires_grad_()
+        out = layer(pre)
+        arriving = torch.linspace(-1, 1, pre.numel()).view(pre.shape).to(dtype)
+        out.backward(arriving)
+        state = layer.state
+        mean, threshold, selecting = state.mean.double(), state.threshold.double(), state.selecting
+        factor = float(state.loss_factor(40))
+        controller.step()
+    assert selecting
+    x = pre.detach().double().requires_grad_()
+    z = torch.nn.functional.gelu(x)
+    rounded = torch.nn.functional.gelu(pre.detach()).double()
+    selected = (rounded - mean) ** 2 >= threshold
+    assert 10 < selected.sum() < 400
+    if method == "deactivate":
+        wanted = torch.where(selected, mean + config.delta * (z.detach() - z), z)
+        (wanted * arriving.double()).sum().backward()
+        wanted = torch.where(selected, mean, z)
+    else:
+        loss = torch.where(selected, torch.where(selected, (z - mean) ** 2, 1).log(), 0).sum()
+        weighted = loss * factor if method == "regularize" else 0
+        ((z * arriving.double()).sum() + weighted).backward()
+        wanted = z
+    coarse = dtype == torch.bfloat16
+    near = {"rtol": 2**-6, "atol": 2e-2} if coarse else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(out.double(), wanted, **near)
+    torch.testing.assert_close(pre.grad.double(), x.grad, **near)
