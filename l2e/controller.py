@@ -92,7 +92,7 @@ class Controller:
             self.unobserved = [
                 state.name
                 for state in self.states
-                if not state.positions or float(state.sums["samples"]) == 0
+                if not state.positions or float(state.samples) == 0
             ]
         self._merge(groups, squares)
         self._warn_of_missing_starts()

@@ -396,7 +396,7 @@ def record(state: LayerState, rows: Tensor, arguments: KernelArguments, sums: Te
 
 def count(state: LayerState, rows: Tensor, arguments: KernelArguments) -> None:
     """Add to the step's sums what a call's number of rows, and what is measured, add to them."""
-    state.sums["samples"].add_(len(rows))
+    state.samples.add_(len(rows))
     if state.measuring:
         _measure(state, rows, arguments)
 

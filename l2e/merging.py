@@ -128,7 +128,7 @@ def advance(
             that is not measured.
     """
     samples, var = sums["samples"][:, 0], totals["var"]
-    finite = torch.isfinite(var)
+    finite = var < torch.inf  # and a number
     usable = finite & (samples > 0)
     entries = samples.clamp(min=1) * shape.total_neurons
     selected_fraction, mean_ms = totals["selected"] / entries, totals["scale"] / entries

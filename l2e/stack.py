@@ -4,6 +4,7 @@ Everything is float32 [layers, neurons] or [layers]; a layer reads and adds to i
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -136,7 +137,12 @@ class Sums:
     def __init__(self, sizes: dict[str, int], flat: Tensor) -> None:
         assert flat.shape[-1] == sum(sizes.values())
         self.sizes, self.flat = sizes, flat
-        self.parts = dict(zip(sizes, flat.split(list(sizes.values()), dim=-1), strict=True))
+
+    @cached_property
+    def parts(self) -> dict[str, Tensor]:
+        return dict(
+            zip(self.sizes, self.flat.split(list(self.sizes.values()), dim=-1), strict=True)
+        )
 
     @classmethod
     def zeros(cls, layers: int, sizes: dict[str, int], device: torch.device) -> "Sums":

@@ -168,6 +168,11 @@ class LayerState:
         return self.stack.sums.row(self.row)
 
     @property
+    def samples(self) -> Tensor:
+        """[1], how many this step's sums are of so far."""
+        return self.stack.sums["samples"][self.row]
+
+    @property
     def measured(self) -> Sums:
         return self.stack.measured.row(self.row)
 
@@ -242,7 +247,7 @@ class LayerState:
     @property
     def core_sums(self) -> Tensor:
         """The part of the sums that the kernels add to: [3, neurons] and one entry, flat."""
-        return self.sums.flat[: 3 * self.neurons + 1]
+        return self.stack.sums.flat[self.row, : 3 * self.neurons + 1]
 
     def join(self, phase: Phase, sharding: Sharding) -> None:
         """Be led by a controller, from nothing summed up on."""
