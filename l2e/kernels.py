@@ -210,11 +210,11 @@ def correct(
             its output, and the input.
         entries, values: of the selected entries, as `observe` gives them; None: no value is added.
     """
-    entries = entries.long()
-    to_z = grad.take(entries).float().mul_(scale)
+    entries, wide = entries.long(), torch.promote_types(pre.dtype, torch.float32)
+    to_z = grad.take(entries).to(wide) * scale
     if values is not None:
         to_z.add_(values, alpha=factor)
-    selected = pre.take(entries).float()
+    selected = pre.take(entries).to(wide)
     activation_backward(to_z, selected, activation, selected)
     to_pre.put_(entries, selected.to(to_pre.dtype))
 

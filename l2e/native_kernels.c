@@ -40,6 +40,17 @@ static void widen(const uint16_t *bfloat16, float *values, int width)
         values[i] = widened(bfloat16[i]);
 }
 
+/* A bit of each of 64 bytes that are 0 or 1; the product puts those of a word side by side. */
+static uint64_t packed(const uint8_t *flags)
+{
+    uint64_t bits = 0, word;
+    for (int i = 0; i < 8; i++) {
+        memcpy(&word, flags + i * WORD, WORD);
+        bits |= (word * 0x0102040810204080 >> 56) << 8 * i;
+    }
+    return bits;
+}
+
 static void move(float *from, float *to, int width)
 {
     for (int i = 0; i < width; i++) {
@@ -108,11 +119,9 @@ int64_t observe(const void *z, int halves, int64_t neurons, int64_t top, int64_t
             for (int i = 0; i < width; i++)
                 selected[i] = square[i] >= threshold[first + i];
 
-        for (int i = 0; i < width; i += WORD) {
-            uint64_t flags;
-            memcpy(&flags, selected + i, WORD);
-            for (; flags; flags &= flags - 1) {
-                const int column = i + __builtin_ctzll(flags) / 8;
+        for (int i = 0; i < width; i += 8 * WORD)
+            for (uint64_t bits = packed(selected + i); bits; bits &= bits - 1) {
+                const int column = i + __builtin_ctzll(bits);
                 deep[2][column]++;
                 if (entries)
                     entries[found] = (int32_t)(start + column);
@@ -129,7 +138,6 @@ int64_t observe(const void *z, int halves, int64_t neurons, int64_t top, int64_t
                 }
                 found++;
             }
-        }
 
         const int ends = row + 1 == bottom || (row + 1) % slice == 0;
         for (int k = 0; sums && k < 3; k++) {
