@@ -234,7 +234,7 @@ def _observe(
     """What `kernels.observe` gives, entries by their numbers where the neurons are the last
     dimension; and how many rows counted.
     """
-    moved = z.movedim(neuron_dim, -1)
+    moved = z if neuron_dim == -1 else z.movedim(neuron_dim, -1)
     rows = inhibition.as_rows(moved, state)
     kept = None
     if counted is not None:
