@@ -5,6 +5,7 @@ minutes on one H200). On a CPU: the 14M shape, the layer, loading, and 1, 2 and 
 
     python bench/run.py
     python bench/run.py --only train,layer --rounds 5
+    python bench/run.py --only train --dtype bf16 --rounds 5 --pairs 300
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 
 from bench import layer_speed, loading_speed, scaling_speed, train_speed
-from bench.contenders import Workload, one_process
+from bench.contenders import DTYPES, Workload, one_process
 from bench.machine import default_device, describe_machine, has_bf16, kind
 from bench.report import write_report
 from model.config import ModelConfig
@@ -41,7 +42,7 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)
     sections: dict[str, Callable[[], object]] = {
-        "train": lambda: [train(work, arguments) for work in workloads(device)],
+        "train": lambda: training(device, arguments, results.get("train", [])),
         "layer": lambda: layer(device, arguments.rounds),
         "loading": loading_speed.measure,
         "scaling": lambda: scaling_speed.measure(process_counts(device), steps=14),
@@ -57,8 +58,12 @@ def main() -> None:
         print(f"{name} ...", flush=True)
         try:
             results[name] = sections[name]()
-            pairs = f" --pairs {arguments.pairs}" if name == "train" and arguments.pairs else ""
-            commands[name] = f"--only {name} --rounds {arguments.rounds}{pairs}"
+            key, options = name, f"--only {name} --rounds {arguments.rounds}"
+            if name == "train" and arguments.pairs:
+                options += f" --pairs {arguments.pairs}"
+            if name == "train" and arguments.dtype:
+                key, options = f"train {arguments.dtype}", f"{options} --dtype {arguments.dtype}"
+            commands[key] = options
         except Exception as error:  # the other sections are still worth having
             print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
@@ -75,6 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", help="sections, of train,layer,loading,scaling; default: all")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each contender")
     parser.add_argument("--pairs", type=int, default=0, help="timed steps of ours and mid2 alone")
+    parser.add_argument("--dtype", choices=DTYPES, help="train's shapes of this one; default: all")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--note", default="", help="what readers should know about the machine")
     return parser.parse_args()
@@ -93,6 +99,13 @@ def workloads(device: torch.device) -> list[Workload]:
         for preset, dtype, batch, length in WORKLOADS[device.type]
         if dtype == "fp32" or has_bf16(device)
     ]
+
+
+def training(device: torch.device, arguments: argparse.Namespace, before: list[dict]) -> list[dict]:
+    """`train_speed` of every shape, or of those of `--dtype`, behind the others from `before`."""
+    chosen = [work for work in workloads(device) if arguments.dtype in (None, work.dtype)]
+    kept = [row for row in before if arguments.dtype not in (None, row["dtype"])]
+    return [*kept, *(train(work, arguments) for work in chosen)]
 
 
 def train(work: Workload, arguments: argparse.Namespace) -> dict:
