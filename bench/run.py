@@ -58,12 +58,7 @@ def main() -> None:
         print(f"{name} ...", flush=True)
         try:
             results[name] = sections[name]()
-            key, options = name, f"--only {name} --rounds {arguments.rounds}"
-            if name == "train" and arguments.pairs:
-                options += f" --pairs {arguments.pairs}"
-            if name == "train" and arguments.dtype:
-                key, options = f"train {arguments.dtype}", f"{options} --dtype {arguments.dtype}"
-            commands[key] = options
+            write_down(name, arguments, commands)
         except Exception as error:  # the other sections are still worth having
             print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
@@ -71,6 +66,19 @@ def main() -> None:
         path.write_text(json.dumps(results, indent=2) + "\n")
     write_report(RESULTS, ROOT / "docs" / "benchmarks.md")
     print(f"{path} and docs/benchmarks.md written")
+
+
+def write_down(name: str, arguments: argparse.Namespace, commands: dict[str, str]) -> None:
+    """The command that measured a section; that of one dtype stands beside that of the others."""
+    options = f"--only {name} --rounds {arguments.rounds}"
+    if name == "train" and arguments.pairs:
+        options += f" --pairs {arguments.pairs}"
+    if arguments.dtype:
+        commands[f"{name} {arguments.dtype}"] = f"{options} --dtype {arguments.dtype}"
+        return
+    for part in [key for key in commands if key.startswith(f"{name} ")]:
+        del commands[part]  # all of the section was measured anew
+    commands[name] = options
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -83,7 +91,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="train's shapes of this one; default: all")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--note", default="", help="what readers should know about the machine")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.dtype and arguments.only != "train":
+        parser.error("--dtype is for `--only train`: the other sections take no dtype")
+    return arguments
 
 
 def process_counts(device: torch.device) -> list[int]:
@@ -104,6 +115,8 @@ def workloads(device: torch.device) -> list[Workload]:
 def training(device: torch.device, arguments: argparse.Namespace, before: list[dict]) -> list[dict]:
     """`train_speed` of every shape, or of those of `--dtype`, behind the others from `before`."""
     chosen = [work for work in workloads(device) if arguments.dtype in (None, work.dtype)]
+    if not chosen:
+        raise ValueError(f"--dtype {arguments.dtype}: not measured on this kind of machine")
     kept = [row for row in before if arguments.dtype not in (None, row["dtype"])]
     return [*kept, *(train(work, arguments) for work in chosen)]
 

@@ -157,7 +157,7 @@ class Controller:
                 self._move_to_centre([s for s in states if s.centre_rank == rank], rank)
 
     def _move_to_centre(self, states: list[LayerState], rank: int) -> None:
-        own = torch.cat([state.statistics.mean for state in states])
+        own = torch.cat([state.mean for state in states])
         common = self.sharding.from_data_rank(rank, own)
         sizes = [state.neurons for state in states]
         moves = (own - common).split(sizes)
@@ -168,7 +168,7 @@ class Controller:
             )
             sums["deviation"].copy_(deviation)
             sums["square"].copy_(square)
-            state.statistics.mean.copy_(centre)
+            state.mean.copy_(centre)
 
     def _sum_over_data_ranks(self, groups: list[list[LayerState]]) -> list[Tensor | None]:
         """Replace every layer's sums by those of the global batch, in one all-reduce.

@@ -381,7 +381,7 @@ def _start(state: LayerState, rows: Tensor, arguments: KernelArguments) -> None:
     if not state.started:
         state.started = True
         z = kernels.activate(arguments.biased(rows), arguments.activation).float()
-        state.statistics.mean.copy_(z.mean(0))
+        state.mean.copy_(z.mean(0))
 
 
 def record(state: LayerState, rows: Tensor, arguments: KernelArguments, sums: Tensor) -> Tensor:

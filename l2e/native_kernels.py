@@ -166,16 +166,8 @@ def library() -> ctypes.CDLL:
     pointer, flag, number, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
     loaded.observe.argtypes = [pointer, flag, *[number] * 6, *[pointer] * 9]
     loaded.observe.restype = number
-    loaded.correct.argtypes = [
-        *[pointer] * 2,
-        flag,
-        flag,
-        *[pointer] * 2,
-        number,
-        real,
-        real,
-        pointer,
-    ]
+    pair = pointer, pointer
+    loaded.correct.argtypes = [*pair, flag, flag, *pair, number, real, real, pointer]
     loaded.correct.restype = None
     return loaded
 

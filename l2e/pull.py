@@ -3,9 +3,10 @@
 Observing and `regularize` change no activation, so what follows a module is given its own output;
 `deactivate` gives a copy, other in the selected entries. What either adds to the gradient is zero
 but for these, a sparse tensor, which autograd adds in place to the gradient that arrives where
-nobody else holds that. `inhibition` does the same densely: on a GPU, whose host would have to wait
-to learn how many entries are selected, in compiled graphs, and where an output is a view or a leaf,
-whose place in the graph is not its own.
+nobody else holds that. Where the non-linearity is the layer's own, `activated` is both at once, and
+writes into the gradient of that. `inhibition` does the same densely: on a GPU, whose host would
+have to wait to learn how many entries are selected, in compiled graphs, and where an output is a
+view or a leaf, whose place in the graph is not its own.
 """
 
 from typing import NamedTuple
@@ -179,7 +180,7 @@ def _through_activation(ctx, grad: Tensor) -> Tensor:
     to_pre = kernels.activation_backward(grad, pre, state.activation, torch.empty_like(pre))
     if ctx.call.rows == 0 or state.config.method == "none":
         return to_pre
-    arriving, correct = (grad, pre, state.activation), state.backend_of_activated(pre).correct
+    arriving, correct = (grad, pre, state.activation), state.backend(pre).correct
     if state.config.method == "deactivate":
         correct(to_pre, *arriving, entries, None, scale=-state.config.delta)
         return to_pre
@@ -245,7 +246,7 @@ def _observe(
     sequence = inhibition.rows_of_sequence(moved, kept, state)
     arguments, _ = inhibition.prepare(state, rows, None, sequence, activated=True)
     sums = None if inhibition.in_backward() else state.core_sums
-    entries, values, loss = state.backend_of_activated(rows).observe(rows, arguments, sums)
+    entries, values, loss = state.backend(rows).observe(rows, arguments, sums)
     if sums is not None:
         inhibition.count(state, rows, arguments)
     if kept is not None:

@@ -35,7 +35,7 @@ def select(
         mask = mask.repeat(rows.numel() // mask.numel(), 1).view(rows.shape)
         return mask, None, mask
     z = kernels.activate(arguments.biased(rows), arguments.activation).float()
-    mean, denominator, updated_mean = state.statistics.mean, state.denominator, None
+    mean, denominator, updated_mean = state.mean, state.denominator, None
     if state.config.memel_code_compat:
         scored = _updated(state, z)
         mean = updated_mean = scored.mean
@@ -78,7 +78,7 @@ def _largest(state: LayerState, scale: Tensor, rows_per_sample: int) -> Tensor:
 
 def _updated(state: LayerState, z: Tensor) -> Statistics:
     """The statistics as MEmeL's code scores by: this call's batch already merged."""
-    deviation = z - state.statistics.mean
+    deviation = z - state.mean
     count = torch.tensor(float(len(z)), dtype=torch.float32, device=z.device)
     return statistics.merge(
         state.statistics,

@@ -59,7 +59,7 @@ class LayerState:
             of neuron_axes "position", times the number of positions.
         stack, row: where its tensors are.
         squares: the stack's, of this row.
-        started: sums of this step are taken around `statistics.mean`.
+        started: sums of this step are taken around `mean`.
         empty: no batch was merged yet, on any rank.
         waiting: it has not had its start, the first step from the late start on that could be
             used: with samples, all of them finite, and for tau with earlier statistics, of neurons
@@ -310,21 +310,16 @@ class LayerState:
             least=self.threshold if self.config.selection == "random" else None,
         )
 
-    def backend(self, rows: Tensor, arguments: kernels.KernelArguments) -> Backend:
-        """Whose kernels take `rows` [samples, neurons]."""
+    def backend(self, rows: Tensor, arguments: kernels.KernelArguments | None = None) -> Backend:
+        """Whose kernels take `rows` [samples, neurons]; without arguments, activations that have
+        bias and non-linearity behind them."""
         return backends.choose(
             self.config,
             rows.device,
             rows.dtype,
             neurons=self.neurons,
-            activation=arguments.activation,
-            biased=arguments.bias is not None,
-        )
-
-    def backend_of_activated(self, z: Tensor) -> Backend:
-        """Whose kernels take activations, behind the non-linearity."""
-        return backends.choose(
-            self.config, z.device, z.dtype, neurons=self.neurons, activation=None, biased=False
+            activation=None if arguments is None else arguments.activation,
+            biased=arguments is not None and arguments.bias is not None,
         )
 
     def saved(self) -> dict[str, Tensor]:
