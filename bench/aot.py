@@ -93,9 +93,9 @@ class Compiled:
 
 
 def compile_for(
-    target: str, kernel: Any, dtype: str, num_warps: int, **constants: object
+    target: str, kernel: Any, dtype: str, options: dict[str, int], **constants: object
 ) -> Compiled:
-    """Compile `kernel` for tensors of `dtype`."""
+    """Compile `kernel` for tensors of `dtype`, with Triton's `options`."""
     names = kernel.arg_names
     signature = {name: _type(name, dtype) for name in names} | dict.fromkeys(constants, "constexpr")
     aligned = [
@@ -110,9 +110,6 @@ def compile_for(
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     gpu = GPUTarget("cuda", TARGETS[target], 32)
-    options = {"num_warps": num_warps}
-    if constants.get("SQUARES"):
-        options["maxnreg"] = triton_kernels.REGISTERS
     binary = triton.compile(source, target=gpu, options=options).asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
@@ -179,9 +176,16 @@ def layer_variants(dtype: str) -> Iterator[tuple[str, Any, dict[str, object]]]:
         yield f"measure {title}", triton_kernels.measure_kernel, common
 
 
+def registers(constants: dict) -> int:
+    """The most that a thread of a variant may have."""
+    comparing = constants.get("SQUARES")
+    return triton_kernels.REGISTERS_COMPARING if comparing else triton_kernels.REGISTERS
+
+
 def layer_row(target: str, dtype: str, name: str, kernel: Any, constants: dict) -> dict:
     """One line of the table."""
-    compiled = compile_for(target, kernel, dtype, triton_kernels.WARPS, **constants)
+    options = {"num_warps": triton_kernels.WARPS, "maxnreg": registers(constants)}
+    compiled = compile_for(target, kernel, dtype, options, **constants)
     loop = compiled.longest_loop
     activations = (loop.moved("STG") or loop.moved("LDG")) // BYTES[dtype]
     return {
@@ -201,7 +205,8 @@ def loss_rows(target: str, dtype: str) -> list[dict]:
         ("softmax gradient", triton_loss.gradient_kernel),
     ):
         constants = {"BLOCK": triton_loss.BLOCK}
-        compiled = compile_for(target, kernel, dtype, triton_loss.WARPS, **constants)
+        options = {"num_warps": triton_loss.WARPS}
+        compiled = compile_for(target, kernel, dtype, options, **constants)
         logits = compiled.longest_loop.moved("LDG") // BYTES[dtype]
         place = {"name": name, "target": target, "dtype": dtype}
         rows.append(place | compiled.costs("logit", logits))

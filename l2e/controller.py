@@ -277,6 +277,7 @@ class Controller:
         for state in self._stepped_states():
             tau, std = state.running.tau, state.running.mean_var.sqrt()
             known = state.metrics._asdict() | {"tau": tau, "std": std}
+            known["kurtosis"] = known["kurtosis"].nanmedian()
             if self.config.weight is not None:
                 known["weight"] = self.config.weight
             metrics[state.name] = {name: float(known[name]) for name in self.nothing()}

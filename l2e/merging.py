@@ -233,11 +233,12 @@ def _measured(
     new = {
         "mean_ms": mean_ms,
         "max_ms": totals["largest"].amax(1),
-        "kurtosis": statistics.median(totals["kurtosis"]),
         "mlp_to_residual": (output / residual).sqrt(),
     }
     before = old._asdict()
-    return replaced(old, **{n: torch.where(measuring, v, before[n]) for n, v in new.items()})
+    new = {name: torch.where(measuring, value, before[name]) for name, value in new.items()}
+    kurtosis = torch.where(measuring[:, None], totals["kurtosis"], old.kurtosis)
+    return replaced(old, **new, kurtosis=kurtosis)
 
 
 def replaced(old: Fields, **new: Tensor) -> Fields:
@@ -291,4 +292,5 @@ def compiles(device: torch.device) -> bool:
 
 @cache
 def compiled(function: Callable[..., Result]) -> Callable[..., Result]:
-    return torch.compile(function, dynamic=False)
+    """Each sum over neurons is one kernel: dividing sums that short costs a launch more."""
+    return torch.compile(function, dynamic=False, options={"split_reductions": False})

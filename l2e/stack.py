@@ -114,7 +114,7 @@ class Derived(NamedTuple):
 
 class Metrics(NamedTuple):
     """What is only logged, [layers]: share and weight of the last step, the others of the last one
-    that measured them."""
+    that measured them; of the kurtosis all neurons', of all shards, [layers, total neurons]."""
 
     mean_ms: Tensor
     max_ms: Tensor
@@ -125,10 +125,11 @@ class Metrics(NamedTuple):
     selected_fraction: Tensor
 
     @classmethod
-    def empty(cls, device: torch.device) -> "Metrics":
+    def empty(cls, total_neurons: int, device: torch.device) -> "Metrics":
         """Of one layer that was never measured."""
-        shape = len(cls._fields), 1
-        return cls(*torch.full(shape, float("nan"), dtype=torch.float32, device=device))
+        shapes = dict.fromkeys(cls._fields, (1,)) | {"kurtosis": (1, total_neurons)}
+        nan = torch.tensor(float("nan"), dtype=torch.float32, device=device)
+        return cls(*(nan.repeat(shape) for shape in shapes.values()))
 
 
 class Sums:

@@ -107,7 +107,7 @@ class LayerState:
 
     def _start_from(self, running: Running) -> None:
         """Be the one row of `running`, with nothing summed up."""
-        metrics = Metrics.empty(running.tau.device)
+        metrics = Metrics.empty(self.total_neurons, running.tau.device)
         self.be(Stack(running, metrics, self.config, self.sharding.data_size), 0)
 
     def be(self, stack: Stack, row: int) -> None:

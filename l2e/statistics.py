@@ -81,11 +81,3 @@ def recentre(
 ) -> tuple[Tensor, Tensor]:
     """Sums around another centre: `move` [neurons] is the old centre minus the new one."""
     return deviation + count * move, square + 2 * move * deviation + count * move * move
-
-
-def median(values: Tensor) -> Tensor:
-    """The lower median [...] of the values [..., n] that are numbers; unlike nanmedian a GPU's host
-    does not wait for it."""
-    ordered = values.sort().values  # what is no number comes last
-    numbers = values.shape[-1] - values.isnan().sum(-1, keepdim=True)
-    return ordered.gather(-1, ((numbers - 1) // 2).clamp(min=0))[..., 0]

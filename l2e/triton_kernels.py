@@ -30,11 +30,11 @@ from l2e.threshold import BINS, BINS_PER_OCTAVE, LOWEST
 # What a program holds in registers at once: one token a warp, 16 bytes of its neurons a thread.
 WARPS = 2
 VECTOR_BYTES = 16
-PROGRAMS_PER_PROCESSOR = 12  # as many as their registers let a multiprocessor run: one full wave
 PROGRAMS_INTERPRETED = 6
-# With these of a multiprocessor's 65,536 they do. Told to the compiler of the one kernel that would
-# take more, which it then has no need to spill.
+# Of a thread; the compiler is told, and so spills none. With 80 a multiprocessor runs 12 programs.
 REGISTERS = 80
+REGISTERS_COMPARING = 88  # of the backward pass that sums squares of gradients besides: 11 programs
+PROCESSOR_REGISTERS = 65536
 
 COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 LOG_2 = tl.constexpr(0.6931471805599453)
@@ -513,13 +513,12 @@ def backward(
     squares: Tensor | None = None,
 ) -> kernels.Gradients:
     """`kernels.backward` in one pass over `pre` and `grad`."""
-    launch = Launch(pre, arguments)
+    launch = Launch(pre, arguments, REGISTERS if squares is None else REGISTERS_COMPARING)
     out = torch.empty_like(pre)
     partial = None if arguments.bias is None else launch.partial(launch.neurons)
     squares_partial = None if squares is None else launch.partial(2 * launch.tiles)
     if not isinstance(loss_gradient, Tensor):
         loss_gradient = torch.full((), loss_gradient, dtype=torch.float32, device=pre.device)
-    options = {"maxnreg": REGISTERS} if squares is not None and COMPILED.value else {}
     launch(
         backward_kernel,
         pre,
@@ -536,7 +535,6 @@ def backward(
         METHOD="none" if arguments.threshold is None else arguments.method,
         BALANCED=arguments.balance is not None,
         SQUARES=squares is not None,
-        **options,
     )
     if squares is not None and squares_partial is not None:
         squares += squares_partial.view(-1, 2).sum(0)
@@ -591,12 +589,15 @@ class Launch:
     So many programs as run at once: no last wave leaves a GPU half idle.
     """
 
-    def __init__(self, pre: Tensor, arguments: kernels.KernelArguments) -> None:
+    def __init__(
+        self, pre: Tensor, arguments: kernels.KernelArguments, registers: int = REGISTERS
+    ) -> None:
         self.pre, self.arguments = pre, arguments
+        self.options = {"maxnreg": registers} if COMPILED.value else {}
         self.tokens, self.neurons = pre.shape
         self.tile = tiles(pre.element_size())
         self.tiles = triton.cdiv(self.neurons, self.tile["TILE_NEURONS"])
-        most = max(1, programs_at_once(pre.device) // self.tiles)
+        most = max(1, programs_at_once(pre.device, registers) // self.tiles)
         step = self.tile["TILE_TOKENS"]
         self.program_tokens = step * max(1, triton.cdiv(self.tokens, most * step))
         self.programs = triton.cdiv(self.tokens, self.program_tokens)
@@ -624,13 +625,15 @@ class Launch:
                 EVEN=self.even,
                 **self.tile,
                 num_warps=WARPS,
+                **self.options,
                 **constants,
             )
 
 
 @cache
-def programs_at_once(device: torch.device) -> int:
+def programs_at_once(device: torch.device, registers: int) -> int:
+    """As many as its multiprocessors run, each thread with so many registers."""
     if device.type != "cuda":
         return PROGRAMS_INTERPRETED
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return processors * PROGRAMS_PER_PROCESSOR
+    return processors * (PROCESSOR_REGISTERS // (32 * WARPS * registers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from model.config import ModelConfig
 
 # Largest relative error against float64 (2-norm). The interpreter truncates to bf16.
 LAYER_LIMITS = {"fp32": 1e-5, "bf16": 1e-2 if CUDA else 3e-2, "fp16": 2e-3}
+MOST_LAUNCHES = 20  # of the controller's step, for any number of layers
 LAYER_CASES = [
     ("gelu", "regularize", False),
     ("gelu", "deactivate", False),
@@ -145,7 +147,7 @@ def layer_errors(
 
 
 def layer_times(part: Part, tokens: int, neurons: int, copy: float) -> dict[str, Any]:
-    """Milliseconds and the share of the memory's speed; other numbers of programs beside ours."""
+    """Milliseconds and the share of the memory's speed, also of methods that compute more."""
     from l2e import triton_kernels
 
     # Several inputs in turn, so that none comes from a cache.
@@ -156,26 +158,38 @@ def layer_times(part: Part, tokens: int, neurons: int, copy: float) -> dict[str,
         torch.full((neurons,), 4.0, device=DEVICE),
     )
     bias, sums = mean.bfloat16(), torch.zeros(3 * neurons + 1, device=DEVICE)
-    arguments = KernelArguments("gelu", "regularize", 1.0, mean, threshold, bias=bias)
+    usual = KernelArguments("gelu", "regularize", 1.0, mean, threshold, bias=bias)
+    invariant = replace(usual, balance=threshold / 100)
     turn = [0]
 
     def pre() -> Tensor:
         turn[0] = (turn[0] + 1) % len(inputs)
         return inputs[turn[0]]
 
-    def both(made_by: Any, rounds: int) -> tuple[float, float]:
-        return (
-            milliseconds(part, lambda: made_by.forward(pre(), arguments, sums), rounds),
-            milliseconds(part, lambda: made_by.backward(grad, pre(), arguments, 0.3), rounds),
-        )
+    def both(
+        made_by: Any, arguments: KernelArguments = usual, squares: Tensor | None = None
+    ) -> tuple[float, float]:
+        def backward() -> None:
+            made_by.backward(grad, pre(), arguments, 0.3, squares)
+
+        rounds = 3 if made_by is kernels else 20
+        forward = milliseconds(part, lambda: made_by.forward(pre(), arguments, sums), rounds)
+        return forward, milliseconds(part, backward, rounds)
 
     gelu = (
         milliseconds(part, lambda: F.gelu(pre())),
         milliseconds(part, lambda: torch.ops.aten.gelu_backward(grad, pre())),
     )
-    times = {"gelu": gelu, "triton": both(triton_kernels, 20), "plain": both(kernels, 3)}
+    times = {
+        "gelu": gelu,
+        "plain": both(kernels),
+        "triton": both(triton_kernels),
+        "triton, deactivate": both(triton_kernels, replace(usual, method="deactivate")),
+        "triton, scale-invariant": both(triton_kernels, invariant),
+        "triton, comparing gradients": both(triton_kernels, invariant, sums.new_zeros(2)),
+    }
     least = [1e3 * tokens * neurons * moved / copy for moved in (4, 6)]
-    found: dict[str, Any] = {
+    return {
         name: {
             f"{way}_{what}": round(value, 4)
             for way, ms, floor in zip(("forward", "backward"), pair, least, strict=True)
@@ -183,15 +197,6 @@ def layer_times(part: Part, tokens: int, neurons: int, copy: float) -> dict[str,
         }
         for name, pair in times.items()
     }
-    if CUDA:
-        ours = triton_kernels.PROGRAMS_PER_PROCESSOR, triton_kernels.WARPS
-        for programs, warps in ((6, 4), (7, 4), (8, 2), (10, 2), (14, 2), (16, 2), (24, 1)):
-            triton_kernels.PROGRAMS_PER_PROCESSOR, triton_kernels.WARPS = programs, warps
-            triton_kernels.programs_at_once.cache_clear()
-            found[f"programs {programs}, warps {warps}"] = both(triton_kernels, 10)
-        triton_kernels.PROGRAMS_PER_PROCESSOR, triton_kernels.WARPS = ours
-        triton_kernels.programs_at_once.cache_clear()
-    return found
 
 
 def loss(part: Part) -> None:
@@ -310,8 +315,11 @@ def measuring(part: Part) -> None:
             call()
             found["controller_step_ms"] = milliseconds(part, controller.step, 10)
             if CUDA:
-                found["controller_launches"] = kernel_times(controller.step)[0][1]
+                found["controller_kernels"] = kernel_times(controller.step)
+                found["controller_launches"] = found["controller_kernels"][0][1]
             part.save(**{preset: found})
+            if not found.get("controller_launches", 0) <= MOST_LAUNCHES:
+                part.fail(f"{preset}: the controller's step launches more than {MOST_LAUNCHES}")
 
 
 def attention(part: Part) -> None:

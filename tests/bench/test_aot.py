@@ -19,7 +19,6 @@ rows = [
     aot.layer_row(target, "bf16", *variant)
     for target in aot.TARGETS
     for variant in aot.layer_variants("bf16")
-    if target == "sm_90" or variant[0] in aot.TYPICAL
 ]
 losses = [row for target in aot.TARGETS for row in aot.loss_rows(target, "bf16")]
 worth = {preset: aot.weight_gradient_bytes(preset) for preset in aot.SHAPES}
@@ -33,13 +32,14 @@ def compiled() -> dict:
 
 
 def test_nothing_is_spilled_and_accesses_are_wide(compiled):
-    assert len(compiled["layer"]) > 30
+    assert len(compiled["layer"]) > 90
     for row in compiled["layer"] + compiled["loss"]:
         assert row["spills"] == row["stack"] == 0, row
     for row in compiled["layer"]:
         assert row["widest"] == "128", row
         # So that a multiprocessor runs as many programs of 64 threads as the grid counts on.
-        assert row["registers"] <= 65536 / 64 / 12, row
+        programs = 11 if row["name"].endswith("compared") else 12
+        assert row["registers"] <= 65536 / 64 / programs, row
 
 
 def test_an_activation_takes_at_most_45_instructions(compiled):

@@ -86,7 +86,7 @@ def test_prose_and_code_stay_text(tmp_path, text, name) -> None:
     [
         ("a table's.csv", b'id,text\n0,"one, and\na line"\n1,two\n'),
         ("table.csv", b"id;text\n0;one, and more\n1;two\n"),
-        ("table.tsv.gz", gzip.compress(b"id\ttext\n0\tone, and more\n1\ttwo\n")),
+        ("table.tsv.gz", gzip.compress(b"id\ttext\n0\tone, and more\n1\ttwo\n", mtime=0)),
     ],
 )
 def test_a_tables_advice_converts_it(tmp_path, name, content) -> None:
