@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch._inductor.choices import InductorChoices
 
-from l2e import Controller, L2EConfig
+from l2e import Controller, L2EConfig, attach
 from model.block import inhibitor_of
 from model.config import ModelConfig
 from model.gpt_neox import GPTNeoX
@@ -146,19 +146,25 @@ def our_steps(
     return {name: step_of(l2e) for name, l2e in variants.items()}
 
 
-def transformers_step(work: Workload, *, compiled: bool = False) -> Step:
-    """GPTNeoXForCausalLM with scaled-dot-product attention."""
+def transformers_step(
+    work: Workload, *, compiled: bool = False, attached: L2EConfig | None = None
+) -> Step:
+    """GPTNeoXForCausalLM with scaled-dot-product attention, with L2E where it is `attached`."""
     form = transformers.GPTNeoXConfig.from_dict(hugging_face_config(work.config))
     form._attn_implementation = "sdpa"
     model = work.place(transformers.GPTNeoXForCausalLM(form))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    handle = attach(model, "gpt_neox.layers.*.mlp.act", attached) if attached else None
     forward = torch.compile(model) if compiled else model
     tokens, labels = work.sample()
 
     def step() -> None:
-        forward(input_ids=tokens, labels=labels, shift_labels=labels).loss.backward()
+        loss = forward(input_ids=tokens, labels=labels, shift_labels=labels).loss
+        (loss + handle.loss() if handle else loss).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if handle:
+            handle.step()
 
     return step
 

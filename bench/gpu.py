@@ -35,13 +35,14 @@ PARTS = {
     "measuring": 40,
     "speed_70m": 120,
     "peers_70m": 90,
+    "attached": 90,
     "speed_2.8b": 120,
     "speed_410m": 120,
     "resume": 120,
     "attention": 40,
     "peers_410m": 90,
 }
-SMOKE_PARTS = ["machine", "layer", "loss", "step", "training", "measuring", "speed_70m"]
+SMOKE_PARTS = ["machine", "layer", "loss", "step", "training", "measuring", "speed_70m", "attached"]
 LEAST_SECONDS = 10  # a part is not begun with less than this left
 
 

@@ -253,7 +253,8 @@ class ModuleHook(OwnHook):
 
     def _check(self, z: Tensor) -> None:
         """Refuse what the method cannot be applied to, in one sentence."""
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        # In a graph of PyTorch 2.11 is_exporting() is always true.
+        if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
             raise ValueError(
                 f"l2e: module {self.name} is traced in training mode, and a trace would keep this "
                 "step's threshold for ever: call model.eval() before it, or handle.detach()"

@@ -17,6 +17,7 @@ PARTS: dict[str, Callable[..., None]] = {
     "measuring": kernels.measuring,
     "speed": speed.speed,
     "peers": speed.peers,
+    "attached": speed.attached,
     "resume": training.resume,
     "attention": kernels.attention,
 }

@@ -67,6 +67,25 @@ def peers(part: Part, preset: str) -> None:
                 timed(part, work, {name: build()}, name, begin)
 
 
+def attached(part: Part) -> None:
+    """What `l2e.attach` adds to a step of transformers' 70M, as it is and compiled."""
+    with one_process(DEVICE), fast_weights():
+        work = workload(part, "70m")
+        for off, compiled in (("transformers", False), ("transformers, compiled", True)):
+            if compiled and not CUDA:
+                continue
+            with part.attempt(off):
+                begin = time.monotonic()
+                config = L2EConfig(layers="mid2", late_start_step=1)
+                steps = {
+                    off: contenders.transformers_step(work, compiled=compiled),
+                    f"{off}, l2e attached to mid2": contenders.transformers_step(
+                        work, compiled=compiled, attached=config
+                    ),
+                }
+                timed(part, work, steps, off, begin)
+
+
 def workload(part: Part, preset: str) -> Workload:
     """One micro-batch of a Pythia shape; weights are drawn where they will be."""
     if part.smoke:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ def compile_as_asked(model: nn.Module, config: Config, device: torch.device) -> 
         for reason, _ in compile_obstacles(config):
             return f"not compiled: {reason}"
     use_own_cache()
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # float32 is meant to be exact
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     return compile_blocks(blocks, config.model, device, TORCH_DTYPES[config.train.dtype])
 

@@ -18,16 +18,17 @@ from launch.engine.processes import Process, find
 
 
 @contextmanager
-def exported(process: Process) -> Iterator[None]:
+def exported(process: Process, gpu: int | None) -> Iterator[None]:
     """The variables that torch and DeepSpeed read, whatever the launcher called them.
 
-    Put back afterwards: a later library would take them for a launcher's.
+    DeepSpeed takes the GPU with the number LOCAL_RANK; a task that sees its own alone has no other
+    than 0. Put back afterwards: a later library would take them for a launcher's.
     """
     before = dict(os.environ)
     os.environ.update(
         RANK=str(process.rank),
         WORLD_SIZE=str(process.world_size),
-        LOCAL_RANK=str(process.local_rank),
+        LOCAL_RANK=str(process.local_rank if gpu is None else gpu),
         MASTER_ADDR=process.address,
         MASTER_PORT=str(process.port),
     )
@@ -51,17 +52,14 @@ def process_group(
     """
     joined = joined or join(process, timeout)
     process = joined.process
-    cuda = torch.cuda.is_available()
-    if cuda:
-        assert process.local_rank is not None, "join has found it"
-        torch.cuda.set_device(hardware.gpu_of(process.local_rank, torch.cuda.device_count()))
-    else:
+    gpu = hardware.take_gpu(joined) if torch.cuda.is_available() else None
+    if gpu is None:
         hardware.keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // (process.local_size or 1)))
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    with exported(process):
+    backend = "gloo" if gpu is None else "cpu:gloo,cuda:nccl"
+    with exported(process, gpu):
         os.environ.update(joined.interface)
         dist.init_process_group(
             backend,

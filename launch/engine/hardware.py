@@ -85,7 +85,10 @@ def gpu_here() -> GPU | None:
     """What is known of this machine's GPU; None of another kind, or without one."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
+    try:
+        name = torch.cuda.get_device_name()
+    except RuntimeError:  # of CUDA, which needs some of the host's memory to begin with
+        return None
     return next((gpu for known, gpu in GPUS.items() if known.upper() in name), None)
 
 
@@ -99,6 +102,26 @@ def keep_freed_memory() -> None:
     if hasattr(library, "mallopt"):
         for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             library.mallopt(threshold, LARGEST_INT)
+
+
+def take_gpu(joined: Joined) -> int:
+    """Let this process use the GPU that is its own; its number among those that it sees.
+
+    Raises ValueError if there are fewer GPUs than processes: NCCL needs one for each.
+    """
+    process = joined.process
+    assert process.local_rank is not None, "join has found it"
+    gpu = gpu_of(process.local_rank, torch.cuda.device_count())
+    torch.cuda.set_device(gpu)
+    properties = torch.cuda.get_device_properties(gpu)
+    place = f"gpu/{joined.hosts[process.rank]}/{properties.uuid}"
+    owner = joined.store.compare_set(place, "", str(process.rank)).decode()
+    if owner != str(process.rank):
+        raise ValueError(
+            f"ranks {owner} and {process.rank} have one GPU, {properties.name}: start as many "
+            "processes a host as it has GPUs, or give each task one of its own"
+        )
+    return gpu
 
 
 def gpu_of(local_rank: int, visible: int) -> int:

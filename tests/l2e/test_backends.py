@@ -192,7 +192,6 @@ def test_when_its_numbers_are_wrong(caplog, monkeypatch):
     assert "gradient differs from plain by 1.0e-02" in fallback(caplog)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels on the CPU")
 @pytest.mark.parametrize(
     "keys",
     [

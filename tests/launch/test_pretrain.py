@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.launch import fleet
 from tests.launch.fleet import metrics
@@ -221,7 +220,6 @@ def test_dry_run_refuses(config: Path, settings: tuple[str, ...], told: str) -> 
     assert told in refused(VERB, "--config", config, "--dry-run", *words)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what only a machine without CUDA refuses")
 def test_what_this_machine_cannot_run_is_refused(config: Path, tmp_path: Path) -> None:
     words = ("--config", config, "--run-dir", tmp_path / "run")
     settings = ("--set", "parallel.sequence=true", "--set", "parallel.tensor=2")

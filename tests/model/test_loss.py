@@ -12,6 +12,7 @@ from model.loss import cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_process", "softmax")
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS, HIDDEN, ROWS, VOCAB = 50, 24, 128, 101
 
 
@@ -31,6 +32,7 @@ def sample(scale: float = 1.0, dtype: torch.dtype = torch.float32):
     hidden = (scale * torch.randn(TOKENS, HIDDEN, generator=generator)).to(dtype)
     weight = torch.randn(ROWS, HIDDEN, generator=generator).to(dtype)
     labels = torch.randint(VOCAB, (TOKENS,), generator=generator)
+    hidden, weight, labels = (tensor.to(DEVICE) for tensor in (hidden, weight, labels))
     return hidden.requires_grad_(), weight.requires_grad_(), labels
 
 
@@ -50,8 +52,8 @@ def ours(hidden, weight, labels, scale: float = 1.0):
 @pytest.fixture(params=[1, 7, 25, 1000], ids="{} tokens a chunk".format)
 def chunk(request, monkeypatch):
     """Of float32, in slices of a third of it."""
-    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * ROWS * request.param)
-    monkeypatch.setitem(loss_module.SLICE_BYTES, "cpu", 4 * ROWS * request.param // 3)
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, DEVICE, 4 * ROWS * request.param)
+    monkeypatch.setitem(loss_module.SLICE_BYTES, DEVICE, 4 * ROWS * request.param // 3)
     return request.param
 
 
@@ -88,9 +90,10 @@ def test_padding_rows_get_no_gradient_and_no_probability():
 
 
 def test_a_far_improbable_label_has_a_finite_loss():
-    hidden = torch.tensor([[200.0]], requires_grad=True)
-    weight = torch.tensor([[1.0], [-1.0]], requires_grad=True)
-    loss = cross_entropy(hidden, weight, torch.tensor([1]), 2, dist.group.WORLD)
+    hidden = torch.tensor([[200.0]], device=DEVICE, requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0]], device=DEVICE, requires_grad=True)
+    labels = torch.tensor([1], device=DEVICE)
+    loss = cross_entropy(hidden, weight, labels, 2, dist.group.WORLD)
     assert loss.item() == 400.0
 
 
@@ -110,8 +113,8 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_is_larger_than_a_chunk_of_logits(monkeypatch, dtype):
-    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * ROWS * HIDDEN)
-    monkeypatch.setitem(loss_module.SLICE_BYTES, "cpu", 4 * ROWS * HIDDEN)
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, DEVICE, 4 * ROWS * HIDDEN)
+    monkeypatch.setitem(loss_module.SLICE_BYTES, DEVICE, 4 * ROWS * HIDDEN)
     inputs = sample(dtype=dtype)
     with LargestTensor() as largest:
         ours(*inputs)
@@ -143,7 +146,7 @@ def test_on_a_gpu_logits_are_touched_by_products_and_the_two_kernels_alone(monke
     for name in ("normaliser_kernel", "gradient_kernel"):
         monkeypatch.setattr(triton_loss, name, Noted(name))
     monkeypatch.setattr(loss_module, "fused_softmax", lambda *_: triton_loss.softmax)
-    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 2 * ROWS * 25)
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, DEVICE, 2 * ROWS * 25)
     with Touched(25 * ROWS) as touched:
         ours(*sample(dtype=torch.bfloat16))
     assert set(touched.names) <= {"mm"}
@@ -181,6 +184,6 @@ def test_the_check_before_triton_is_used_works_where_gradients_are_off(dtype):
         return losses
 
     with torch.no_grad():
-        assert loss_module.disagreement(triton_loss.softmax, torch.device("cpu"), dtype) is None
-        found = loss_module.disagreement(sloppy, torch.device("cpu"), dtype)
+        assert loss_module.disagreement(triton_loss.softmax, torch.device(DEVICE), dtype) is None
+        found = loss_module.disagreement(sloppy, torch.device(DEVICE), dtype)
     assert "differs from float64" in found
