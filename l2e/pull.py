@@ -209,8 +209,17 @@ def _at(entries: Tensor, values: Tensor, ctx, meets_dense: bool, anchor: Tensor)
     """
     size = torch.empty(ctx.shape, device="meta").movedim(ctx.neuron_dim, -1).shape
     places = _places(entries.long(), size, ctx.neuron_dim)
-    gradient = torch.sparse_coo_tensor(
-        places, values, ctx.shape, check_invariants=False, is_coalesced=True
+    # Of its public form PyTorch 2.11 warns that checks are off, which it was told to leave off.
+    gradient = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
+        len(ctx.shape),
+        0,
+        ctx.shape,
+        places,
+        values,
+        dtype=values.dtype,
+        layout=torch.sparse_coo,
+        device=values.device,
+        is_coalesced=True,
     )
     if torch.is_grad_enabled():
         return _Once.apply(gradient.to_dense(), anchor)

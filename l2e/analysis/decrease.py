@@ -21,7 +21,7 @@ from l2e.progress import Progress
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from l2e.analysis.features import FeatureSet
     from l2e.analysis.networks import Network
@@ -94,10 +94,10 @@ def analyze_decrease(
     if options.topk > network.neurons:
         raise ValueError(f"topk {options.topk}: a layer has {network.neurons} neurons")
     config = options.config
-    modules = _activations(network, config)
+    names = _activations(network, config)
     batches = _batches(network, features, 2 * options.batches, rows, max_tokens)
     start = copy.deepcopy(network.model.state_dict())
-    statistics = _statistics(network, modules, batches[: options.batches], config)
+    statistics = _statistics(network, names, batches[: options.batches], config)
     ratios: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
     measured = batches[options.batches :]
     total = len(measured) * len(ARMS)
@@ -105,18 +105,18 @@ def analyze_decrease(
     try:
         with bar:
             for batch in measured:
-                before = _observe(network, modules, batch)
+                before = _observe(network, names, batch)
                 for arm, keys in ARMS.items():
                     method = replace(config, **keys)
-                    _step(network, modules, batch, method, statistics, options.learning_rate)
-                    after = _observe(network, modules, batch)
+                    _step(network, names, batch, method, statistics, options.learning_rate)
+                    after = _observe(network, names, batch)
                     network.model.load_state_dict(start)
                     ratios[arm].append(_ratios(before, after, statistics, method))
                     bar.update()
     finally:
         network.model.load_state_dict(start)
     return {
-        "layers": list(modules),
+        "layers": [str(number) for number in names],
         "topk": options.topk,
         "learning_rate": options.learning_rate,
         "batches": len(measured),
@@ -149,20 +149,20 @@ def _batches(
     return list(joined.view(count, rows, max_tokens))
 
 
-def _activations(network: Network, config: L2EConfig) -> dict[str, nn.Module]:
-    """The inhibited blocks' non-linearities by block number."""
+def _activations(network: Network, config: L2EConfig) -> dict[int, str]:
+    """The names of the inhibited blocks' non-linearities in the model, by block number."""
+    names = {module: name for name, module in network.model.named_modules()}
     chosen = select_layers(config.layers, len(network.layers))
-    return {str(number): network.layers[number].activation for number in chosen}
+    return {number: names[network.layers[number].activation] for number in chosen}
 
 
 @contextmanager
-def _attached(
-    network: Network, modules: dict[str, nn.Module], config: L2EConfig
-) -> Iterator[Handle]:
+def _attached(network: Network, names: dict[int, str], config: L2EConfig) -> Iterator[Handle]:
     """The method at work on these modules alone: dropout elsewhere stays off."""
     from l2e.attachment import Handle
     from l2e.sharding import Sharding
 
+    modules = {name: network.model.get_submodule(name) for name in names.values()}
     handle = Handle(modules, config, model=network.model, observe_no_grad=True, sharding=Sharding())
     for module in modules.values():
         module.train()
@@ -175,19 +175,19 @@ def _attached(
 
 
 def _statistics(
-    network: Network, modules: dict[str, nn.Module], batches: list[Tensor], config: L2EConfig
+    network: Network, names: dict[int, str], batches: list[Tensor], config: L2EConfig
 ) -> dict[str, Tensor]:
     import torch
 
-    with _attached(network, modules, config) as handle, torch.no_grad():
+    with _attached(network, names, config) as handle, torch.no_grad():
         for batch in batches:
             network.model(batch)
             handle.step()
         return handle.state_dict()
 
 
-def _observe(network: Network, modules: dict[str, nn.Module], batch: Tensor) -> dict[str, Tensor]:
-    """Each module's activations on the batch, [tokens, neurons]."""
+def _observe(network: Network, names: dict[int, str], batch: Tensor) -> dict[str, Tensor]:
+    """The activations on the batch, [tokens, neurons], by name."""
     import torch
 
     from l2e.analysis.activations import watch
@@ -195,8 +195,8 @@ def _observe(network: Network, modules: dict[str, nn.Module], batch: Tensor) -> 
     found: dict[str, Tensor] = {}
 
     def hook(layer: int, _: Tensor, post: Tensor) -> None:
-        if str(layer) in modules:
-            found[str(layer)] = post.flatten(0, 1).double()
+        if layer in names:
+            found[names[layer]] = post.flatten(0, 1).double()
 
     with watch(network, hook), torch.no_grad():
         network.model(batch)
@@ -205,7 +205,7 @@ def _observe(network: Network, modules: dict[str, nn.Module], batch: Tensor) -> 
 
 def _step(
     network: Network,
-    modules: dict[str, nn.Module],
+    names: dict[int, str],
     batch: Tensor,
     config: L2EConfig,
     statistics: dict[str, Tensor],
@@ -215,7 +215,7 @@ def _step(
     import torch
     from torch import nn
 
-    with _attached(network, modules, config) as handle:
+    with _attached(network, names, config) as handle:
         handle.load_state_dict(statistics)
         logits = network.model(batch).logits[:, :-1].flatten(0, 1)
         network.model.zero_grad()

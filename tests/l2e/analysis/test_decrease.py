@@ -12,6 +12,7 @@ from l2e.analysis.networks import Network
 from tests.l2e.analysis.conftest import byte_tokenizer
 from tests.tiny_models import gpt_neox
 
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 TRAINING_STEPS = 400
 
 
