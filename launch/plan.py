@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         "--efficiency",
         type=cli.number(0, 1, above=True),
         help="share of the datasheet's FLOP/s that large matrix products keep up in training "
-        "(default: the GPU's own, 0.50 to 0.70; raise or lower it until a run of yours fits)",
+        "(default: the GPU's own, 0.55 to 0.70; raise or lower it until a run of yours fits)",
     )
     result.add_argument(
         "--output", type=cli.path, metavar="FILE.json", help="write the numbers too"

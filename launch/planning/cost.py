@@ -41,7 +41,8 @@ class LayoutPlan:
     """How one optimizer step is spread: sizes in ranks, batches in sequences a data-parallel rank.
 
     `accumulation` is the number of micro-batches a step, `logits_bytes` what the fp32 logits held
-    at once take (model.loss.CHUNK_BYTES), `inhibited_layers` the number of L2E layers.
+    at once take (model.loss.CHUNK_BYTES), `inhibited_layers` the number of L2E layers. `compiling`:
+    blocks are compiled where the layout lets them be.
     """
 
     sequence_length: int = 2048
@@ -56,6 +57,12 @@ class LayoutPlan:
     checkpointing: bool = False
     logits_bytes: int = 2**30
     inhibited_layers: int = 0
+    compiling: bool = True
+
+    @property
+    def compiled(self) -> bool:
+        """As `configs.checks.compile_obstacles` has it."""
+        return self.compiling and self.tensor == self.pipeline == 1 and self.zero_stage <= 2
 
     @property
     def ranks(self) -> int:

@@ -89,6 +89,7 @@ def layout_of(config: Config, ranks: int) -> LayoutPlan:
         dtype=train.dtype,
         checkpointing=parallel.activation_checkpointing,
         inhibited_layers=len(select_layers(config.l2e.layers, config.model.num_layers)),
+        compiling=train.compile is not False,
     )
 
 
