@@ -101,7 +101,8 @@ class LayerState:
 
     def allocate(self, units: int, positions: int, device: torch.device) -> None:
         """Make the state of `positions` x `units` neurons, where only data tells how many."""
-        self.units, self.total_units = units, self.total_units or units
+        self.units = units
+        self.total_units = self.total_units or units * self.sharding.tensor_size
         self.positions = positions
         self._start_from(Running.empty(self.neurons, device))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from l2e import Controller, L2EConfig, L2ELayer, Sharding
+from l2e import Controller, L2EConfig, L2ELayer, Sharding, attach
 from tests.distributed.processes import run_on_processes
 from tests.l2e.reference import Reference, gelu, gelu_slope
 
@@ -148,6 +148,46 @@ def test_every_layout_equals_the_reference(references, on_four_ranks):
                 assert numbers["mean_ms"] == pytest.approx(phi[number].mean(), rel=1e-5)
 
 
+class Shards(torch.nn.Module):
+    """Somebody's own model, of whose neurons each tensor-parallel rank has some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.acts = torch.nn.ModuleList(torch.nn.GELU() for _ in range(LAYERS))
+
+    def forward(self, number, pre):
+        return self.acts[number](pre)
+
+
+def attach_to_shards():
+    sharding, model = sharding_of(2, 2), Shards().train()
+    config = L2EConfig(layers="all", **SETTINGS)
+    handle = attach(model, "acts.*", config, inject=True, sharding=sharding)
+    handle.controller.gradient_scale = 1.0
+    for step in range(STEPS):
+        handle.controller.measure = step % 2 == 1
+        for number in range(LAYERS):
+            x = torch.tensor(own_part(global_batch(step, number), sharding), requires_grad=True)
+            out = model(number, x)
+            out.backward(torch.zeros_like(out))
+        handle.step()
+    return float(handle.controller.ms_loss()), handle.metrics(), handle.state_dict()
+
+
+def test_what_is_attached_to_shards_equals_our_own_layers(on_four_ranks):
+    """The width of the whole layer is found in the data, and the shards' number."""
+    own = of(on_four_ranks, train_in_every_layout)[0][(2, 2), 1, False]
+    *_, expected_loss, expected_metrics, expected = own
+    for loss, metrics, state in of(on_four_ranks, attach_to_shards):
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        for name, value in expected.items():
+            found = state[name if name == "step" else f"acts.{name}"]
+            np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-6, err_msg=name)
+        for name, numbers in expected_metrics.items():
+            for key, value in metrics[f"acts.{name}"].items():
+                assert value == pytest.approx(numbers[key], rel=1e-4, nan_ok=True), key
+
+
 def test_metrics_are_the_same_on_all_ranks(on_four_ranks):
     results = of(on_four_ranks, train_in_every_layout)
     for key, (_, _, _, loss, metrics, state) in results[0].items():
@@ -272,6 +312,7 @@ def test_every_rank_learns_of_a_bad_activation(on_four_ranks):
 
 SCENARIOS = (
     train_in_every_layout,
+    attach_to_shards,
     count_collectives,
     reshard,
     select_top_k,
