@@ -83,6 +83,7 @@ COMMANDS: dict[str, dict[str, Run | By]] = {
     "docs/gpu.md": {
         "python bench/gpu.py": Run({"gpu.py": "gpu.py --smoke"}),  # for CPUs
         "python bench/aot.py": LONG,
+        "L2E_TEST_GPU=1 python -m pytest": By("make test"),  # on a CPU
         "bash bench/gather_wheels.sh": Run({"bash": f"{WHEEL}; bash -n"}),  # it needs a network
         "python bench/gpu.py --wheels": Run({"gpu.py": "gpu.py --smoke --only machine"}),
     },
