@@ -176,15 +176,10 @@ def layer_variants(dtype: str) -> Iterator[tuple[str, Any, dict[str, object]]]:
         yield f"measure {title}", triton_kernels.measure_kernel, common
 
 
-def registers(constants: dict) -> int:
-    """The most that a thread of a variant may have."""
-    comparing = constants.get("SQUARES")
-    return triton_kernels.REGISTERS_COMPARING if comparing else triton_kernels.REGISTERS
-
-
 def layer_row(target: str, dtype: str, name: str, kernel: Any, constants: dict) -> dict:
     """One line of the table."""
-    options = {"num_warps": triton_kernels.WARPS, "maxnreg": registers(constants)}
+    registers = triton_kernels.most_registers(comparing=bool(constants.get("SQUARES")))
+    options = {"num_warps": triton_kernels.WARPS, "maxnreg": registers}
     compiled = compile_for(target, kernel, dtype, options, **constants)
     loop = compiled.longest_loop
     activations = (loop.moved("STG") or loop.moved("LDG")) // BYTES[dtype]

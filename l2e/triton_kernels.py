@@ -513,7 +513,7 @@ def backward(
     squares: Tensor | None = None,
 ) -> kernels.Gradients:
     """`kernels.backward` in one pass over `pre` and `grad`."""
-    launch = Launch(pre, arguments, REGISTERS if squares is None else REGISTERS_COMPARING)
+    launch = Launch(pre, arguments, most_registers(comparing=squares is not None))
     out = torch.empty_like(pre)
     partial = None if arguments.bias is None else launch.partial(launch.neurons)
     squares_partial = None if squares is None else launch.partial(2 * launch.tiles)
@@ -628,6 +628,11 @@ class Launch:
                 **self.options,
                 **constants,
             )
+
+
+def most_registers(*, comparing: bool) -> int:
+    """Of a thread; `comparing` gradients takes more."""
+    return REGISTERS_COMPARING if comparing else REGISTERS
 
 
 @cache
